@@ -1,0 +1,36 @@
+# What each job needs it sets up first: a machine with Python 3.10+ and a C++ compiler is enough.
+
+PYTHON ?= python3
+# Installed before the package, so that the package's wider requirement brings no other build.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: install demo test bench lint clean
+install: .venv/installed
+
+# Again whenever the package's metadata or a C++ source has changed; Python sources are used in place.
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[test,lint]"
+	touch $@
+
+demo: install  ## train for about a minute on Python's documentation and print a sample
+	$(BIN)/python -m fastllm.train --max_minutes 1 --epochs 20 \
+		--max_seq_len 64 --batch_size 12 --hidden_size 128 --num_layers 4 --num_heads 4 --dropout 0 --lr 3e-3
+
+test: install  ## the tests
+	$(BIN)/python -m pytest
+
+bench: install  ## time operations and whole training steps against PyTorch
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m fastllm.bench
+
+lint: install  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info fastllm/*.so

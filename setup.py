@@ -1,0 +1,68 @@
+"""Builds the extension: kernels.cpp once per instruction set, bindings.cpp once.
+
+Everything else about the package stands in pyproject.toml. Without a working C++ compiler the
+package is installed all the same and runs on its plain-PyTorch reference.
+"""
+
+import platform
+import sys
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
+
+ISAS: dict[str, list[str]] = {"base": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    AVX2 = ["-mavx2", "-mfma"]
+    AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
+    AVX512 += ["-mprefer-vector-width=512"]
+    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+
+NO_EXTENSION = """
+*********************************************************************************************
+fastllm: the C++ extension was NOT built, so everything will run on the slow PyTorch reference.
+Cause:   {error}
+Remedy:  install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++;
+         macOS: xcode-select --install) and install fastllm again.
+*********************************************************************************************
+"""
+
+
+class BuildKernels(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            for isa, flags in ISAS.items():
+                ext.extra_objects += self.compiler.compile(
+                    ["csrc/kernels.cpp"],
+                    output_dir=f"{self.build_temp}/{isa}",
+                    macros=[("FASTLLM_ISA", isa)],
+                    extra_postargs=[*FLAGS, *OPENMP, *flags],
+                    depends=ext.depends,
+                )
+            super().build_extension(ext)
+        except Exception as error:  # whatever the compiler's driver raises: the install goes on
+            print(NO_EXTENSION.format(error=error), file=sys.stderr)
+
+    def copy_extensions_to_source(self) -> None:
+        if any(self.get_outputs()):
+            super().copy_extensions_to_source()
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "fastllm._kernels",
+            ["csrc/bindings.cpp"],
+            include_dirs=[pybind11.get_include()],
+            define_macros=[("FASTLLM_X86_TABLES", "1")] if "avx2" in ISAS else [],
+            extra_compile_args=FLAGS,
+            extra_link_args=OPENMP,
+            depends=["csrc/kernels.h", "csrc/vec.h"]
+            + [f"csrc/{name}.inc" for name in ("adam", "dropout", "machine")],
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
