@@ -1,0 +1,27 @@
+"""The operations, one file each: reference, autograd function, table of implementations."""
+
+from fastllm.ops import adam, attention, dispatch, dropout
+
+# Every operation with its table, best implementation first.
+OPERATIONS = {
+    "attention": attention.IMPLEMENTATIONS,
+    "dropout": dropout.IMPLEMENTATIONS,
+    "adam": adam.IMPLEMENTATIONS,
+}
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """For each operation: what this machine runs, and why it does not run the others.
+
+    Returns:
+        `{operation: {implementation: "chosen" | "available" | reason}}`, best first. The choice
+        is the one for plain fp32 CPU tensors; other arguments may lead further down the list.
+    """
+    answer: dict[str, dict[str, str]] = {}
+    for operation, table in OPERATIONS.items():
+        chosen = dispatch.choose(operation, table)
+        answer[operation] = {
+            each.name: "chosen" if each is chosen else each.why_not() or "available"
+            for each in table
+        }
+    return answer

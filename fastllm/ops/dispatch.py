@@ -1,0 +1,116 @@
+"""Which implementation of an operation runs: an ordered list per operation, best first.
+
+Each entry answers `why_not(*arguments)`: `None`, or the reason why it cannot take them. Asked
+without arguments it speaks for the machine alone. The automatic choice falls through the list to
+the reference, which takes everything. An implementation asked for by name, with `use` or the
+variable `FASTLLM_IMPL`, raises with its reason where it cannot serve; operations that have none of
+that name choose automatically.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+kernels: Any = None
+extension_problem: str | None = None
+try:
+    from fastllm import _kernels as kernels  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    extension_problem = (
+        f"the C++ extension cannot be loaded ({error}); "
+        "install a C++ compiler, then install fastllm again"
+    )
+
+NAMES = ("auto", "ref", "cpu")
+
+_asked_for: ContextVar[str | None] = ContextVar("fastllm_implementation", default=None)
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operation: its name, its function, and when it declines."""
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None] = lambda *arguments: None
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run every operation inside the `with` block by one implementation.
+
+    Args:
+        name: `auto`, `ref` or `cpu`. Takes precedence over `FASTLLM_IMPL`.
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    token = _asked_for.set(_checked(name, "fastllm.use"))
+    try:
+        yield
+    finally:
+        _asked_for.reset(token)
+
+
+def requested() -> str:
+    """The implementation asked for by `use`, else by `FASTLLM_IMPL`, else `auto`."""
+    return _asked_for.get() or _checked(os.environ.get("FASTLLM_IMPL") or "auto", "FASTLLM_IMPL")
+
+
+def choose(operation: str, table: Sequence[Implementation], *arguments: Any) -> Implementation:
+    """The implementation that runs `operation` on these arguments.
+
+    Raises:
+        RuntimeError: the one asked for by name declines; the message lists every implementation
+            with its reason.
+    """
+    name = requested()
+    wanted = [each for each in table if each.name == name] or table
+    for candidate in wanted:
+        reason = candidate.why_not(*arguments)
+        if reason is None:
+            return candidate
+        if candidate.name == "cpu" and reason == extension_problem:
+            _warn_once(f"fastllm runs on the slow PyTorch reference: {reason}")
+    reasons = "; ".join(
+        f"{each.name}: {each.why_not(*arguments) or 'can run it'}" for each in table
+    )
+    raise RuntimeError(f"'{name}' was asked for and cannot run '{operation}' ({reasons})")
+
+
+def why_not_cpu(*tensors: Tensor) -> str | None:
+    """Why the C++ kernels cannot take these tensors: the reason that all of them share."""
+    if kernels is None:
+        return extension_problem
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return f"a tensor is on {tensor.device}"
+        if tensor.dtype is not torch.float32:
+            return f"a tensor is {tensor.dtype}; the kernels compute in torch.float32"
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"a tensor is a {type(tensor).__name__}, whose memory may not be plain"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is under way"
+    return None
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(
+            f"{source}: there is no implementation '{name}'; choose from {', '.join(NAMES)}"
+        )
+    return name
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)

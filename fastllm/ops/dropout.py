@@ -1,0 +1,107 @@
+"""Dropout whose mask is computed, not stored: a function of (seed, stream, element index).
+
+The generator is Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011), keyed by the seed, with the stream as third word of the counter. Every implementation
+draws the same mask, whatever its thread count or vector width, and the backward draws it again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm.ops import dispatch
+
+_WORD = 0xFFFFFFFF
+
+
+def draw_seed() -> int:
+    """A fresh 63-bit seed from PyTorch's default generator: `torch.manual_seed` governs it."""
+    return int(torch.empty((), dtype=torch.int64).random_())
+
+
+def philox(counters: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words of Philox 4x32-10 for each counter, as non-negative int64.
+
+    Args:
+        counters: int64, any shape: the lower two words of the counter.
+        seed: the key, taken modulo 2**64.
+        stream: the third word of the counter, in [0, 2**32).
+    """
+    x0, x1 = counters & _WORD, counters >> 32
+    x2, x3 = torch.full_like(counters, stream), torch.zeros_like(counters)
+    key0, key1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):
+        # An int64 product wraps, but its 64 bits are those of the unsigned one.
+        product0, product1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57
+        x0, x1 = (product1 >> 32 & _WORD) ^ x1 ^ key0, product1 & _WORD
+        x2, x3 = (product0 >> 32 & _WORD) ^ x3 ^ key1, product0 & _WORD
+        key0, key1 = key0 + 0x9E3779B9 & _WORD, key1 + 0xBB67AE85 & _WORD
+    return x0, x1, x2, x3
+
+
+def keep_mask(shape: torch.Size, p: float, seed: int, stream: int, device: Any) -> Tensor:
+    """Which elements survive dropout with probability `p`: bool, of the given shape.
+
+    Element `64 g + 16 w + j` is decided by word `w` of counter `16 g + j`, the order in which
+    a vector of any width has its neighbours side by side.
+    """
+    size = shape.numel()
+    counters = torch.arange((size + 63) // 64 * 16, device=device)
+    words = torch.stack([word.view(-1, 16) for word in philox(counters, seed, stream)], dim=1)
+    threshold = min(int(p * 2**32 + 0.5), _WORD)
+    return (words >= threshold).flatten()[:size].view(shape)
+
+
+def dropout_ref(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
+    keep = keep_mask(x.shape, p, seed, stream, x.device)
+    return torch.where(keep, x * (1 / (1 - p)), 0)
+
+
+class DropoutFunction(torch.autograd.Function):
+    """Dropout by the C++ kernel. It is linear, so it is its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int, stream: int) -> Tensor:
+        ctx.settings = p, seed, stream
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dispatch.kernels.dropout(
+            out.data_ptr(), x.data_ptr(), x.numel(), p, seed, stream, torch.get_num_threads()
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
+        return dropout(grad_out, *ctx.settings), None, None, None
+
+
+def dropout_cpu(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
+    return DropoutFunction.apply(x, p, seed, stream)
+
+
+IMPLEMENTATIONS: list[dispatch.Implementation] = [
+    dispatch.Implementation("cpu", dropout_cpu, dispatch.why_not_cpu),
+    dispatch.Implementation("ref", dropout_ref),
+]
+
+
+def dropout(x: Tensor, p: float, seed: int, stream: int = 0) -> Tensor:
+    """Zero each element with probability `p` and divide the others by `1 - p`.
+
+    Args:
+        x: any shape, contiguous or not; elements are numbered in row-major order.
+        p: in [0, 1].
+        seed: names the mask, in [0, 2**63); `draw_seed` gives a fresh one.
+        stream: tells masks under one seed apart, in [0, 2**32).
+
+    Raises:
+        ValueError: `p` is outside [0, 1].
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability must be between 0 and 1, got {p}")
+    if p == 0:
+        return x
+    if p == 1:
+        return x * 0
+    return dispatch.choose("dropout", IMPLEMENTATIONS, x).run(x, p, seed, stream)

@@ -1,0 +1,128 @@
+"""Adam and AdamW with gradient clipping, all parameters in one pass over memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastllm.ops.adam import AdamSettings, AdamTensors, adam
+
+
+class Adam(torch.optim.Optimizer):
+    """`torch.optim.Adam` that also clips the gradients; state dicts are interchangeable.
+
+    Args:
+        params: parameters or parameter groups, as in every `torch.optim.Optimizer`.
+        lr: learning rate.
+        betas: decay of the first and of the second moment, each in [0, 1).
+        eps: added to the denominator.
+        weight_decay: L2 penalty, added to the gradient.
+        max_grad_norm: the update sees the gradients of all groups scaled so that their common norm
+            is at most this, as after `torch.nn.utils.clip_grad_norm_`; `.grad` itself stays as
+            it is. None for no clipping.
+
+    After a step with clipping, `grad_norm` is the norm of the unscaled gradients.
+
+    Raises:
+        ValueError: a setting is out of range.
+        RuntimeError: a gradient is sparse; use `torch.optim.SparseAdam` for those.
+    """
+
+    _decoupled_weight_decay = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if not lr >= 0:
+            raise ValueError(f"Invalid learning rate: {lr}; it must not be negative")
+        if not eps >= 0:
+            raise ValueError(f"Invalid epsilon value: {eps}; it must not be negative")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"Invalid betas: {betas}; two numbers in [0, 1) are needed")
+        if not weight_decay >= 0:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must not be negative")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(
+                f"Invalid max_grad_norm: {max_grad_norm}; it must be positive, or None"
+            )
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: float | None = None
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch's own names the attributes it knows; a copy must clip as well.
+        own = {"max_grad_norm": self.max_grad_norm, "grad_norm": self.grad_norm}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option in ("amsgrad", "maximize"):
+                if group.get(option):
+                    raise ValueError(
+                        f"the state was saved with {option}=True, which {type(self).__name__} does "
+                        "not offer; go on with torch.optim"
+                    )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update. `closure`, if given, recomputes the loss, which is then returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rows = []
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            settings = AdamSettings(
+                float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"]
+            )
+            for param in group["params"]:
+                grad = param.grad
+                if grad is None:
+                    continue
+                if grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients, "
+                        "please consider torch.optim.SparseAdam instead"
+                    )
+                state = self.state[param]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(param)
+                    state["exp_avg_sq"] = torch.zeros_like(param)
+                tensors = AdamTensors(
+                    param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
+                )
+                rows.append((tensors, settings))
+        max_grad_norm = -1.0 if self.max_grad_norm is None else self.max_grad_norm
+        norm = adam(rows, self._decoupled_weight_decay, max_grad_norm)
+        self.grad_norm = None if self.max_grad_norm is None else norm
+        return loss
+
+
+class AdamW(Adam):
+    """`torch.optim.AdamW` that also clips the gradients: decoupled weight decay.
+
+    The arguments are those of `Adam`; the weight decay is 0.01 unless given.
+    """
+
+    _decoupled_weight_decay = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm)

@@ -1,0 +1,146 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastllm
+from fastllm.ops import dispatch
+from fastllm.ops.dispatch import Implementation, choose
+from tests.conftest import needs_extension
+
+TABLE = [
+    Implementation("cpu", lambda x: "cpu", lambda *x: "it is Monday" if x else None),
+    Implementation("ref", lambda x: "ref"),
+]
+
+
+def test_automatic_choice_falls_through_to_the_reference() -> None:
+    assert choose("op", TABLE).name == "cpu"
+    assert choose("op", TABLE, 1).name == "ref"
+
+
+def test_asked_for_by_name_runs_or_raises_with_every_reason() -> None:
+    with fastllm.use("ref"):
+        assert choose("op", TABLE).name == "ref"
+    with (
+        fastllm.use("cpu"),
+        pytest.raises(RuntimeError, match="'cpu' was asked for and cannot run 'op'.*Monday"),
+    ):
+        choose("op", TABLE, 1)
+
+
+def test_use_nests_and_restores() -> None:
+    with fastllm.use("ref"):
+        with fastllm.use("cpu"):
+            assert dispatch.requested() == "cpu"
+        assert dispatch.requested() == "ref"
+    assert dispatch.requested() == "auto"
+
+
+def test_variable_is_overridden_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLLM_IMPL", "ref")
+    assert choose("op", TABLE).name == "ref"
+    with fastllm.use("auto"):
+        assert choose("op", TABLE).name == "cpu"
+
+
+@pytest.mark.parametrize("name", ["fast", "triton", "CPU", ""])
+def test_unknown_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="choose from auto, ref, cpu"), fastllm.use(name):
+        pass
+
+
+def test_unknown_name_in_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLLM_IMPL", "fast")
+    with pytest.raises(ValueError, match="FASTLLM_IMPL.*'fast'"):
+        dispatch.requested()
+
+
+@needs_extension
+def test_default_is_not_the_reference_where_there_are_kernels() -> None:
+    chosen = fastllm.implementations()
+    assert chosen["adam"]["cpu"] == "chosen"
+    assert chosen["dropout"]["cpu"] == "chosen"
+    assert chosen["adam"]["ref"] == "available"
+
+
+def test_why_not_cpu_names_what_is_wrong() -> None:
+    class Odd(torch.Tensor):
+        pass
+
+    if dispatch.kernels is None:
+        assert "extension" in str(dispatch.why_not_cpu())
+        return
+    assert dispatch.why_not_cpu(torch.ones(2)) is None
+    assert "float64" in str(dispatch.why_not_cpu(torch.ones(2).double()))
+    assert "meta" in str(dispatch.why_not_cpu(torch.ones(2, device="meta")))
+    assert "Odd" in str(dispatch.why_not_cpu(torch.ones(2).as_subclass(Odd)))
+
+
+def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# Stands in for an installation without a compiler: the extension is not there to import.
+WITHOUT_EXTENSION = "import sys; sys.modules['fastllm._kernels'] = None\n"
+
+
+def test_without_extension_everything_runs_and_says_so_once() -> None:
+    result = run_python(
+        WITHOUT_EXTENSION
+        + """
+import torch, fastllm
+from fastllm.optim import Adam
+model = fastllm.DecoderModel(10, 8, 1, 2, 16)
+optimizer = Adam(model.parameters(), max_grad_norm=1.0)
+ids = torch.randint(0, 10, (2, 16))
+for _ in range(2):
+    model.loss(ids, ids).backward()
+    optimizer.step()
+print(fastllm.implementations()['adam'])
+try:
+    with fastllm.use('cpu'):
+        optimizer.step()
+except RuntimeError as error:
+    print(error)
+"""
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("runs on the slow PyTorch reference") == 1
+    assert "install a C++ compiler" in result.stderr
+    assert "'ref': 'chosen'" in result.stdout
+    assert "'cpu' was asked for and cannot run 'adam'" in result.stdout
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", dispatch.kernels.isas() if dispatch.kernels else [])
+def test_variable_caps_the_instruction_set(isa: str) -> None:
+    result = run_python(
+        "from fastllm.ops.dispatch import kernels; print(kernels.isa())", FASTLLM_CPU_ISA=isa
+    )
+    assert result.stdout.strip() == isa
+
+
+@needs_extension
+def test_unknown_instruction_set_is_refused_with_the_known_ones() -> None:
+    result = run_python(
+        "import fastllm; print(fastllm.implementations()['adam'])", FASTLLM_CPU_ISA="sse9"
+    )
+    assert "no kernels for the instruction set 'sse9'" in result.stdout
+    assert "base" in result.stdout
+
+
+def test_import_is_light() -> None:
+    result = run_python(
+        "import sys, fastllm; print([m for m in sys.modules if m in "
+        "('matplotlib', 'tokenizers', 'transformers', 'triton', 'pydantic_settings')])"
+    )
+    assert result.stdout.strip() == "[]", result.stderr
