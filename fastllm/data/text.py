@@ -1,0 +1,144 @@
+"""Text files as pieces: read, cleaned and re-cut without ever being in memory whole."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator
+
+from fastllm.tokenization.base import BETWEEN_WORDS
+
+PIECE_BYTES = 1 << 20
+
+
+def read_text(path: str | os.PathLike[str], piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
+    """The text of a UTF-8 file, in pieces of about `piece_bytes` bytes.
+
+    A byte-order mark is dropped; CRLF and CR become LF, as in Python's text mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IsADirectoryError: `path` is a folder.
+        ValueError: the file is not UTF-8; the message gives the offset of the first bad byte.
+    """
+    if piece_bytes < 1:
+        raise ValueError(f"piece_bytes must be at least 1, not {piece_bytes}")
+    _check_is_file(path)
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    line_ends = io.IncrementalNewlineDecoder(utf8, translate=True)
+    with open(path, "rb") as file:
+        data = file.read(len(codecs.BOM_UTF8))
+        offset = len(data)
+        if data == codecs.BOM_UTF8:
+            data = b""
+        at_end = False
+        while not at_end:
+            more = file.read(piece_bytes)
+            at_end = not more
+            data += more
+            offset += len(more)
+            waiting = len(utf8.getstate()[0])
+            try:
+                piece = line_ends.decode(data, final=at_end)
+            except UnicodeDecodeError as error:
+                bad = offset - len(data) - waiting + error.start
+                raise ValueError(
+                    f"{path} is not UTF-8: bad byte 0x{error.object[error.start]:02x} at offset "
+                    f"{bad} ({error.reason}); convert it, for example with "
+                    "iconv -f WINDOWS-1252 -t UTF-8"
+                ) from error
+            data = b""
+            if piece:
+                yield piece
+
+
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    _check_is_file(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(PIECE_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_is_file(path: str | os.PathLike[str]) -> None:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"text file {path} does not exist")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder; name a text file")
+
+
+def clean_lines(
+    pieces: Iterable[str], min_line_length: int = 0, dedup_lines: bool = False
+) -> Iterator[str]:
+    """The text without short and without repeated lines.
+
+    With both settings off the pieces come through untouched. Otherwise a line is in memory whole.
+
+    Args:
+        pieces: the text; lines end with LF and may run across pieces.
+        min_line_length: a line stays if it has at least this many characters, LF not counted.
+        dedup_lines: a line equal to an earlier one goes, unless it is blank. Costs about 120 bytes
+            of memory for each different line.
+
+    Raises:
+        ValueError: `min_line_length` is negative.
+    """
+    if min_line_length < 0:
+        raise ValueError(f"min_line_length must be at least 0, not {min_line_length}")
+    if min_line_length == 0 and not dedup_lines:
+        return iter(pieces)
+    return _cleaned(pieces, min_line_length, dedup_lines)
+
+
+def _cleaned(pieces: Iterable[str], min_line_length: int, dedup_lines: bool) -> Iterator[str]:
+    seen: set[bytes] = set()
+
+    def stays(line: str) -> bool:
+        if len(line) < min_line_length:
+            return False
+        if dedup_lines and line and not line.isspace():
+            content = line.encode("utf-8", "surrogatepass")
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            if digest in seen:
+                return False
+            seen.add(digest)
+        return True
+
+    unfinished: list[str] = []
+    for piece in pieces:
+        head, line_end, tail = piece.rpartition("\n")
+        if not line_end:
+            unfinished.append(piece)
+            continue
+        lines = ("".join(unfinished) + head).split("\n")
+        unfinished = [tail]
+        kept = "".join([line + "\n" for line in lines if stays(line)])
+        if kept:
+            yield kept
+    last = "".join(unfinished)
+    if last and stays(last):
+        yield last
+
+
+def cut_between_words(pieces: Iterable[str], most_chars: int = 4 * PIECE_BYTES) -> Iterator[str]:
+    """The same text with cuts only where they leave the tokens of a subword tokenizer as they are.
+
+    Cuts come after a line end or before a space, between two words. A stretch without such a place
+    is cut when it reaches `most_chars`. A text that comes in one piece stays one piece.
+    """
+    text = ""
+    for piece in pieces:
+        if text:
+            # The tail nearly always has a place; only a text without spaces is searched whole.
+            cut = BETWEEN_WORDS.search(text, max(0, len(text) - 4096)) or BETWEEN_WORDS.search(text)
+            if cut is not None or len(text) >= most_chars:
+                end = len(text) if cut is None else cut.end()
+                yield text[:end]
+                text = text[end:]
+        text += piece
+    if text:
+        yield text

@@ -1,0 +1,188 @@
+"""The tokens of a text file as one compact integer array, in memory or in a mapped token file.
+
+A token file is a header of `HEADER_BYTES` bytes (a JSON object, filled up with spaces) and then the
+ids as little-endian integers. The header says what the tokens were made from, so that the file is
+used again as long as the text's content, the cleaning and the tokenizer are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import io
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+
+from fastllm.data.text import clean_lines, content_digest, cut_between_words, read_text
+from fastllm.tokenization import SimpleCharacterTokenizer, SubwordTokenizer
+from fastllm.tokenization.base import replace_file, smallest_token_dtype
+
+HEADER_BYTES = 4096
+FORMAT = "fastllm tokens 1"
+
+Tokens = npt.NDArray[Any]
+
+
+class TextTokenizer(Protocol):
+    """What a tokenizer must have to serve a dataset; `vocab_size` is used when it is there."""
+
+    def encode(self, text: str, /) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class TokenHeader:
+    """What a token file holds, and what it was made from."""
+
+    format: str
+    dtype: str
+    count: int
+    text_sha256: str
+    min_line_length: int
+    dedup_lines: bool
+    tokenizer: str
+
+
+def encode_file(
+    file_path: str | os.PathLike[str],
+    tokenizer: TextTokenizer,
+    min_line_length: int = 0,
+    dedup_lines: bool = False,
+) -> Tokens:
+    """The tokens of a text file, [count], in memory. Raises what `read_text` and encoding raise."""
+    pieces = clean_lines(read_text(file_path), min_line_length, dedup_lines)
+    ids = io.BytesIO()
+    _write_ids(pieces, tokenizer, ids)
+    return np.frombuffer(ids.getbuffer(), dtype=_token_dtype(tokenizer))
+
+
+def map_file(
+    file_path: str | os.PathLike[str],
+    tokenizer: TextTokenizer,
+    token_file: str | os.PathLike[str],
+    min_line_length: int = 0,
+    dedup_lines: bool = False,
+) -> tuple[Tokens, TokenHeader]:
+    """The tokens of a text file, [count], mapped from `token_file`; and the file's header.
+
+    `token_file` is written first unless it holds just these tokens already. It is replaced in one
+    step: whoever is stopped on the way leaves the old file. For a tokenizer that is not one of this
+    package, of which nobody can say whether it changed, it is written every time.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: `token_file` is the text file itself. And what `read_text` and encoding raise.
+    """
+    token_file = Path(token_file)
+    if token_file.exists() and os.path.samefile(file_path, token_file):
+        raise ValueError(f"token_file {token_file} is the text file itself; choose another name")
+    wanted = TokenHeader(
+        format=FORMAT,
+        dtype=_token_dtype(tokenizer).str,
+        count=0,
+        text_sha256=content_digest(file_path),
+        min_line_length=min_line_length,
+        dedup_lines=dedup_lines,
+        tokenizer=tokenizer.fingerprint if _is_own(tokenizer) else "",
+    )
+    there = _read_header(token_file)
+    if wanted.tokenizer and there is not None and there == replace(wanted, count=there.count):
+        return map_tokens(token_file, there), there
+    pieces = clean_lines(read_text(file_path), min_line_length, dedup_lines)
+    try:
+        token_file.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(token_file)
+        with replace_file(token_file) as file:
+            file.write(bytes(HEADER_BYTES))
+            header = replace(wanted, count=_write_ids(pieces, tokenizer, file))
+            file.seek(0)
+            file.write(json.dumps(asdict(header)).encode().ljust(HEADER_BYTES - 1) + b"\n")
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot make the token file: {error.strerror}; free some space, or name another place",
+            os.fspath(token_file),
+        ) from error
+    return map_tokens(token_file, header), header
+
+
+def map_tokens(token_file: str | os.PathLike[str], header: TokenHeader) -> Tokens:
+    """The tokens, [count], of a token file whose header is known.
+
+    Raises:
+        ValueError: the file no longer has this header.
+    """
+    if _read_header(token_file) != header:
+        raise ValueError(
+            f"token file {token_file} was changed or removed while in use; build the dataset again"
+        )
+    return np.memmap(
+        token_file, dtype=header.dtype, mode="r", offset=HEADER_BYTES, shape=(header.count,)
+    )
+
+
+def _is_own(tokenizer: object) -> TypeGuard[SimpleCharacterTokenizer | SubwordTokenizer]:
+    # A subclass may encode differently, and then its parent's fast path would be wrong.
+    return type(tokenizer) in (SimpleCharacterTokenizer, SubwordTokenizer)
+
+
+def _vocab_size(tokenizer: TextTokenizer) -> int:
+    vocab_size = getattr(tokenizer, "vocab_size", None)
+    return int(vocab_size) if isinstance(vocab_size, (int, np.integer)) else 2**31
+
+
+def _token_dtype(tokenizer: TextTokenizer) -> np.dtype[Any]:
+    dtype: np.dtype[Any] = smallest_token_dtype(_vocab_size(tokenizer)).newbyteorder("<")
+    return dtype
+
+
+def _encode(piece: str, tokenizer: TextTokenizer) -> Tokens:
+    if _is_own(tokenizer):
+        return tokenizer.encode_array(piece)
+    ids = np.array(tokenizer.encode(piece), dtype=np.int64)
+    vocab_size = _vocab_size(tokenizer)
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"{type(tokenizer).__name__} gave the token id {outside[0]}; "
+            f"its vocab_size allows 0 to {vocab_size - 1}"
+        )
+    return ids
+
+
+def _write_ids(pieces: Iterable[str], tokenizer: TextTokenizer, file: BinaryIO) -> int:
+    """Writes the tokens of the whole text to `file`, and returns their number."""
+    dtype = _token_dtype(tokenizer)
+    count = 0
+    for piece in cut_between_words(pieces):
+        ids = _encode(piece, tokenizer)
+        file.write(ids.astype(dtype, copy=False).data)
+        count += len(ids)
+    return count
+
+
+def _remove_abandoned(token_file: Path) -> None:
+    # What a killed run left half written. One that lives has written within the last hour.
+    for partial in token_file.parent.glob(f"{glob.escape(token_file.name)}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > 3600:
+                partial.unlink()
+
+
+def _read_header(token_file: str | os.PathLike[str]) -> TokenHeader | None:
+    """The header of a whole token file; None for anything else."""
+    try:
+        with open(token_file, "rb") as file:
+            header = TokenHeader(**json.loads(file.read(HEADER_BYTES)))
+            size = os.fstat(file.fileno()).st_size
+        whole = HEADER_BYTES + header.count * np.dtype(header.dtype).itemsize
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return header if size == whole else None

@@ -1,0 +1,49 @@
+"""Text to token ids and back: characters, or subwords learnt from a text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+from fastllm.tokenization.base import read_json
+from fastllm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
+from fastllm.tokenization.subword_tokenizer import SubwordTokenizer
+
+__all__ = ["SimpleCharacterTokenizer", "SubwordTokenizer", "Tokenizer", "load_tokenizer"]
+
+Tokenizer: TypeAlias = SimpleCharacterTokenizer | SubwordTokenizer
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that a file or folder holds; its content decides which kind it is.
+
+    Args:
+        path: a file that `save` wrote, a tokenizer.json of the tokenizers library, or a folder with
+            `tokenizer.json`, with GPT-2's `vocab.json` and `merges.txt`, or with the same two
+            under their first names, `encoder.json` and `vocab.bpe`.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no tokenizer in the folder.
+        ValueError: the file is damaged, or not a tokenizer; the message says what is wrong.
+        ImportError: it is a subword tokenizer and the tokenizers library is not installed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "tokenizer.json").exists():
+            for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+                if (path / vocabulary).exists():
+                    return SubwordTokenizer.from_gpt2(path / vocabulary, path / merges)
+            raise FileNotFoundError(
+                f"{path} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt"
+            )
+        path = path / "tokenizer.json"
+    data = read_json(path)
+    if isinstance(data, dict) and data.get("type") == "character":
+        return SimpleCharacterTokenizer.from_file(path)
+    if isinstance(data, dict) and "model" in data:
+        return SubwordTokenizer.from_file(path)
+    raise ValueError(
+        f'{path} is not a tokenizer: it has neither "type": "character" nor a "model"; '
+        "for GPT-2's vocab.json and merges.txt name their folder"
+    )

@@ -1,0 +1,86 @@
+"""What the tokenizers share: argument checks, the width of a token, places to cut text, files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+PAD = "<PAD>"
+
+# Text may be cut at the end of either match without changing its tokens: between "\n" and a
+# non-space, or between a non-space and " x". Byte-level BPE (GPT-2's pattern and GPT-4's) and
+# BERT's pre-tokenizer all start a new word there.
+BETWEEN_WORDS = re.compile(r"\S\n(?=\S)|\S(?= \S)")
+
+
+def smallest_token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest of uint8, uint16 and int32 that holds every id below `vocab_size`."""
+    if vocab_size <= 2**8:
+        return np.dtype(np.uint8)
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+
+
+def check_text(text: object) -> None:
+    """Raises TypeError unless `text` is a string."""
+    if not isinstance(text, str):
+        raise TypeError(f"Input text must be a string, not {type(text).__name__}")
+
+
+def check_tokens(tokens: object) -> None:
+    """Raises TypeError unless `tokens` is a list of integers (Python's or numpy's)."""
+    if not isinstance(tokens, list):
+        raise TypeError(
+            f"Input tokens must be a list of integers, not {type(tokens).__name__}; "
+            "arrays and tensors have tolist()"
+        )
+    for token in tokens:
+        if not isinstance(token, (int, np.integer)):
+            raise TypeError(
+                f"All items in the tokens list must be integers, not {type(token).__name__}"
+            )
+
+
+def read_text_file(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file. Raises FileNotFoundError, or ValueError when it is not UTF-8."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON file. Raises FileNotFoundError, or ValueError when it is not JSON."""
+    text = read_text_file(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON, or is cut off: {error}") from error
+
+
+@contextlib.contextmanager
+def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` when the block ends without an error.
+
+    It is written under another name in the same folder, fsynced and renamed, so that `path` is at
+    every instant either the old file or the whole new one.
+    """
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,280 @@
+"""Subword tokens by the tokenizers library: BPE, WordPiece, whatever a tokenizer.json holds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fastllm.tokenization.base import (
+    BETWEEN_WORDS,
+    PAD,
+    check_text,
+    check_tokens,
+    read_json,
+    read_text_file,
+    replace_file,
+    smallest_token_dtype,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PAD_NAMES = (PAD, "[PAD]", "<pad>")
+WORDPIECE_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Characters. The library works on the segments of a batch in parallel; one this long occupies a
+# thread for some milliseconds, and its tokens cost little memory.
+SEGMENT = 1 << 15
+
+
+def _library() -> ModuleType:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            "subword tokenizers need the tokenizers library: pip install 'fastllm[hf]'"
+        ) from error
+    return tokenizers
+
+
+@contextlib.contextmanager
+def _damage_is_value_error(path: object) -> Iterator[None]:
+    """Turns whatever the library raises over a bad file, Rust panics included, into ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic derives from BaseException, and its class cannot be imported.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{path} is not a usable tokenizer: {error}") from error
+        raise
+
+
+class SubwordTokenizer:
+    """A tokenizer of the tokenizers library, with the interface of the character tokenizer.
+
+    Use `train`, `from_file` or `from_gpt2` to make one. Texts are never cut off or padded, whatever
+    the file asks for, and no special tokens are added around them. The spelling of a special token
+    inside a text ("<|endoftext|>") becomes that token. Byte-level BPE gives every text back
+    unchanged from `decode(encode(text))`; WordPiece does not: it forgets the white space.
+
+    Attributes:
+        vocab_size: the number of ids, padding included (one more than the largest id).
+        pad_token_id: the id of "<PAD>", "[PAD]" or "<pad>"; "<PAD>" is added if none is there.
+        token_dtype: the smallest integer type that holds every id.
+
+    Raises:
+        ImportError: the tokenizers library is not installed.
+        ValueError: ids of the vocabulary are used twice, or lie far outside it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if not any(tokenizer.token_to_id(pad) is not None for pad in PAD_NAMES):
+            tokenizer.add_special_tokens([PAD])
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self._tokenizer = tokenizer
+        self.pad_token_id = next(vocabulary[pad] for pad in PAD_NAMES if pad in vocabulary)
+        self._ids = frozenset(vocabulary.values())
+        self.vocab_size = max(self._ids) + 1
+        if len(self._ids) != len(vocabulary):
+            raise ValueError("two tokens of the vocabulary have the same id")
+        # A few unused ids are harmless rows of an embedding; a stray huge one would make it huge.
+        if self.vocab_size > 2 * len(vocabulary):
+            raise ValueError(
+                f"token id {self.vocab_size - 1} in a vocabulary of {len(vocabulary)} tokens"
+            )
+        self.token_dtype = smallest_token_dtype(self.vocab_size)
+        # Some models put a mark before the first word of whatever they get: their texts stay whole.
+        self._may_be_cut = all(
+            self._encode_batch([a + b]) == self._encode_batch([a, b])
+            for a, b in (("ab", " ab"), ("ab\n", "ab"))
+        )
+
+    @classmethod
+    def train(
+        cls, pieces: Iterable[str], model: Literal["bpe", "wordpiece"], vocab_size: int
+    ) -> SubwordTokenizer:
+        """Learns a vocabulary of at most `vocab_size` tokens, padding included.
+
+        "bpe" is GPT-2's kind: it works on bytes, and starts from all 256 of them, so that nothing
+        is unknown. "wordpiece" is BERT's kind, with upper and lower case kept and BERT's special
+        tokens.
+
+        Args:
+            pieces: the text; each piece is let go before the next is taken.
+
+        Raises:
+            ValueError: `model` is neither, or `vocab_size` is too small for the single characters.
+        """
+        library = _library()
+        models, decoders = library.models, library.decoders
+        pre_tokenizers, trainers = library.pre_tokenizers, library.trainers
+        if model == "bpe":
+            smallest = 256 + 1
+            if vocab_size < smallest:
+                raise ValueError(
+                    f"vocab_size is {vocab_size}, but byte-level BPE needs at least {smallest}: "
+                    "256 bytes and padding"
+                )
+            tokenizer = library.Tokenizer(models.BPE())
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                special_tokens=[PAD],
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            )
+        elif model == "wordpiece":
+            tokenizer = library.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+            tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=False)
+            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            tokenizer.decoder = decoders.WordPiece()
+            trainer = trainers.WordPieceTrainer(
+                vocab_size=vocab_size, special_tokens=WORDPIECE_SPECIALS, show_progress=False
+            )
+        else:
+            raise ValueError(f'model must be "bpe" or "wordpiece", not {model!r}')
+        segments = (part for piece in pieces for part in _segments(piece))
+        tokenizer.train_from_iterator(segments, trainer)
+        trained = cls(tokenizer)
+        if trained.vocab_size > vocab_size:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, but the single characters of this text need "
+                f"{trained.vocab_size} tokens; use a larger vocab_size, or bpe"
+            )
+        return trained
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> SubwordTokenizer:
+        """The tokenizer in the library's own format, tokenizer.json.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a tokenizer, or is damaged.
+        """
+        library = _library()
+        text = read_text_file(path)
+        with _damage_is_value_error(path):
+            return cls._checked(library.Tokenizer.from_str(text))
+
+    @classmethod
+    def from_gpt2(
+        cls, vocab_path: str | os.PathLike[str], merges_path: str | os.PathLike[str]
+    ) -> SubwordTokenizer:
+        """The tokenizer in GPT-2's format: a JSON of ids by token, and a text of merges.
+
+        Raises:
+            FileNotFoundError: one of the files is missing.
+            ValueError: a file is damaged, or the two do not belong together.
+        """
+        library = _library()
+        vocabulary, merges_text = read_json(vocab_path), read_text_file(merges_path)
+        if not isinstance(vocabulary, dict) or not all(
+            type(i) is int and 0 <= i < 2**31 for i in vocabulary.values()
+        ):
+            raise ValueError(f"{vocab_path} is not a GPT-2 vocabulary: not an id for each token")
+        missing = set(library.pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys()
+        if missing:
+            raise ValueError(
+                f"{vocab_path} is not a whole GPT-2 vocabulary: no token for {min(missing)!r}"
+            )
+        merges = []
+        for number, line in enumerate(merges_text.split("\n"), start=1):
+            line = line.rstrip("\r")
+            if not line or (number == 1 and line.startswith("#version")):
+                continue
+            pair = line.split(" ")
+            if len(pair) != 2 or not all(pair):
+                raise ValueError(f"{merges_path} is damaged: line {number} is not two tokens")
+            for token in (*pair, "".join(pair)):
+                if token not in vocabulary:
+                    raise ValueError(
+                        f"{merges_path} is damaged, or does not belong to {vocab_path}: "
+                        f"line {number} needs the token {token!r}, which has no id"
+                    )
+            merges.append((pair[0], pair[1]))
+        with _damage_is_value_error(vocab_path):
+            tokenizer = library.Tokenizer(library.models.BPE(vocabulary, merges))
+            tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = library.decoders.ByteLevel()
+            if "<|endoftext|>" in vocabulary:
+                tokenizer.add_special_tokens(["<|endoftext|>"])
+            return cls._checked(tokenizer)
+
+    @classmethod
+    def _checked(cls, tokenizer: Tokenizer) -> SubwordTokenizer:
+        # Some damage shows only in use: an unknown token that is not in the vocabulary, say.
+        checked = cls(tokenizer)
+        sample = "A word, 12 more;\n\tÜbung 世界 \U0001f600 \U0010fffd" + 300 * "x"
+        checked.decode(checked.encode(sample))
+        return checked
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the tokens of `text`.
+
+        Raises:
+            TypeError: `text` is not a string.
+            ValueError: `text` has half of a surrogate pair, which is no character.
+        """
+        check_text(text)
+        segments = _segments(text) if self._may_be_cut else [text]
+        try:
+            return self._encode_batch(list(segments))
+        except TypeError as error:
+            raise ValueError(
+                "the text has half of a surrogate pair, which is no character; "
+                'text.encode("utf-8", "replace").decode() replaces it'
+            ) from error
+
+    def _encode_batch(self, texts: list[str]) -> list[int]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [i for encoding in encodings for i in encoding.ids]
+
+    def encode_array(self, text: str) -> npt.NDArray[Any]:
+        """As `encode`, as an array [number of tokens] of `token_dtype`."""
+        return np.array(self.encode(text), dtype=self.token_dtype)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of a list of ids, with special tokens spelt out.
+
+        Raises:
+            TypeError: `tokens` is not a list of integers.
+            KeyError: an id is not in the vocabulary.
+        """
+        check_tokens(tokens)
+        unknown = set(tokens) - self._ids
+        if unknown:
+            raise KeyError(
+                f"Token ID '{min(unknown)}' not found; ids of this tokenizer are "
+                f"0 to {self.vocab_size - 1}"
+            )
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest that two tokenizers share only if they encode every text alike."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the library's own tokenizer.json; the file is replaced in one step."""
+        with replace_file(path) as file:
+            file.write(self._tokenizer.to_str(pretty=True).encode())
+
+
+def _segments(text: str) -> Iterator[str]:
+    start = 0
+    while True:
+        cut = BETWEEN_WORDS.search(text, start + SEGMENT)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
