@@ -1,0 +1,1 @@
+"""The building blocks of a model: parameters, shapes, and calls into the operations."""

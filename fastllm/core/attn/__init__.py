@@ -1,0 +1,5 @@
+"""Attention modules."""
+
+from fastllm.core.attn.mha import KeyValueCache, MultiHeadAttention
+
+__all__ = ["KeyValueCache", "MultiHeadAttention"]

@@ -1,0 +1,105 @@
+"""The position-wise feed-forward network as a module."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastllm.core.dropout import Dropout
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "leaky_relu": nn.LeakyReLU,
+}
+
+
+class MLP(nn.Module):
+    """Two linear layers around an activation, with layer norm and residual connection if wanted.
+
+    Args:
+        hidden_size: H.
+        intermediate_size: I; 4 H unless given.
+        activation: `gelu` (exact), `relu`, `silu`/`swish`, `leaky_relu`, or a module.
+        dropout_p: probability of dropping an activation.
+        norm_first: normalise the input (Pre-LN) rather than the sum (Post-LN).
+        norm_type: builds the norm from `(hidden_size, eps=, device=, dtype=)`.
+        norm_eps: of the norm.
+        bias: biases in both linear layers.
+        include_norm_residual: do the norm and the residual connection here.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int | None = None,
+        activation: str | nn.Module = "gelu",
+        dropout_p: float = 0.1,
+        norm_first: bool = True,
+        norm_type: Callable[..., nn.Module] = nn.LayerNorm,
+        norm_eps: float = 1e-5,
+        bias: bool = True,
+        include_norm_residual: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size or 4 * hidden_size
+        self.norm_first = norm_first
+        self.include_norm_residual = include_norm_residual
+
+        self.norm = (
+            norm_type(hidden_size, eps=norm_eps, device=device, dtype=dtype)
+            if include_norm_residual
+            else None
+        )
+        self.fc1 = nn.Linear(
+            hidden_size, self.intermediate_size, bias=bias, device=device, dtype=dtype
+        )
+        self.activation = make_activation(activation)
+        self.dropout = Dropout(dropout_p)
+        self.fc2 = nn.Linear(
+            self.intermediate_size, hidden_size, bias=bias, device=device, dtype=dtype
+        )
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        # A truncated normal suits the smooth activations; the piecewise linear ones keep their
+        # variance with Kaiming's start (He et al. 2015).
+        smooth = isinstance(self.activation, (nn.GELU, nn.SiLU))
+        for linear in (self.fc1, self.fc2):
+            if smooth:
+                nn.init.trunc_normal_(linear.weight, std=0.02)
+            else:
+                nn.init.kaiming_uniform_(linear.weight, nonlinearity="relu")
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps every vector of `hidden_states` [..., H] by itself; gives [..., H]."""
+        x = hidden_states
+        if self.norm is not None and self.norm_first:
+            x = self.norm(x)
+        out = self.fc2(self.dropout(self.activation(self.fc1(x))))
+        if self.norm is None:
+            return out
+        out = hidden_states + out
+        return out if self.norm_first else self.norm(out)
+
+
+def make_activation(activation: str | nn.Module) -> nn.Module:
+    """The activation of that name, or the module itself."""
+    if isinstance(activation, nn.Module):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"Unknown activation '{activation}'; choose from {', '.join(ACTIVATIONS)}, "
+            "or pass a torch.nn.Module"
+        )
+    return ACTIVATIONS[activation]()

@@ -1,0 +1,74 @@
+"""Absolute positions, added to the token embeddings."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastllm.core.dropout import Dropout
+
+
+class PositionalEncoding(nn.Module):
+    """Adds a vector for each position, then dropout.
+
+    Sinusoidal as in Vaswani et al. 2017, section 3.5, held in the buffer `pe` [1, max_seq_len, H];
+    or learned, in `pos_embedding`.
+
+    Args:
+        hidden_size: H.
+        max_seq_len: the longest sequence, in tokens.
+        dropout_p: probability of dropping an element of the sum.
+        learned: learn the vectors instead of computing them.
+    """
+
+    pe: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        max_seq_len: int = 512,
+        dropout_p: float = 0.1,
+        learned: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.max_seq_len = max_seq_len
+        self.learned = learned
+        self.dropout_p = dropout_p
+        self.dropout = Dropout(dropout_p)
+        if learned:
+            self.pos_embedding = nn.Embedding(max_seq_len, hidden_size, device=device, dtype=dtype)
+            nn.init.normal_(self.pos_embedding.weight, std=0.02)
+        else:
+            positions = torch.arange(max_seq_len, dtype=torch.float64)[:, None]
+            exponents = torch.arange(0, hidden_size, 2, dtype=torch.float64) / hidden_size
+            angles = positions * torch.exp(-math.log(10000) * exponents)
+            pe = torch.zeros(1, max_seq_len, hidden_size, dtype=torch.float64)
+            pe[0, :, 0::2] = angles.sin()
+            pe[0, :, 1::2] = angles.cos()[:, : hidden_size // 2]
+            pe = pe.to(device=device, dtype=dtype or torch.get_default_dtype())
+            self.register_buffer("pe", pe)
+
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        """Adds the positions `offset` to `offset + S - 1`.
+
+        Args:
+            x: [B, S, H].
+            offset: how many positions came before, when they are in a cache.
+
+        Raises:
+            ValueError: the positions end beyond `max_seq_len`.
+        """
+        end = offset + x.size(1)
+        if end > self.max_seq_len:
+            raise ValueError(
+                f"Sequence length {end} exceeds maximum sequence length {self.max_seq_len}"
+            )
+        if self.learned:
+            positions = self.pos_embedding(torch.arange(offset, end, device=x.device))
+        else:
+            positions = self.pe[0, offset:end]
+        return self.dropout(x + positions)

@@ -1,0 +1,88 @@
+"""One layer of a transformer."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastllm.core.attn.mha import KeyValueCache, MultiHeadAttention
+from fastllm.core.mlp import MLP
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and MLP, each with a layer norm and a residual connection.
+
+    Args:
+        hidden_size: H.
+        num_heads: N.
+        mlp_intermediate_size: I; 4 H unless given.
+        attn_dropout_p: see `MultiHeadAttention`.
+        mlp_dropout_p, mlp_activation: see `MLP`.
+        norm_eps: of both layer norms.
+        norm_first: Pre-LN, `x + f(norm(x))`, rather than Post-LN, `norm(x + f(x))`.
+        is_causal: hide later positions unless `forward` says otherwise.
+        qkv_bias: biases in the attention's projections.
+        mlp_bias: biases in the MLP.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_intermediate_size: int | None = None,
+        attn_dropout_p: float = 0.1,
+        mlp_dropout_p: float = 0.1,
+        mlp_activation: str | nn.Module = "gelu",
+        norm_eps: float = 1e-5,
+        norm_first: bool = True,
+        is_causal: bool = False,
+        qkv_bias: bool = True,
+        mlp_bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.norm_first = norm_first
+        self.norm1 = nn.LayerNorm(hidden_size, eps=norm_eps, device=device, dtype=dtype)
+        self.self_attn = MultiHeadAttention(
+            hidden_size,
+            num_heads,
+            p=attn_dropout_p,
+            bias=qkv_bias,
+            eps=norm_eps,
+            norm_first=norm_first,
+            is_causal=is_causal,
+            include_norm_residual=False,
+            device=device,
+            dtype=dtype,
+        )
+        self.norm2 = nn.LayerNorm(hidden_size, eps=norm_eps, device=device, dtype=dtype)
+        self.mlp = MLP(
+            hidden_size,
+            mlp_intermediate_size,
+            activation=mlp_activation,
+            dropout_p=mlp_dropout_p,
+            norm_first=norm_first,
+            norm_eps=norm_eps,
+            bias=mlp_bias,
+            include_norm_residual=False,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """One layer over `hidden_states` [B, S, H]; arguments as for the attention."""
+        # A module in place of ours need not know of caches.
+        extra = {} if cache is None else {"cache": cache}
+        x = hidden_states
+        if self.norm_first:
+            x = x + self.self_attn(self.norm1(x), attn_mask, is_causal, **extra)
+            return x + self.mlp(self.norm2(x))
+        x = self.norm1(x + self.self_attn(x, attn_mask, is_causal, **extra))
+        return self.norm2(x + self.mlp(x))

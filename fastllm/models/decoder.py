@@ -1,0 +1,181 @@
+"""The decoder-only language model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastllm.core.attn.mha import KeyValueCache
+from fastllm.core.embedding import EmbeddingLayer, check_token_ids
+from fastllm.core.transformer_block import TransformerBlock
+
+
+class DecoderModel(nn.Module):
+    """Embedding, transformer blocks, final layer norm (Pre-LN only) and a linear head.
+
+    Args:
+        vocab_size: V.
+        hidden_size: H.
+        num_layers: L.
+        num_heads: N.
+        max_seq_len: the longest sequence, in tokens.
+        mlp_intermediate_size: I; 4 H unless given.
+        pos_encoding_learned: learned positions instead of sinusoidal ones.
+        embedding_dropout_p, attn_dropout_p, mlp_dropout_p: dropout probabilities.
+        mlp_activation: a name known to `MLP`, or a module.
+        norm_eps: of every layer norm.
+        norm_first: Pre-LN rather than Post-LN.
+        is_causal: every position sees itself and what came before.
+        padding_idx: a token that is embedded as zero and ignored as a target.
+        qkv_bias, mlp_bias, lm_head_bias: biases in those linear layers.
+
+    Attributes:
+        gradient_checkpointing: keep only each block's input for the backward, and run its forward
+            again there: less memory, a third more time. Off unless set.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
+        max_seq_len: int = 512,
+        mlp_intermediate_size: int | None = None,
+        pos_encoding_learned: bool = False,
+        embedding_dropout_p: float = 0.1,
+        attn_dropout_p: float = 0.1,
+        mlp_dropout_p: float = 0.1,
+        mlp_activation: str | nn.Module = "gelu",
+        norm_eps: float = 1e-5,
+        norm_first: bool = True,
+        is_causal: bool = True,
+        padding_idx: int | None = None,
+        qkv_bias: bool = True,
+        mlp_bias: bool = True,
+        lm_head_bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.max_seq_len = max_seq_len
+        self.norm_first = norm_first
+        self.gradient_checkpointing = False
+        self.embedding_layer = EmbeddingLayer(
+            vocab_size,
+            hidden_size,
+            max_seq_len,
+            pos_encoding_learned,
+            embedding_dropout_p,
+            padding_idx,
+            device=device,
+            dtype=dtype,
+        )
+        self.padding_idx = self.embedding_layer.padding_idx
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(
+                hidden_size,
+                num_heads,
+                mlp_intermediate_size,
+                attn_dropout_p,
+                mlp_dropout_p,
+                mlp_activation,
+                norm_eps,
+                norm_first,
+                is_causal,
+                qkv_bias,
+                mlp_bias,
+                device=device,
+                dtype=dtype,
+            )
+            for _ in range(num_layers)
+        )
+        self.final_norm = (
+            nn.LayerNorm(hidden_size, eps=norm_eps, device=device, dtype=dtype)
+            if norm_first
+            else None
+        )
+        self.lm_head = nn.Linear(
+            hidden_size, vocab_size, bias=lm_head_bias, device=device, dtype=dtype
+        )
+
+    def new_caches(self) -> list[KeyValueCache]:
+        """Empty caches for `forward`, one a block, for sequences of up to `max_seq_len`."""
+        return [KeyValueCache(self.max_seq_len) for _ in self.transformer_blocks]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attn_mask: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> Tensor:
+        """Logits [B, S, V] for the token after each of `input_ids` [B, S].
+
+        Args:
+            input_ids: integers in [0, V).
+            attn_mask: boolean, broadcastable to [B, N, S, S]; **True means masked**.
+            caches: of the positions before `input_ids`, from `new_caches`; they take these
+                positions as well.
+
+        Raises:
+            IndexError: an id is outside the vocabulary.
+            ValueError: the sequence is longer than `max_seq_len`.
+        """
+        if caches is None:
+            x = self.embedding_layer(input_ids)
+            for block in self.transformer_blocks:
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, attn_mask, use_reentrant=False)
+                else:
+                    x = block(x, attn_mask)
+        else:
+            x = self.embedding_layer(input_ids, caches[0].length if caches else 0)
+            for block, cache in zip(self.transformer_blocks, caches, strict=True):
+                x = block(x, attn_mask, cache=cache)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return self.lm_head(x)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attn_mask: Tensor | None = None,
+        ignore_index: int = -100,
+    ) -> Tensor:
+        """Mean cross-entropy of the **next** token: position t is scored against `labels[:, t+1]`.
+
+        Args:
+            input_ids: [B, S], integers in [0, V).
+            labels: [B, S], usually `input_ids` itself; they are not shifted by the caller.
+            attn_mask: as in `forward`.
+            ignore_index: a label that is not scored; neither is `padding_idx`.
+
+        Returns:
+            A scalar in nats per token; not a number when there is nothing to score.
+
+        Raises:
+            IndexError: an id or a label is outside the vocabulary.
+            ValueError: labels and inputs differ in shape.
+        """
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} must have "
+                "the same shape: labels are not shifted by the caller"
+            )
+        targets = self.targets(labels, ignore_index)
+        check_token_ids(targets[targets != ignore_index], self.vocab_size)
+        logits = self(input_ids, attn_mask)[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
+
+    def targets(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
+        """What `loss` scores, [B, S - 1]: the next labels, `ignore_index` where none is."""
+        targets = labels[:, 1:]
+        if self.padding_idx is not None:
+            targets = targets.masked_fill(targets == self.padding_idx, ignore_index)
+        return targets

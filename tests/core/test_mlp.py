@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch import nn
+
+from fastllm import MLP
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("gelu", nn.functional.gelu),
+        ("relu", torch.relu),
+        ("silu", nn.functional.silu),
+        ("swish", nn.functional.silu),
+        ("leaky_relu", nn.functional.leaky_relu),
+    ],
+)
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (2, 2, 3, 8)], ids=str)
+def test_computes_what_its_layers_say(name: str, function, shape: tuple[int, ...]) -> None:
+    mlp = MLP(8, activation=name, dropout_p=0.0, include_norm_residual=False)
+    x = torch.randn(shape)
+    assert torch.allclose(mlp(x), mlp.fc2(function(mlp.fc1(x))), atol=1e-6)
+
+
+def test_norm_and_residual_before_and_after() -> None:
+    inner = MLP(16, dropout_p=0.0, include_norm_residual=False)
+    x = torch.randn(2, 5, 16)
+    for norm_first in (True, False):
+        mlp = MLP(16, dropout_p=0.0, norm_first=norm_first)
+        mlp.load_state_dict(inner.state_dict(), strict=False)
+        assert mlp.norm is not None
+        expected = x + inner(mlp.norm(x)) if norm_first else mlp.norm(x + inner(x))
+        assert torch.allclose(mlp(x), expected, atol=1e-6)
+
+
+def test_attributes() -> None:
+    mlp = MLP(8, norm_type=nn.RMSNorm, norm_eps=1e-3, bias=False)
+    assert mlp.intermediate_size == 32
+    assert isinstance(mlp.norm, nn.RMSNorm) and mlp.norm.eps == 1e-3
+    assert mlp.fc1.bias is None and mlp.fc2.bias is None
+    assert MLP(8, 20).fc1.out_features == 20
+    tanh = nn.Tanh()
+    assert MLP(8, activation=tanh).activation is tanh
+
+
+def test_dropout_lies_between_activation_and_fc2() -> None:
+    mlp = MLP(8, 4000, "relu", dropout_p=0.5, include_norm_residual=False)
+    with torch.no_grad():
+        mlp.fc1.weight.zero_()
+        assert mlp.fc1.bias is not None and mlp.fc2.bias is not None
+        mlp.fc1.bias.fill_(1.0)
+        mlp.fc2.weight.fill_(1.0)
+        mlp.fc2.bias.fill_(0.5)
+    out = mlp(torch.zeros(1, 8))
+    # A sum of 4000 units that are 0 or 2 with equal chance, the same for every output.
+    assert torch.equal(out, out[:, :1].expand(1, 8))
+    assert abs(out[0, 0].item() - 4000.5) < 5 * 4000**0.5
+    assert mlp.eval()(torch.zeros(1, 8))[0, 0].item() == 4000.5
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_smooth_activations_start_from_a_truncated_normal(activation: str) -> None:
+    weight = MLP(256, activation=activation).fc1.weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_unknown_activation_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"Unknown activation 'gleu'.*gelu, relu, silu"):
+        MLP(8, activation="gleu")
