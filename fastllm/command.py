@@ -1,0 +1,95 @@
+"""What the commands share: settings from flags, and errors as one clear line."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+
+class CommandSettings(BaseSettings):
+    """Base of every command's settings: a field is a flag, its docstring the flag's help."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments and flags only: a stray environment variable must not change a run."""
+        return (init_settings,)
+
+
+Settings = TypeVar("Settings", bound=CommandSettings)
+
+
+def parse_settings(
+    settings_class: type[Settings], arguments: list[str], **defaults: Any
+) -> Settings:
+    """Settings from the command line, which overrides `defaults`; exits where they are wrong.
+
+    Flags may be written `--file_path` or `--file-path`.
+    """
+    try:
+        return CliApp.run(settings_class, cli_args=_underscored(arguments), **defaults)
+    except (ValidationError, SettingsError) as error:
+        raise SystemExit(f"error: {describe(error)}") from None
+
+
+def describe(error: Exception) -> str:
+    """One line for each wrong setting, naming it and what it must be."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "\n       ".join(
+        f"{'.'.join(map(str, each['loc'])) or 'settings'}: {each['msg']} (got {each['input']!r})"
+        for each in error.errors(include_url=False)
+    )
+
+
+@contextmanager
+def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
+    """Turns the expected exceptions of a command's user into a message and exit status 1."""
+    try:
+        yield
+    except types as error:
+        # str() of a KeyError would wrap its message in quotes.
+        message = error.args[0] if isinstance(error, KeyError) else error
+        raise SystemExit(f"error: {message}") from None
+
+
+def say(*parts: Any) -> None:
+    """Prints for a person to read: on stderr, so that stdout holds only what was asked for."""
+    print(*parts, file=sys.stderr, flush=True)
+
+
+def _underscored(arguments: list[str]) -> list[str]:
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+            if name.startswith("--no_"):
+                name = "--no-" + name[5:]
+            if name == "--post_norm":
+                name = "--no-norm_first"
+        result.append(name + equals + value)
+    return result

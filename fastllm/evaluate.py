@@ -1,0 +1,54 @@
+"""How well a trained model predicts a text: `python -m fastllm.evaluate --checkpoint DIR`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from fastllm.command import CommandSettings, errors_in_one_line, parse_settings
+from fastllm.data.loader import TextDataset
+from fastllm.threads import set_threads
+from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
+from fastllm.training.metrics import evaluate
+
+
+class EvaluateConfig(CommandSettings):
+    """Loss, perplexity and bits per character of a trained model on a text file."""
+
+    checkpoint: Path
+    """Folder of a run, or a checkpoint in it."""
+    file_path: Path
+    """UTF-8 text to predict."""
+    batch_size: Annotated[int, Field(ge=1, le=2**24)] = 32
+    """Sequences in a batch."""
+    json_: Annotated[bool, Field(alias="json")] = False
+    """Print one JSON object instead of a table."""
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
+
+
+def main(arguments: list[str]) -> None:
+    config = parse_settings(EvaluateConfig, arguments)
+    set_threads(config.threads)
+    with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
+        model, tokenizer, _ = load_model(find_checkpoint(config.checkpoint))
+        # Overlapping by one, the chunks predict every token but the first exactly once.
+        dataset = TextDataset(config.file_path, tokenizer, model.max_seq_len, overlap=1)
+        result = evaluate(model, dataset, config.batch_size)
+    values = {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_character": result.bits_per_character,
+        "tokens": result.tokens,
+    }
+    if config.json_:
+        print(json.dumps(values))
+    else:
+        for name, value in values.items():
+            print(f"{name.replace('_', ' '):20} {value:,.4f}".removesuffix(".0000"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,61 @@
+"""How many threads to compute with."""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def set_threads(requested: int = 0) -> int:
+    """Sets PyTorch's thread count, which the C++ kernels share, and returns it.
+
+    Args:
+        requested: the number wanted; 0 leaves it to `OMP_NUM_THREADS` where that is set, else
+            takes the physical cores that this process may use.
+    """
+    if requested or not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(requested or available_cores())
+    threads = torch.get_num_threads()
+    # The tokenizers library has a pool of its own, as large as the machine unless told.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    return threads
+
+
+def available_cores() -> int:
+    """Physical cores that the affinity mask and the cgroup's CPU quota allow; at least 1.
+
+    Two hardware threads of one core share its arithmetic units, so they count once. A quota of 2.5
+    cores counts as 2: a third thread would make the others wait for the scheduler.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cpus = os.sched_getaffinity(0)
+    else:
+        cpus = set(range(os.cpu_count() or 1))
+    cores = len({_core_of(cpu) for cpu in cpus})
+    quota = _cgroup_quota()
+    return max(1, min(cores, int(quota)) if quota is not None else cores)
+
+
+def _core_of(cpu: int) -> str:
+    siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return siblings.read_text()
+    except OSError:  # no such folder outside Linux: every CPU is taken for a core
+        return str(cpu)
+
+
+def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores' worth of time that this process's cgroup may use, or None without a limit."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()  # cgroup v2
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text()  # cgroup v1
+            period = (root / "cpu/cpu.cfs_period_us").read_text()
+        except OSError:
+            return None
+    try:
+        cores = int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):  # "max": no limit
+        return None
+    return cores if cores > 0 else None

@@ -1,0 +1,193 @@
+"""Train a model on a text file: `python -m fastllm.train --file_path book.txt`."""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastllm import implementations
+from fastllm.command import errors_in_one_line, say
+from fastllm.data.loader import TextDataset
+from fastllm.data.text import clean_lines, read_text
+from fastllm.models.decoder import DecoderModel
+from fastllm.ops.dispatch import use
+from fastllm.threads import set_threads
+from fastllm.tokenization import (
+    SimpleCharacterTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
+from fastllm.training.config import TrainConfig, parse_train_config
+from fastllm.training.loop import Trainer, TrainingError, mix
+from fastllm.training.metrics import plot_losses, resident_mb
+
+Tell = Callable[..., None]
+
+
+def main(arguments: list[str]) -> None:
+    config = parse_train_config(arguments)
+    tell: Tell = (lambda *parts: None) if config.quiet else say
+    threads = set_threads(config.threads)
+    user_errors = (CheckpointError, TrainingError, OSError, ValueError, KeyError, ImportError)
+    # FASTLLM_IMPL speaks where the flag is silent.
+    chosen = contextlib.nullcontext() if config.impl == "auto" else use(config.impl)
+    with errors_in_one_line(*user_errors), chosen:
+        run_dir = choose_run_dir(config)
+        trainer = prepare(config, run_dir, tell)
+        tell(f"run         {run_dir}")
+        tell(f"threads     {threads}")
+        tell(f"operations  {implementation_line()}")
+        trainer.train()
+        plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
+    report(trainer, run_dir, tell)
+    if trainer.stopped_by:
+        raise SystemExit(128 + trainer.stopped_by)
+
+
+def choose_run_dir(config: TrainConfig) -> Path:
+    """The folder of the run: the one given, or a new one under runs/ named after the text.
+
+    Raises:
+        ValueError: it holds a run already, and that is not to be resumed.
+    """
+    if config.out_dir is not None:
+        if (config.out_dir / "config.json").exists() and not config.resume:
+            raise ValueError(
+                f"{config.out_dir} holds a run already; --resume continues it, another --out_dir "
+                "keeps it"
+            )
+        return config.out_dir
+    name = config.file_path.stem if config.file_path else "demo"
+    number = 1
+    while (run_dir := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return run_dir
+
+
+def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
+    """Everything that can go wrong before any work is lost: data, tokenizer, model, folder."""
+    checkpoint = None
+    if config.resume:
+        checkpoint = find_checkpoint(run_dir)
+        model, tokenizer, _ = load_model(checkpoint)
+        model.gradient_checkpointing = config.gradient_checkpointing
+    text = config.file_path or demo_text(run_dir, tell)
+    if not checkpoint:
+        tokenizer = make_tokenizer(config, text)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    dataset = TextDataset(
+        text,
+        tokenizer,
+        config.max_seq_len,
+        config.overlap,
+        min_line_length=config.min_line_length,
+        dedup_lines=config.dedup_lines,
+        token_file=run_dir / "tokens.bin",
+    )
+    if len(dataset.tokens) < 2:
+        raise ValueError(f"{text} has no text to learn from, after cleaning")
+    train_set, val_set = dataset, None
+    if config.val_fraction:
+        train_set, val_set = dataset.split(config.val_fraction)
+    if not checkpoint:
+        torch.manual_seed(mix(config.seed, "start"))
+        model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
+        (run_dir / "config.json").write_text(config.to_json(), encoding="utf-8")
+        tokenizer.save(run_dir / "tokenizer.json")
+    model.to(choose_device(config))
+    tell(
+        f"data        {text}: {len(dataset.tokens):,} tokens of {tokenizer.vocab_size:,} kinds, "
+        f"{len(train_set):,} training sequences"
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    tell(f"parameters  {parameters:,}")
+    tell(f"memory      about {estimate_memory_mb(model, config):,.0f} MiB at its peak")
+    return Trainer(config, model, tokenizer, train_set, val_set, run_dir, checkpoint)
+
+
+def demo_text(run_dir: Path, tell: Tell) -> Path:
+    """Python's own documentation, as a file in the run's folder."""
+    from pydoc_data.topics import topics
+
+    path = run_dir / "demo.txt"
+    if not path.exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n\n".join(topics.values()), encoding="utf-8")
+    tell("No --file_path given: training on the demo corpus, Python's own documentation.")
+    return path
+
+
+def make_tokenizer(config: TrainConfig, text: Path) -> Tokenizer:
+    """The tokenizer that the settings ask for, made from the text or loaded."""
+    if isinstance(config.tokenizer, Path):
+        return load_tokenizer(config.tokenizer)
+    pieces = clean_lines(read_text(text), config.min_line_length, config.dedup_lines)
+    if config.tokenizer == "char":
+        return SimpleCharacterTokenizer.from_pieces(pieces)
+    return SubwordTokenizer.train(pieces, config.tokenizer, config.vocab_size)
+
+
+def choose_device(config: TrainConfig) -> str:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        say("warning: CUDA requested but not available, falling back to the CPU")
+        return "cpu"
+    return config.device
+
+
+def implementation_line() -> str:
+    """Which implementation every operation runs by, on one line."""
+    return ", ".join(
+        f"{operation}: {next(name for name, why in table.items() if why == 'chosen')}"
+        for operation, table in implementations().items()
+    )
+
+
+def estimate_memory_mb(model: DecoderModel, config: TrainConfig) -> float:
+    """Peak resident memory of training, in MiB: what is there now, and what a step will add.
+
+    Counted are gradients and two moments for every parameter, and for every token the activations
+    that the reference keeps for its backward: 34 H floats a layer and 3 S for each head's scores
+    and weights, 3 V for the logits.
+    """
+    B, S, N, L, H, V = (
+        config.batch_size,
+        config.max_seq_len,
+        config.num_heads,
+        config.num_layers,
+        config.hidden_size,
+        model.vocab_size,
+    )
+    layer = B * S * (34 * H + 3 * N * S)
+    kept = layer + L * B * S * H if config.gradient_checkpointing else L * layer
+    parameters = sum(p.numel() for p in model.parameters())
+    return resident_mb() + 4 * (3 * parameters + kept + 3 * B * S * V) / 2**20
+
+
+def report(trainer: Trainer, run_dir: Path, tell: Tell) -> None:
+    """What a finished run has to say."""
+    progress = trainer.progress
+    if trainer.stopped_by:
+        say(
+            f"stopped by {trainer.stopped_by.name} at step {progress.step:,}; go on with: "
+            f"python -m fastllm.train --out_dir {run_dir} --resume"
+        )
+        return
+    if trainer.evaluation is not None:
+        final = trainer.evaluation
+        tell(
+            f"validation  loss {final.loss:.4f}, perplexity {final.perplexity:.3f}, "
+            f"{final.bits_per_character:.4f} bits per character; "
+            f"best loss {progress.best_val_loss:.4f} at step {progress.best_step:,}"
+        )
+    if progress.training_s:
+        tell(f"speed       {progress.tokens / progress.training_s:,.0f} tokens/s")
+    tell(f"curves      {run_dir / 'loss.png'}")
+    tell(f"sample\n{trainer.sample()}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

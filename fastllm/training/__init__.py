@@ -1,0 +1,1 @@
+"""Training: its settings, the loop, checkpoints, and the record of a run."""

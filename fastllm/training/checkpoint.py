@@ -1,0 +1,276 @@
+"""Checkpoints: directories that are complete or absent, in safetensors and JSON, never pickled.
+
+A run's folder holds its newest checkpoints, and links to the newest one's parts::
+
+    config.json          every setting
+    tokenizer.json       the vocabulary
+    model.safetensors    -> checkpoints/step-00000500/model.safetensors
+    training_state/      -> checkpoints/step-00000500/training_state
+    checkpoints/step-00000500/
+        config.json, tokenizer.json, model.safetensors
+        training_state/optimizer.safetensors, training_state/state.json
+        checksums.json   SHA-256 of every other file
+
+A checkpoint is written aside, every file is flushed to the disk, then the directory gets its name
+and the directory above is flushed: whenever the process dies, or the machine, the checkpoint before
+stays whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastllm.models.decoder import DecoderModel
+from fastllm.tokenization import Tokenizer, load_tokenizer
+from fastllm.training.config import TrainConfig, read_config
+
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_CHECKSUMS = "checksums.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or read; the message names the file and what is wrong."""
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    model: DecoderModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    state: Mapping[str, Any],
+    keep: Sequence[int] = (),
+    keep_newest: int = 1,
+) -> Path:
+    """Writes a checkpoint under `run_dir` and removes the ones no longer wanted.
+
+    Args:
+        step: names the checkpoint.
+        state: JSON values, given back by `load_training_state`.
+        keep: steps whose checkpoints stay, besides the `keep_newest` newest.
+
+    Raises:
+        CheckpointError: the disk is full, the folder read-only, or the like; what was there before
+            is as it was.
+    """
+    checkpoints = run_dir / "checkpoints"
+    final = checkpoints / f"step-{step:08d}"
+    aside = checkpoints / f"writing-{final.name}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "training_state").mkdir(parents=True)
+        (aside / "config.json").write_text(config.to_json(), encoding="utf-8")
+        tokenizer.save(aside / "tokenizer.json")
+        save_file(_cpu(model.state_dict()), aside / "model.safetensors")
+        tensors, groups = _flatten(optimizers)
+        save_file(tensors, aside / "training_state/optimizer.safetensors")
+        text = json.dumps({**state, "step": step, "optimizers": groups}, indent=2)
+        (aside / "training_state/state.json").write_text(text + "\n", encoding="utf-8")
+        sums = {str(file.relative_to(aside)): _sha256(file) for file in _files(aside)}
+        (aside / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+        for path in [*_files(aside), aside / "training_state", aside]:
+            _flush(path)
+        if final.exists():
+            _remove(final)
+        aside.rename(final)
+        _flush(checkpoints)
+        for name in ("model.safetensors", "training_state"):
+            _link(run_dir / name, Path("checkpoints") / final.name / name)
+        _flush(run_dir)
+        for old in _checkpoints(run_dir)[:-keep_newest]:
+            if _step_of(old) not in keep:
+                _remove(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        newest = _checkpoints(run_dir)
+        raise CheckpointError(
+            f"cannot save a checkpoint in {checkpoints}: {error}. "
+            f"The newest whole one is {newest[-1] if newest else 'none yet'}; free some space or "
+            "make the folder writable, then go on with --resume"
+        ) from error
+    return final
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The folder itself if it is a checkpoint, else the newest one of the run in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; give a run's folder or a checkpoint in it")
+    found = _checkpoints(folder)
+    if found:
+        return found[-1]
+    if (folder / "checkpoints").is_dir() or not (folder / "model.safetensors").exists():
+        raise CheckpointError(
+            f"{folder} holds no checkpoint: neither checkpoints/step-* nor model.safetensors"
+        )
+    return folder
+
+
+def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig]:
+    """The model on the CPU, in training mode, with its tokenizer and settings.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, changed or foreign.
+    """
+    _verify(checkpoint)
+    try:
+        config = read_config(checkpoint / "config.json")
+        tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    file = checkpoint / "model.safetensors"
+    # Shapes first, without memory: settings that do not belong to the weights must not allocate.
+    with torch.device("meta"):
+        model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = _shapes(file)
+    if found != expected:
+        wrong = sorted(
+            name for name in {*found, *expected} if found.get(name) != expected.get(name)
+        )
+        raise CheckpointError(
+            f"{file} does not fit config.json and tokenizer.json beside it: '{wrong[0]}' is "
+            f"{found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'nothing')}"
+        )
+    model.to_empty(device="cpu").load_state_dict(_read_tensors(file))
+    return model, tokenizer, config
+
+
+def load_training_state(
+    checkpoint: Path, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """Fills the optimizers; returns the `state` given to `save_checkpoint`, and `step`.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, changed or foreign.
+    """
+    file = checkpoint / "training_state/state.json"
+    tensors = _read_tensors(checkpoint / "training_state/optimizer.safetensors")
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        groups = state.pop("optimizers")
+        for i, optimizer in enumerate(optimizers):
+            optimizer.load_state_dict({"state": _unflatten(tensors, i), "param_groups": groups[i]})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} and optimizer.safetensors beside it do not fit this run: {error}"
+        ) from error
+    return state
+
+
+def _flatten(
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> tuple[dict[str, Tensor], list[list[dict[str, Any]]]]:
+    tensors = {}
+    groups = []
+    for i, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        groups.append(state["param_groups"])
+        for index, entries in state["state"].items():
+            for name, tensor in entries.items():
+                tensors[f"{i}.{index}.{name}"] = tensor
+    return _cpu(tensors), groups
+
+
+def _unflatten(tensors: Mapping[str, Tensor], optimizer: int) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, index, name = key.split(".", 2)
+        if int(owner) == optimizer:
+            state.setdefault(int(index), {})[name] = tensor
+    return state
+
+
+def _cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def _verify(checkpoint: Path) -> None:
+    """Compares every file with its checksum; a folder without checksums is somebody's export."""
+    file = checkpoint / _CHECKSUMS
+    if not file.exists():
+        return
+    try:
+        sums = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name, sum in sums.items() if _sha256(checkpoint / name) != sum]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged, or a file that it lists: {error}") from error
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint / changed[0]} is damaged: its content is not what was saved. Use another "
+            f"checkpoint, or delete {checkpoint} to go on from the one before"
+        )
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    folders = (run_dir / "checkpoints").glob("step-*")
+    return sorted((f for f in folders if _STEP_NAME.fullmatch(f.name)), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link(link: Path, target: Path) -> None:
+    aside = link.with_name(f"writing-{link.name}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    aside.replace(link)
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: a checkpoint half removed must not look whole.
+    doomed = checkpoint.with_name(f"removing-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)

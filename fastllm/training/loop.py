@@ -1,0 +1,367 @@
+"""The training loop: what happens between a model and a trained model.
+
+Every random number of a step is a function of (seed, step), and the order of the data one of
+(seed, epoch). So the step count is all that a resumed run needs to go on bit for bit, from any
+step, and validating or sampling on the way changes nothing.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fastllm.command import say
+from fastllm.data.loader import TextDataset, collate
+from fastllm.generate import generate_text
+from fastllm.models.decoder import DecoderModel
+from fastllm.optim import Adam, AdamW
+from fastllm.tokenization import Tokenizer
+from fastllm.training.checkpoint import load_training_state, save_checkpoint
+from fastllm.training.config import TrainConfig
+from fastllm.training.metrics import Evaluation, MetricsLog, evaluate, resident_mb
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says why and what to try."""
+
+
+@dataclass
+class Progress:
+    """What a run has behind it: all that a checkpoint holds besides model and optimizers."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    training_s: float = 0.0
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    text_sha256: str = ""
+
+
+def batches(
+    dataset_size: int, batch_size: int, seed: int, epoch: int, first_batch: int
+) -> Iterator[list[int]]:
+    """Indices of every batch from `first_batch` of `epoch` on, epoch after epoch, for ever."""
+    while True:
+        generator = torch.Generator().manual_seed(mix(seed, "epoch", epoch))
+        order = torch.randperm(dataset_size, generator=generator)
+        for start in range(first_batch * batch_size, dataset_size, batch_size):
+            yield order[start : start + batch_size].tolist()
+        epoch, first_batch = epoch + 1, 0
+
+
+def mix(*parts: int | str) -> int:
+    """A 63-bit seed from any parts: equal for equal ones, unrelated for others."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def make_optimizers(model: DecoderModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run. Vectors (biases, norms) and embeddings get no weight decay."""
+    matrices = [p for p in model.transformer_blocks.parameters() if p.ndim == 2]
+    decayed = [*matrices, model.lm_head.weight]
+    others = [p for p in model.parameters() if all(p is not d for d in decayed)]
+    muon = config.optimizer == "muon"
+    optimizer_class = Adam if config.optimizer == "adam" else AdamW
+    adam = optimizer_class(
+        [
+            {
+                "params": [model.lm_head.weight] if muon else decayed,
+                "weight_decay": config.weight_decay,
+            },
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        # Muon's matrices count for the common norm as well, so the loop clips for both.
+        max_grad_norm=None if muon else config.max_grad_norm or None,
+    )
+    if not muon:
+        return [adam]
+    return [torch.optim.Muon(matrices, config.muon_lr, config.weight_decay), adam]
+
+
+class Trainer:
+    """Trains `model` on `train_set` as `config` says, recording and saving in `run_dir`.
+
+    Args:
+        model: on its device.
+        val_set: what is held out, or None.
+        checkpoint: continue from this one.
+
+    Attributes:
+        progress: how far the run is.
+        total_steps: where it ends.
+        evaluation: the last validation of `train`, or None.
+        stopped_by: the signal that ended `train` early, or None.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: DecoderModel,
+        tokenizer: Tokenizer,
+        train_set: TextDataset,
+        val_set: TextDataset | None,
+        run_dir: Path,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.train_set = train_set
+        self.val_set = val_set
+        self.run_dir = run_dir
+        self.optimizers = make_optimizers(model, config)
+        self.progress = Progress()
+        if checkpoint is not None:
+            self.progress = Progress(**load_training_state(checkpoint, self.optimizers))
+        self.batches_per_epoch = math.ceil(len(train_set) / config.batch_size)
+        self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.grad_accum)
+        self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
+        self.stopped_by: signal.Signals | None = None
+        self.evaluation: Evaluation | None = None
+        self._saved_step = self.progress.step if checkpoint is not None else -1
+
+    def train(self) -> None:
+        """Runs to the end, or until a signal or a limit; saves a checkpoint in every case.
+
+        Raises:
+            TrainingError: the loss is no longer a number.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        config, progress = self.config, self.progress
+        start, before = time.monotonic(), progress.elapsed_s
+        deadline = start + 60 * config.max_minutes if config.max_minutes else math.inf
+        logged_tokens, logged_s = progress.tokens, progress.training_s
+        loader = self._loader()
+        self.model.train()
+        with (
+            self._signals(),
+            self._profiler() as profiler,
+            contextlib.closing(
+                MetricsLog(self.run_dir / "metrics.jsonl", progress.step + 1)
+            ) as log,
+            tqdm(
+                total=self.total_steps, initial=progress.step, disable=config.quiet, unit="step"
+            ) as bar,
+        ):
+            ending = progress.step >= self.total_steps
+            while not ending:
+                step_start = time.monotonic()
+                outcome = self._step(loader)
+                if outcome is None:  # a signal came between two batches of the step
+                    break
+                loss, grad_norm, lr = outcome
+                step = progress.step
+                progress.training_s += time.monotonic() - step_start
+                profiler.step()
+                ending = step >= self.total_steps or time.monotonic() >= deadline
+
+                new_val_loss = None
+                if self.val_set is not None and (
+                    ending or step % (config.eval_interval or self.steps_per_epoch) == 0
+                ):
+                    new_val_loss = self._validate()
+                    patience = config.patience or math.inf
+                    ending = ending or progress.evaluations_since_best >= patience
+                progress.elapsed_s = before + time.monotonic() - start
+                if new_val_loss is not None or ending or step % config.log_interval == 0:
+                    speed = (progress.tokens - logged_tokens) / (progress.training_s - logged_s)
+                    logged_tokens, logged_s = progress.tokens, progress.training_s
+                    memory = resident_mb()
+                    log.write(
+                        step=step,
+                        epoch=(step - 1) // self.steps_per_epoch + 1,
+                        loss=loss,
+                        val_loss=new_val_loss,
+                        lr=lr,
+                        grad_norm=grad_norm,
+                        tokens=progress.tokens,
+                        tokens_per_second=round(speed, 1),
+                        elapsed_s=round(progress.elapsed_s, 3),
+                        rss_mb=round(memory, 1),
+                    )
+                    bar.set_postfix_str(
+                        f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory:,.0f} MiB", refresh=False
+                    )
+                bar.update()
+                if config.sample_interval and step % config.sample_interval == 0:
+                    bar.write(f"--- step {step}\n{self.sample()}\n---")
+                if step % config.save_interval == 0 or progress.best_step == step:
+                    self.save()
+                if self.stopped_by:
+                    break
+        if self._saved_step != progress.step:
+            self.save()
+
+    def _step(self, loader: Iterator[dict[str, Tensor]]) -> tuple[float, float, float] | None:
+        """One optimizer step: loss, gradient norm, learning rate; None if a signal came first."""
+        config, progress = self.config, self.progress
+        torch.manual_seed(mix(config.seed, "step", progress.step))
+        in_epoch = progress.step % self.steps_per_epoch
+        count = min(config.grad_accum, self.batches_per_epoch - in_epoch * config.grad_accum)
+        device = next(self.model.parameters()).device
+        step_batches = [next(loader)["input_ids"].to(device) for _ in range(count)]
+        predicted = [int((self.model.targets(ids) != -100).sum()) for ids in step_batches]
+        loss = 0.0
+        for ids, tokens in zip(step_batches, predicted, strict=True):
+            if self.stopped_by and config.grad_accum > 1:
+                # The step has changed nothing yet; a resumed run does it from its first batch.
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
+                return None
+            if tokens:
+                # A batch counts by its tokens, so that the sum is the gradient of one big batch.
+                batch_loss = self.model.loss(ids, ids) * (tokens / sum(predicted))
+                batch_loss.backward()
+                loss += batch_loss.item()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {progress.step + 1}. Try a lower --lr or more "
+                "--warmup_steps; the checkpoints before this step are whole"
+            )
+        lr = self._set_learning_rates()
+        grad_norm = self._update()
+        progress.step += 1
+        progress.tokens += sum(ids.numel() for ids in step_batches)
+        return loss, grad_norm, lr
+
+    def _update(self) -> float:
+        norm = 0.0
+        if len(self.optimizers) > 1 and self.config.max_grad_norm:
+            norm = float(
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            if isinstance(optimizer, Adam) and optimizer.grad_norm is not None:
+                norm = optimizer.grad_norm
+            optimizer.zero_grad()
+        return norm
+
+    def _set_learning_rates(self) -> float:
+        config = self.config
+        factor = self.learning_rate_factor(self.progress.step)
+        for optimizer in self.optimizers:
+            muon = isinstance(optimizer, torch.optim.Muon)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * (config.muon_lr if muon else config.lr)
+        return factor * config.lr
+
+    def learning_rate_factor(self, step: int) -> float:
+        """What the learning rates are multiplied by at `step`, counted from 0."""
+        config = self.config
+        warmup = min(config.warmup_steps, self.total_steps // 10)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
+        floor = config.min_lr / config.lr
+        if config.lr_schedule == "cosine":
+            return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+        if config.lr_schedule == "linear":
+            return floor + (1 - floor) * (1 - done)
+        return 1.0
+
+    def _loader(self) -> Iterator[dict[str, Tensor]]:
+        epoch, step_in_epoch = divmod(self.progress.step, self.steps_per_epoch)
+        order = batches(
+            len(self.train_set),
+            self.config.batch_size,
+            self.config.seed,
+            epoch,
+            step_in_epoch * self.config.grad_accum,
+        )
+        return iter(
+            DataLoader(
+                self.train_set,
+                batch_sampler=order,
+                num_workers=self.config.num_workers,
+                collate_fn=collate,
+            )
+        )
+
+    def _validate(self) -> float:
+        progress = self.progress
+        assert self.val_set is not None
+        self.evaluation = evaluate(self.model, self.val_set, self.config.batch_size)
+        progress.val_loss = self.evaluation.loss
+        if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
+            progress.best_val_loss, progress.best_step = progress.val_loss, progress.step
+            progress.evaluations_since_best = 0
+        else:
+            progress.evaluations_since_best += 1
+        return progress.val_loss
+
+    def sample(self, tokens: int = 300) -> str:
+        """Text that the model makes up, the same for the same weights."""
+        was_training = self.model.training
+        self.model.eval()
+        first = self.tokenizer.decode(self.train_set.tokens[:1].tolist())
+        text = "".join(
+            generate_text(self.model, self.tokenizer, first, tokens, temperature=0.8, seed=0)
+        )
+        self.model.train(was_training)
+        return first + text
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step."""
+        progress = self.progress
+        save_checkpoint(
+            self.run_dir,
+            progress.step,
+            self.config,
+            self.tokenizer,
+            self.model,
+            self.optimizers,
+            asdict(progress),
+            keep=[progress.best_step] if progress.best_step else [],
+            keep_newest=self.config.keep_checkpoints,
+        )
+        self._saved_step = progress.step
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks the loop to save and stop; a second SIGINT ends it."""
+
+        def ask_to_stop(number: int, frame: FrameType | None) -> None:
+            if self.stopped_by and number == signal.SIGINT:
+                os._exit(128 + number)
+            self.stopped_by = signal.Signals(number)
+            say(f"\n{self.stopped_by.name}: saving and stopping; Ctrl-C again stops at once")
+
+        previous = {
+            number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _profiler(self) -> Any:
+        if not self.config.profile:
+            return contextlib.nullcontext(_NoProfiler())
+        return torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1),
+            on_trace_ready=lambda p: p.export_chrome_trace(str(self.run_dir / "profile.json")),
+        )
+
+
+class _NoProfiler:
+    def step(self) -> None:
+        """Nothing: profiling is off."""

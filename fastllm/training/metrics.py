@@ -1,0 +1,127 @@
+"""The record of a run: metrics.jsonl, the curves in loss.png, and validation."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import psutil
+import torch
+
+from fastllm.data.loader import TextDataset, create_dataloader
+from fastllm.models.decoder import DecoderModel
+from fastllm.tokenization import Tokenizer
+
+
+class Evaluation(NamedTuple):
+    """Loss over a text: `loss` in nats per token, over `tokens` predictions."""
+
+    loss: float
+    tokens: int
+    bits_per_character: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(model: DecoderModel, dataset: TextDataset, batch_size: int) -> Evaluation:
+    """Mean loss over every chunk of `dataset`, each predicted token weighted alike.
+
+    Raises:
+        ValueError: there is nothing to predict.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for batch in create_dataloader(dataset, batch_size, shuffle=False):
+        ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
+        predicted = int((model.targets(labels) != -100).sum())
+        if predicted:
+            total += float(model.loss(ids, labels)) * predicted
+            count += predicted
+    model.train(was_training)
+    if not count:
+        raise ValueError("the text has no token to predict: it needs two tokens at least")
+    loss = total / count
+    per_character = count_characters(dataset) / len(dataset.tokens)
+    return Evaluation(
+        loss, count, loss / math.log(2) / per_character if per_character else math.inf
+    )
+
+
+def count_characters(dataset: TextDataset) -> int:
+    """How many characters the dataset's tokens stand for."""
+    tokenizer = cast(Tokenizer, dataset.tokenizer)
+    pieces = np.array_split(dataset.tokens, len(dataset.tokens) // 1_000_000 + 1)
+    return sum(len(tokenizer.decode(piece.tolist())) for piece in pieces)
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, appended as the run goes.
+
+    Args:
+        path: the file.
+        first_step: lines of this step and later ones are dropped: a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] < first_step]
+        aside = path.with_name(f"writing-{path.name}")
+        with aside.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(aside, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, **values: Any) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where there is no file. A line cut off ends them."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                values = json.loads(line)
+                values["step"] + 0
+            except (ValueError, TypeError, KeyError):
+                return
+            yield values
+
+
+def resident_mb() -> float:
+    """Resident memory of this process, in MiB."""
+    return float(psutil.Process().memory_info().rss / 2**20)
+
+
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """Draws the training and validation loss of metrics.jsonl by step."""
+    # Imported here: it takes half a second, and most commands draw nothing.
+    from matplotlib.figure import Figure
+
+    lines = list(read_metrics(metrics))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("loss", "training"), ("val_loss", "validation")):
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            marker = "o" if key == "val_loss" else ""
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if lines:
+        axes.legend()
+    figure.savefig(picture, dpi=120)
