@@ -1,6 +1,6 @@
-"""What the tests share: the parity rule, the instruction sets, and where real texts lie."""
+"""What the tests share: the parity rule, instruction sets, texts, and a small run to start from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from fastllm.ops import dispatch
+from fastllm.train import prepare
+from fastllm.training.config import TrainConfig, parse_train_config
+from fastllm.training.loop import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
@@ -59,3 +62,40 @@ def shakespeare() -> Path:
     if not path.exists():
         pytest.skip(f"{path} is not there")
     return path
+
+
+WORDS = "the quick brown fox jumps over the lazy dog and runs away from all of it\n"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """About 3,000 characters whose lines all differ."""
+    path = tmp_path / "text.txt"
+    words = WORDS.split()
+    lines = [" ".join(words[i % len(words) :] + words[: i % 7]) for i in range(45)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, text: Path) -> MakeTrainer:
+    """Builds the trainer of a run in `tmp_path / name` from flags; `--resume` continues it."""
+
+    def make(name: str, *flags: str) -> Trainer:
+        config = make_config(tmp_path / name, text, *flags)
+        return prepare(config, tmp_path / name, tell=lambda *parts: None)
+
+    return make
+
+
+def make_config(run_dir: Path, text: Path, *flags: str) -> TrainConfig:
+    small = (
+        "--max_seq_len 16 --batch_size 4 --hidden_size 16 --num_layers 1 --quiet --log_interval 1"
+    )
+    resume = ["--out_dir", str(run_dir)]
+    if "--resume" in flags:
+        return parse_train_config([*resume, "--quiet", *flags])
+    return parse_train_config([*small.split(), "--file_path", str(text), *resume, *flags])

@@ -100,6 +100,7 @@ class TextDataset(Dataset[Sample]):
 
     Attributes:
         tokens: the token ids, an integer array [count].
+        text_sha256: the digest of the text file where a token file keeps it, else None.
 
     Raises:
         FileNotFoundError: there is no such text file.
@@ -109,6 +110,7 @@ class TextDataset(Dataset[Sample]):
     """
 
     tokens: Tokens
+    text_sha256: str | None
     file_path: str | os.PathLike[str] | None
     # Where the tokens are mapped from, and which token of that file is the first one here.
     _mapped: tuple[str, TokenHeader] | None
@@ -134,6 +136,7 @@ class TextDataset(Dataset[Sample]):
             self.tokens, header = map_file(
                 file_path, tokenizer, token_file, min_line_length, dedup_lines
             )
+            self.text_sha256 = header.text_sha256
             self._mapped = (os.path.abspath(token_file), header)
 
     @classmethod
@@ -183,6 +186,7 @@ class TextDataset(Dataset[Sample]):
         self.max_seq_len = max_seq_len
         self.overlap = overlap
         self.padding_value = int(padding_value)
+        self.text_sha256 = None
         self._mapped = None
         self._first = 0
 

@@ -168,9 +168,9 @@ class DecoderModel(nn.Module):
                 f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} must have "
                 "the same shape: labels are not shifted by the caller"
             )
-        targets = self.targets(labels, ignore_index)
-        check_token_ids(targets[targets != ignore_index], self.vocab_size)
         logits = self(input_ids, attn_mask)[:, :-1]
+        targets = self.targets(labels, ignore_index)
+        check_token_ids(targets[targets != ignore_index], logits.size(-1))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
 
     def targets(self, labels: Tensor, ignore_index: int = -100) -> Tensor:

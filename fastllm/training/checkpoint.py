@@ -22,10 +22,12 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -42,22 +44,35 @@ class CheckpointError(Exception):
     """A checkpoint cannot be written or read; the message names the file and what is wrong."""
 
 
+@dataclass
+class Progress:
+    """What a run has behind it: all that a checkpoint holds besides model and optimizers."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    training_s: float = 0.0
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    text_sha256: str | None = None
+
+
 def save_checkpoint(
     run_dir: Path,
-    step: int,
     config: TrainConfig,
     tokenizer: Tokenizer,
     model: DecoderModel,
     optimizers: Sequence[torch.optim.Optimizer],
-    state: Mapping[str, Any],
+    progress: Progress,
     keep: Sequence[int] = (),
     keep_newest: int = 1,
 ) -> Path:
     """Writes a checkpoint under `run_dir` and removes the ones no longer wanted.
 
     Args:
-        step: names the checkpoint.
-        state: JSON values, given back by `load_training_state`.
+        progress: its step names the checkpoint.
         keep: steps whose checkpoints stay, besides the `keep_newest` newest.
 
     Raises:
@@ -65,7 +80,7 @@ def save_checkpoint(
             is as it was.
     """
     checkpoints = run_dir / "checkpoints"
-    final = checkpoints / f"step-{step:08d}"
+    final = checkpoints / f"step-{progress.step:08d}"
     aside = checkpoints / f"writing-{final.name}"
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -75,7 +90,7 @@ def save_checkpoint(
         save_file(_cpu(model.state_dict()), aside / "model.safetensors")
         tensors, groups = _flatten(optimizers)
         save_file(tensors, aside / "training_state/optimizer.safetensors")
-        text = json.dumps({**state, "step": step, "optimizers": groups}, indent=2)
+        text = json.dumps({"progress": asdict(progress), "optimizers": groups}, indent=2)
         (aside / "training_state/state.json").write_text(text + "\n", encoding="utf-8")
         sums = {str(file.relative_to(aside)): _sha256(file) for file in _files(aside)}
         (aside / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
@@ -150,10 +165,8 @@ def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig]:
     return model, tokenizer, config
 
 
-def load_training_state(
-    checkpoint: Path, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, Any]:
-    """Fills the optimizers; returns the `state` given to `save_checkpoint`, and `step`.
+def load_training_state(checkpoint: Path, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
+    """Fills the optimizers and tells how far the run was.
 
     Raises:
         CheckpointError: a file is missing, truncated, changed or foreign.
@@ -162,14 +175,14 @@ def load_training_state(
     tensors = _read_tensors(checkpoint / "training_state/optimizer.safetensors")
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        groups = state.pop("optimizers")
+        groups = state["optimizers"]
         for i, optimizer in enumerate(optimizers):
             optimizer.load_state_dict({"state": _unflatten(tensors, i), "param_groups": groups[i]})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return TypeAdapter(Progress).validate_python(state["progress"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{file} and optimizer.safetensors beside it do not fit this run: {error}"
         ) from error
-    return state
 
 
 def _flatten(

@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,28 +27,13 @@ from fastllm.generate import generate_text
 from fastllm.models.decoder import DecoderModel
 from fastllm.optim import Adam, AdamW
 from fastllm.tokenization import Tokenizer
-from fastllm.training.checkpoint import load_training_state, save_checkpoint
+from fastllm.training.checkpoint import Progress, load_training_state, save_checkpoint
 from fastllm.training.config import TrainConfig
 from fastllm.training.metrics import Evaluation, MetricsLog, evaluate, resident_mb
 
 
 class TrainingError(Exception):
     """Training cannot go on; the message says why and what to try."""
-
-
-@dataclass
-class Progress:
-    """What a run has behind it: all that a checkpoint holds besides model and optimizers."""
-
-    step: int = 0
-    tokens: int = 0
-    elapsed_s: float = 0.0
-    training_s: float = 0.0
-    val_loss: float | None = None
-    best_val_loss: float | None = None
-    best_step: int | None = None
-    evaluations_since_best: int = 0
-    text_sha256: str = ""
 
 
 def batches(
@@ -127,9 +111,14 @@ class Trainer:
         self.val_set = val_set
         self.run_dir = run_dir
         self.optimizers = make_optimizers(model, config)
-        self.progress = Progress()
+        self.progress = Progress(text_sha256=train_set.text_sha256)
         if checkpoint is not None:
-            self.progress = Progress(**load_training_state(checkpoint, self.optimizers))
+            self.progress = load_training_state(checkpoint, self.optimizers)
+            if self.progress.text_sha256 != train_set.text_sha256:
+                raise ValueError(
+                    f"{train_set.file_path} is not the text that this run began with; give its "
+                    "text back, or start a new run in another out_dir"
+                )
         self.batches_per_epoch = math.ceil(len(train_set) / config.batch_size)
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.grad_accum)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
@@ -323,12 +312,11 @@ class Trainer:
         progress = self.progress
         save_checkpoint(
             self.run_dir,
-            progress.step,
             self.config,
             self.tokenizer,
             self.model,
             self.optimizers,
-            asdict(progress),
+            progress,
             keep=[progress.best_step] if progress.best_step else [],
             keep_newest=self.config.keep_checkpoints,
         )

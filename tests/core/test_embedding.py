@@ -21,9 +21,7 @@ def test_adds_positions_and_knows_its_limits(learned: bool) -> None:
     x = torch.randn(2, 4, 6)
     assert torch.equal(module(x), x + table[:4])
     assert torch.equal(module(x, offset=6), x + table[6:])
-    with pytest.raises(
-        ValueError, match="Sequence length 11 exceeds maximum sequence length 10"
-    ):
+    with pytest.raises(ValueError, match="Sequence length 11 exceeds maximum sequence length 10"):
         module(torch.randn(1, 11, 6))
     with pytest.raises(ValueError, match="Sequence length 11 exceeds"):
         module(x, offset=7)

@@ -61,7 +61,9 @@ def test_dropout_lies_between_activation_and_fc2() -> None:
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_smooth_activations_start_from_a_truncated_normal(activation: str) -> None:
     weight = MLP(256, activation=activation).fc1.weight
-    assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert weight.abs().max().item() <= 2 / 16
+    # Cut at two standard deviations, a normal distribution keeps 0.88 of its width.
+    assert weight.std().item() == pytest.approx(0.88 / 16, rel=0.02)
 
 
 def test_unknown_activation_is_refused_with_the_known_ones() -> None:

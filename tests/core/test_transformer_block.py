@@ -9,8 +9,13 @@ from fastllm import MLP, MultiHeadAttention, TransformerBlock
 @pytest.mark.parametrize("bias", [True, False])
 def test_composition_and_gradients(norm_first: bool, bias: bool) -> None:
     block = TransformerBlock(
-        16, 2, attn_dropout_p=0.0, mlp_dropout_p=0.0, norm_first=norm_first,
-        qkv_bias=bias, mlp_bias=bias,
+        16,
+        2,
+        attn_dropout_p=0.0,
+        mlp_dropout_p=0.0,
+        norm_first=norm_first,
+        qkv_bias=bias,
+        mlp_bias=bias,
     )
     x = torch.randn(2, 5, 16)
     if norm_first:

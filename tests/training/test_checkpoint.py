@@ -1,0 +1,257 @@
+import errno
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastllm.training import checkpoint as checkpoint_module
+from fastllm.training.checkpoint import (
+    CheckpointError,
+    Progress,
+    find_checkpoint,
+    load_model,
+    load_training_state,
+    save_checkpoint,
+)
+from fastllm.training.loop import Trainer, make_optimizers
+from tests.conftest import MakeTrainer
+
+
+@pytest.fixture
+def trained(make_trainer: MakeTrainer) -> Trainer:
+    trainer = make_trainer(
+        "run", "--max_steps", "4", "--save_interval", "2", "--eval_interval", "2"
+    )
+    trainer.train()
+    return trainer
+
+
+def steps(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_layout_of_a_run(trained: Trainer) -> None:
+    run_dir = trained.run_dir
+    names = {str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file()}
+    step = "checkpoints/step-00000004/"
+    assert {
+        "config.json", "tokenizer.json", "model.safetensors", "metrics.jsonl",
+        step + "config.json", step + "tokenizer.json", step + "model.safetensors",
+        step + "training_state/optimizer.safetensors", step + "training_state/state.json",
+    } <= names  # fmt: skip
+    assert (run_dir / "training_state/state.json").exists()
+    assert find_checkpoint(run_dir) == run_dir / "checkpoints/step-00000004"
+    assert find_checkpoint(run_dir / "checkpoints/step-00000004").name == "step-00000004"
+
+
+def test_model_and_optimizer_come_back_bit_for_bit(trained: Trainer) -> None:
+    model, tokenizer, config = load_model(find_checkpoint(trained.run_dir))
+    assert config == trained.config.model_copy(update={"out_dir": None})
+    assert tokenizer.fingerprint == trained.tokenizer.fingerprint
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert all(p.requires_grad for p in model.parameters())
+    optimizers = make_optimizers(model, config)
+    progress = load_training_state(find_checkpoint(trained.run_dir), optimizers)
+    assert progress == trained.progress
+    assert progress.step == 4
+    ours, theirs = optimizers[0].state_dict(), trained.optimizers[0].state_dict()
+    assert json.dumps(ours["param_groups"]) == json.dumps(theirs["param_groups"])
+    for index, entries in theirs["state"].items():
+        for name, tensor in entries.items():
+            assert torch.equal(ours["state"][index][name], tensor)
+
+
+def test_old_checkpoints_go_and_the_best_stays(make_trainer: MakeTrainer) -> None:
+    flags = "--max_steps 9 --save_interval 2 --keep_checkpoints 2 --val_fraction 0"
+    trainer = make_trainer("run", *flags.split())
+    trainer.progress.best_step = 4
+    trainer.train()
+    assert steps(trainer.run_dir) == ["step-00000004", "step-00000008", "step-00000009"]
+
+
+@pytest.mark.parametrize("fail_at", ["write", "flush", "rename", "link"])
+def test_a_failing_disk_leaves_the_last_checkpoint_whole(
+    trained: Trainer, monkeypatch: pytest.MonkeyPatch, fail_at: str
+) -> None:
+    before = find_checkpoint(trained.run_dir)
+
+    def no_space(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = {
+        "write": (checkpoint_module, "save_file"),
+        "flush": (checkpoint_module, "_flush"),
+        "rename": (Path, "rename"),
+        "link": (checkpoint_module, "_link"),
+    }[fail_at]
+    monkeypatch.setattr(*target, no_space)
+    trained.progress.step = 5
+    with pytest.raises(
+        CheckpointError, match=r"No space left on device.*newest whole one is.*step-"
+    ):
+        trained.save()
+    monkeypatch.undo()
+    newest = find_checkpoint(trained.run_dir)
+    assert newest == before or fail_at == "link"
+    load_model(newest)
+    load_training_state(newest, make_optimizers(trained.model, trained.config))
+    assert not [name for name in steps(trained.run_dir) if name.startswith("writing")]
+
+
+def test_a_really_full_disk(trained: Trainer) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("there is no /dev/full on this system")
+    with pytest.raises(CheckpointError, match="cannot save a checkpoint"):
+        (trained.run_dir / "checkpoints/writing-step-00000007").symlink_to(full)
+        trained.progress.step = 7
+        monkey = trained.tokenizer.save
+        trained.tokenizer.save = lambda path: monkey(full)  # type: ignore[method-assign]
+        trained.save()
+    load_model(find_checkpoint(trained.run_dir))
+
+
+def test_leftovers_of_a_kill_are_no_checkpoints(trained: Trainer) -> None:
+    run_dir = trained.run_dir
+    newest = find_checkpoint(run_dir)
+    for name in ("writing-step-00000009", "removing-step-00000001"):
+        shutil.copytree(newest, run_dir / "checkpoints" / name)
+    assert find_checkpoint(run_dir) == newest
+
+
+def test_folders_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no folder"):
+        find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+
+
+def copy_without_checksums(trained: Trainer, to: Path) -> Path:
+    """As a user would who edits files by hand: every other check has to do without checksums."""
+    shutil.copytree(find_checkpoint(trained.run_dir), to)
+    (to / "checksums.json").unlink()
+    return to
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_size": 32}, {"num_layers": 1000}, {"max_seq_len": 2**20}, {"hidden_size": 2**16}],
+    ids=str,
+)
+def test_settings_that_do_not_fit_the_weights(
+    trained: Trainer, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """Found from the shapes alone: a wrong setting must not allocate what it asks for."""
+    folder = copy_without_checksums(trained, tmp_path / "copy")
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=r"model.safetensors does not fit config.json"):
+        load_model(folder)
+
+
+def test_foreign_files(trained: Trainer, tmp_path: Path) -> None:
+    folder = copy_without_checksums(trained, tmp_path / "copy")
+    torch.save({"a": torch.ones(3)}, folder / "model.safetensors")  # a pickle
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read as safetensors"):
+        load_model(folder)
+    (folder / "config.json").write_text("[1, 2]")
+    with pytest.raises(CheckpointError, match=r"config.json is not a run's config.json"):
+        load_model(folder)
+
+
+def test_optimizer_state_of_another_run(trained: Trainer, make_trainer: MakeTrainer) -> None:
+    other = make_trainer("other", "--max_steps", "1", "--optimizer", "muon")
+    other.train()
+    with pytest.raises(CheckpointError, match="do not fit this run"):
+        load_training_state(
+            find_checkpoint(trained.run_dir), make_optimizers(other.model, other.config)
+        )
+
+
+def test_damage_is_found_by_the_checksums(trained: Trainer) -> None:
+    checkpoint = find_checkpoint(trained.run_dir)
+    file = checkpoint / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged.*another checkpoint"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("with_checksums", [True, False])
+def test_mutated_checkpoints_load_or_say_what_is_wrong(
+    trained: Trainer, tmp_path: Path, with_checksums: bool
+) -> None:
+    """500 checkpoints each way: a file with bytes changed, lost or added, cut off, or gone."""
+    rng = random.Random(1)
+    folder = tmp_path / "copy"
+    shutil.copytree(find_checkpoint(trained.run_dir), folder)
+    if not with_checksums:
+        (folder / "checksums.json").unlink()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    optimizers = make_optimizers(trained.model, trained.config)
+    refused = 0
+    for _ in range(500):
+        file = rng.choice(files)
+        whole = file.read_bytes()
+        data = bytearray(whole)
+        # The headers and JSON are where a change does most.
+        position = rng.randrange(min(len(data), rng.choice([8, 300, len(data)])))
+        # A folder without checksums is not damaged: it is somebody's export.
+        gone = ["gone"] if file.name != "checksums.json" else []
+        change = rng.choice(["flip", "insert", "cut", *gone])
+        if change == "flip":
+            data[position] ^= 1 << rng.randrange(8)
+        elif change == "insert":
+            data[position:position] = rng.randbytes(rng.randint(1, 9))
+        elif change == "cut":
+            del data[position:]
+        file.write_bytes(data)
+        if change == "gone":
+            file.unlink()
+        try:
+            load_model(folder)
+            load_training_state(folder, optimizers)
+        except CheckpointError as error:
+            assert str(folder) in str(error)
+            refused += 1
+        file.write_bytes(whole)
+    assert refused == 500 if with_checksums else refused > 250
+    load_model(folder)
+
+
+def test_saving_twice_at_one_step_replaces(trained: Trainer) -> None:
+    trained.save()
+    assert steps(trained.run_dir)[-1] == "step-00000004"
+    load_model(find_checkpoint(trained.run_dir))
+
+
+def test_read_only_folder(trained: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:
+        # Root may write anywhere, so the refusal is put where the kernel would give it.
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    else:
+        (trained.run_dir / "checkpoints").chmod(0o500)
+    with pytest.raises(CheckpointError, match=r"Permission denied.*make the folder writable"):
+        save_checkpoint(
+            trained.run_dir, trained.config, trained.tokenizer, trained.model, [], Progress(9)
+        )
+    if os.geteuid() != 0:
+        (trained.run_dir / "checkpoints").chmod(0o700)
+    monkeypatch.undo()
+    load_model(find_checkpoint(trained.run_dir))

@@ -1,0 +1,138 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from fastllm.training.config import TrainConfig, parse_train_config, read_config
+
+
+def test_the_seeds_flags_and_defaults() -> None:
+    config = parse_train_config([])
+    seed = {
+        "file_path": None, "max_seq_len": 32, "batch_size": 16, "epochs": 1, "lr": 1e-3,
+        "hidden_size": 64, "num_layers": 2, "num_heads": 2, "device": "cpu", "overlap": 0,
+        "log_interval": 10, "dropout": 0.1, "optimizer": "adam", "max_grad_norm": 1.0,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in seed} == seed
+
+
+def test_both_spellings_and_both_forms() -> None:
+    config = parse_train_config(
+        "--max_seq_len 8 --batch-size=4 --post_norm --gradient-checkpointing --val-fraction .2".split()  # fmt: skip
+    )
+    assert (config.max_seq_len, config.batch_size, config.val_fraction) == (8, 4, 0.2)
+    assert config.gradient_checkpointing and not config.norm_first
+    assert parse_train_config(["--norm_first"]).norm_first
+    assert parse_train_config(["--no-quiet"]).quiet is False
+
+
+def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_train_config(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for name, field in TrainConfig.model_fields.items():
+        assert field.description, name
+        assert f"--{name}" in text
+
+
+def test_flags_override_the_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('hidden_size = 32\nlr = 0.01\nnorm_first = false\nactivation = "relu"\n')
+    config = parse_train_config(["--config", str(file), "--lr", "0.1"])
+    assert (config.hidden_size, config.lr, config.norm_first) == (32, 0.1, False)
+    assert config.activation == "relu"
+
+
+def test_a_stray_environment_variable_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LR", "7")
+    monkeypatch.setenv("SEED", "7")
+    assert (parse_train_config([]).lr, parse_train_config([]).seed) == (1e-3, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lr -1", "lr: Input should be greater than 0 (got '-1')"),
+        ("--lr nan", "lr: Input should be a finite number"),
+        ("--lr fast", "lr: Input should be a valid number"),
+        ("--batch_size 0", "batch_size: Input should be greater than or equal to 1"),
+        ("--batch_size 1.5", "batch_size: Input should be a valid integer"),
+        ("--optimizer sgd", "optimizer: Input should be 'adam', 'adamw' or 'muon'"),
+        ("--dropout 1", "dropout: Input should be less than 1"),
+        ("--max_seq_len 1", "max_seq_len: Input should be greater than or equal to 2"),
+        ("--overlap 32", "overlap (32) must be less than max_seq_len (32)"),
+        ("--num_heads 3", "hidden_size (64) must be divisible by num_heads (3)"),
+        ("--min_lr 1", "min_lr (1.0) must not exceed lr (0.001)"),
+        ("--patience 2 --val_fraction 0", "patience needs a validation split"),
+        ("--resume", "resume needs out_dir"),
+        ("--config nowhere.toml", "cannot read the config file nowhere.toml"),
+        ("--resume --out_dir nowhere", "nowhere/config.json does not exist"),
+    ],
+)
+def test_wrong_flags_are_named_with_what_they_must_be(flags: str, message: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_train_config(flags.split())
+    assert message in str(exit_.value)
+
+
+@pytest.mark.parametrize("flags", ["--hiden_size 3", "stray", "--lr"])
+def test_unknown_flags_and_missing_values(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_train_config(flags.split())
+    assert exit_.value.code == 2
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("lr = ", "is not TOML"),
+        ("learning_rate = 1", "learning_rate: Extra inputs are not permitted"),
+        ("lr = 'fast'", "lr: Input should be a valid number"),
+        ("[train]\nlr = 1", "train: Extra inputs are not permitted"),
+    ],
+)
+def test_wrong_config_files(tmp_path: Path, toml: str, message: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(toml)
+    with pytest.raises(SystemExit) as exit_:
+        parse_train_config(["--config", str(file)])
+    assert message in str(exit_.value)
+
+
+def test_config_json_holds_every_setting_and_the_version(tmp_path: Path) -> None:
+    config = parse_train_config(["--lr", "0.5", "--tokenizer", "bpe", "--file_path", "a.txt"])
+    file = tmp_path / "config.json"
+    file.write_text(config.to_json())
+    assert "fastllm_version" in json.loads(file.read_text())
+    assert read_config(file) == config
+
+
+def test_mutated_configs_load_or_say_what_is_wrong(tmp_path: Path) -> None:
+    """1,000 settings files with bytes changed, lost or added; TOML and JSON take turns."""
+    rng = random.Random(0)
+    whole = parse_train_config(["--file_path", "a.txt"]).to_json().encode()
+    toml = b'hidden_size = 32\nlr = 0.01\nnorm_first = false\nactivation = "relu"\nseed = 7\n'
+    outcomes = {"loaded": 0, "refused": 0}
+    for i in range(1000):
+        source, file = (whole, tmp_path / "config.json") if i % 2 else (toml, tmp_path / "c.toml")
+        data = bytearray(source)
+        for _ in range(rng.randint(0, 3)):
+            position = rng.randrange(len(data))
+            data[position : position + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 2))
+        file.write_bytes(data if rng.random() < 0.7 else data[: rng.randrange(len(data))])
+        try:
+            if i % 2:
+                read_config(file)
+            else:
+                parse_train_config(["--config", str(file)])
+            outcomes["loaded"] += 1
+        except ValueError as error:
+            assert str(file) in str(error)
+            outcomes["refused"] += 1
+        except SystemExit as error:
+            assert str(error).startswith("error: ")
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 50

@@ -1,0 +1,345 @@
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastllm.training.checkpoint import find_checkpoint, load_model, load_training_state
+from fastllm.training.config import parse_train_config
+from fastllm.training.loop import Trainer, TrainingError, batches, make_optimizers
+from fastllm.training.metrics import evaluate, read_metrics
+from tests.conftest import MakeTrainer, make_config
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return list(trainer.model.state_dict().values())
+
+
+def assert_same_run(a: Trainer, b: Trainer) -> None:
+    """Weights, optimizer state and logged losses are equal to the last bit."""
+    assert all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+    for ours, theirs in zip(a.optimizers, b.optimizers, strict=True):
+        state = theirs.state_dict()["state"]
+        for index, entries in ours.state_dict()["state"].items():
+            assert all(torch.equal(entries[name], state[index][name]) for name in entries)
+    keys = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens")
+    lines = [
+        [[line[key] for key in keys] for line in read_metrics(t.run_dir / "metrics.jsonl")]
+        for t in (a, b)
+    ]
+    assert lines[0] == lines[1]
+    assert a.progress.best_val_loss == b.progress.best_val_loss
+
+
+def interrupt_before(trainer: Trainer, calls: int) -> None:
+    """As if a signal came just before the model's loss is computed for the n-th time."""
+    original = trainer.model.loss
+    seen = 0
+
+    def loss(*args, **kwargs):
+        nonlocal seen
+        seen += 1
+        if seen == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    trainer.model.loss = loss  # type: ignore[method-assign]
+
+
+SETTINGS = {
+    "dropout": "--max_steps 12 --eval_interval 5",
+    "mid-epoch": "--epochs 2 --overlap 8 --batch_size 7",
+    "accumulation": "--max_steps 8 --grad_accum 3 --eval_interval 3 --dropout 0.2",
+    "muon": "--max_steps 8 --optimizer muon --weight_decay 0.1",
+    "schedule": "--max_steps 15 --lr_schedule linear --warmup_steps 4 --optimizer adamw",
+    "workers": "--max_steps 8 --num_workers 1",
+    "checkpointing": "--max_steps 8 --gradient_checkpointing",
+}
+
+
+@pytest.mark.parametrize("point", [1, 4, 7])
+@pytest.mark.parametrize("flags", SETTINGS.values(), ids=SETTINGS)
+def test_an_interrupted_run_resumes_bit_for_bit(
+    make_trainer: MakeTrainer, flags: str, point: int
+) -> None:
+    """Every step, and with accumulation every batch of a step, is a point to stop at."""
+    whole = make_trainer("whole", *flags.split())
+    whole.train()
+    first = make_trainer("parts", *flags.split())
+    interrupt_before(first, point)
+    first.train()
+    assert first.stopped_by == signal.SIGTERM
+    assert first.progress.step < whole.progress.step
+    second = make_trainer("parts", "--resume")
+    assert second.progress.step == first.progress.step
+    second.train()
+    assert_same_run(second, whole)
+
+
+def test_looking_on_changes_nothing(make_trainer: MakeTrainer) -> None:
+    """Validating, sampling, saving and logging on the way leave the run as it is."""
+    plain = make_trainer("plain", "--max_steps", "9")
+    plain.train()
+    watched = make_trainer(
+        "watched", *"--max_steps 9 --eval_interval 2 --sample_interval 3 --save_interval 1".split()
+    )
+    watched.train()
+    assert all(torch.equal(x, y) for x, y in zip(weights(plain), weights(watched), strict=True))
+
+
+def test_accumulated_batches_equal_the_big_batch(make_trainer: MakeTrainer) -> None:
+    """Also where the batches have different numbers of tokens to score, at the text's end."""
+    flags = "--dropout 0 --val_fraction 0 --lr_schedule constant --optimizer adamw".split()
+    big = make_trainer("big", "--batch_size", "8", "--epochs", "2", *flags)
+    big.train()
+    small = make_trainer("small", "--batch_size", "2", "--grad_accum", "4", "--epochs", "2", *flags)
+    small.train()
+    steps = [list(read_metrics(t.run_dir / "metrics.jsonl")) for t in (big, small)]
+    assert len(steps[0]) == big.progress.step > 20
+    for one, other in zip(*steps, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_more_steps_after_the_end(make_trainer: MakeTrainer) -> None:
+    """`--max_steps` counts from the run's beginning."""
+    flags = "--lr_schedule constant --warmup_steps 0 --eval_interval 5".split()
+    whole = make_trainer("whole", "--max_steps", "10", *flags)
+    whole.train()
+    make_trainer("parts", "--max_steps", "5", *flags).train()
+    second = make_trainer("parts", "--resume", "--max_steps", "10")
+    second.train()
+    assert_same_run(second, whole)
+    done = make_trainer("parts", "--resume", "--max_steps", "10")
+    done.train()
+    assert done.progress.step == 10
+
+
+def test_what_makes_a_run_cannot_change_on_the_way(make_trainer: MakeTrainer) -> None:
+    make_trainer("run", "--max_steps", "1").train()
+    with pytest.raises(SystemExit, match="has batch_size 4; it cannot be resumed with 8"):
+        make_trainer("run", "--resume", "--batch_size", "8")
+
+
+def test_the_text_cannot_change_on_the_way(make_trainer: MakeTrainer, text: Path) -> None:
+    make_trainer("run", "--max_steps", "1").train()
+    text.write_text(text.read_text().replace("fox", "cat"))
+    with pytest.raises(ValueError, match="is not the text that this run began with"):
+        make_trainer("run", "--resume")
+
+
+def test_a_new_run_does_not_overwrite_one(tmp_path: Path, text: Path) -> None:
+    command = [sys.executable, "-m", "fastllm.train", "--file_path", str(text), "--max_steps", "1"]
+    for expected in (0, 1):
+        result = subprocess.run(
+            [*command, "--out_dir", str(tmp_path / "run"), "--quiet"],
+            capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        assert result.returncode == expected, result.stderr
+    assert "holds a run already; --resume continues it" in result.stderr
+
+
+def test_every_chunk_once_an_epoch_in_another_order_each_time() -> None:
+    order = batches(dataset_size=10, batch_size=4, seed=3, epoch=0, first_batch=0)
+    epochs = [[next(order) for _ in range(3)] for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(i for batch in epoch for i in batch) == list(range(10))
+    assert epochs[0] != epochs[1] != epochs[2]
+    later = batches(10, 4, 3, epoch=1, first_batch=2)
+    assert [next(later), next(later)] == [epochs[1][2], epochs[2][0]]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle"), [("constant", 1.0), ("cosine", 0.55), ("linear", 0.55)]
+)
+def test_learning_rates(make_trainer: MakeTrainer, schedule: str, middle: float) -> None:
+    flags = f"--max_steps 110 --warmup_steps 10 --lr 1 --min_lr 0.1 --lr_schedule {schedule}"
+    trainer = make_trainer("run", *flags.split())
+    factors = [trainer.learning_rate_factor(step) for step in range(111)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[10] == 1.0
+    assert factors[60] == pytest.approx(middle)
+    assert factors[110] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+def test_patience_and_the_best_checkpoint(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        "run", *"--max_steps 60 --eval_interval 1 --patience 3 --lr 3 --warmup_steps 0".split()
+    )
+    trainer.train()
+    best = trainer.progress.best_step
+    assert best is not None and trainer.progress.step == best + 3 < 60
+    model, _, _ = load_model(trainer.run_dir / f"checkpoints/step-{best:08d}")
+    assert trainer.val_set is not None
+    loss = evaluate(model, trainer.val_set, 4).loss
+    assert loss == pytest.approx(trainer.progress.best_val_loss, rel=1e-6)
+
+
+def test_time_limit(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run", "--epochs", "100000", "--max_minutes", "0.01")
+    start = time.monotonic()
+    trainer.train()
+    assert time.monotonic() - start < 20
+    assert 0 < trainer.progress.step < trainer.total_steps
+    assert trainer.progress.val_loss is not None
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_spoils_no_checkpoint(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer = make_trainer("run", "--max_steps", "9", "--save_interval", "1")
+    original = trainer.model.loss
+
+    def loss(*args, **kwargs):
+        return original(*args, **kwargs) * (math.nan if trainer.progress.step == 3 else 1)
+
+    trainer.model.loss = loss  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"loss is nan at step 4. Try a lower --lr"):
+        trainer.train()
+    model, _, _ = load_model(find_checkpoint(trainer.run_dir))
+    assert all(t.isfinite().all() for t in model.state_dict().values())
+
+
+def test_metrics_lines(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run", *"--max_steps 20 --log_interval 6 --eval_interval 8".split())
+    trainer.train()
+    lines = list(read_metrics(trainer.run_dir / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == [6, 8, 12, 16, 18, 20]
+    assert [line["val_loss"] is not None for line in lines] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert set(lines[0]) == {
+        "step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens", "tokens_per_second",
+        "elapsed_s", "rss_mb",
+    }  # fmt: skip
+    assert lines[-1]["tokens"] == 20 * 4 * 16
+    assert lines[0]["grad_norm"] > 0 and lines[0]["tokens_per_second"] > 0
+
+
+def test_weight_decay_spares_vectors_and_embeddings(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run", "--weight_decay", "0.1", "--optimizer", "adamw")
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    decayed, spared = trainer.optimizers[0].param_groups
+    assert {names[id(p)].split(".")[-2] for p in decayed["params"]} == {
+        "qkv_proj", "out_proj", "fc1", "fc2", "lm_head",
+    }  # fmt: skip
+    assert all(p.ndim == 1 or "embedding" in names[id(p)] for p in spared["params"])
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+LONG_RUN = ["--max_steps", "100000", "--val_fraction", "0"]
+
+
+def train_slowly(run_dir: Path, text: Path, resume: bool) -> None:
+    """In a child process: a run that saves after every step."""
+    from fastllm.train import prepare
+
+    torch.set_num_threads(1)
+    flags = ["--resume"] if resume else [*LONG_RUN, "--save_interval", "1"]
+    config = make_config(run_dir, text, *flags)
+    prepare(config, run_dir, tell=lambda *parts: None).train()
+
+
+def test_killed_a_hundred_times(tmp_path: Path, text: Path) -> None:
+    """After SIGKILL at any instant a whole checkpoint is there, at most one interval old."""
+    # A server that has imported everything, from which each run is forked: seconds, not minutes.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.test_loop"])
+    run_dir = tmp_path / "run"
+    rng = random.Random(2)
+    last_step = -1
+    for kill in range(100):
+        child = context.Process(target=train_slowly, args=(run_dir, text, last_step >= 0))
+        child.start()
+        # Early kills may come before the first checkpoint, later ones while saving or pruning.
+        limit = time.monotonic() + 60
+        metrics = run_dir / "metrics.jsonl"
+        size = metrics.stat().st_size if metrics.exists() else 0
+        if kill % 4:
+            while child.is_alive() and time.monotonic() < limit:
+                if metrics.exists() and metrics.stat().st_size != size:
+                    break
+                time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.06))
+        alive = child.is_alive()
+        child.kill()
+        child.join()
+        assert alive, f"run {kill} ended by itself with exit code {child.exitcode}"
+        if last_step < 0 and not list(run_dir.glob("checkpoints/step-*")):
+            for file in [*run_dir.glob("*.*")]:
+                file.unlink()
+            continue
+        checkpoint = find_checkpoint(run_dir)
+        model, _, config = load_model(checkpoint)
+        step = load_training_state(checkpoint, make_optimizers(model, config)).step
+        logged = [line["step"] for line in read_metrics(metrics)]
+        # The step after the newest checkpoint may be logged already; no other can be missing.
+        assert step >= max(last_step, logged[-1] - 1 if logged else 0)
+        last_step = step
+    assert last_step > 30
+    undisturbed = tmp_path / "undisturbed"
+    trainer = run_to(undisturbed, text, last_step)
+    state = trainer.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def run_to(run_dir: Path, text: Path, step: int) -> Trainer:
+    """The run of `train_slowly`, stopped by a signal after a step."""
+    from fastllm.train import prepare
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    config = make_config(run_dir, text, *LONG_RUN, "--save_interval", "100000")
+    trainer = prepare(config, run_dir, tell=lambda *parts: None)
+    interrupt_before(trainer, step)
+    trainer.train()
+    torch.set_num_threads(threads)
+    return trainer
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_signals_save_and_exit_with_a_clear_line(
+    tmp_path: Path, text: Path, number: signal.Signals
+) -> None:
+    command = [
+        *(sys.executable, "-m", "fastllm.train", "--file_path", str(text)),
+        *("--out_dir", str(tmp_path / "run"), "--epochs", "100000", "--log_interval", "1"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"{number.name}: saving and stopping" in errors
+    assert f"stopped by {number.name} at step" in errors and "--resume" in errors
+    state = json.loads((tmp_path / "run/training_state/state.json").read_text())
+    assert state["progress"]["step"] == list(read_metrics(metrics))[-1]["step"]
+
+
+def test_muon_takes_the_blocks_matrices(tmp_path: Path) -> None:
+    config = parse_train_config(["--optimizer", "muon"])
+    model = config.build_model(20, 19)
+    muon, adam = make_optimizers(model, config)
+    assert isinstance(muon, torch.optim.Muon)
+    shapes = [tuple(p.shape) for p in muon.param_groups[0]["params"]]
+    assert shapes == [(192, 64), (64, 64), (256, 64), (64, 256)] * 2
+    counted = sum(len(g["params"]) for o in (muon, adam) for g in o.param_groups)
+    assert counted == len(list(model.parameters()))
