@@ -67,13 +67,15 @@ def describe(error: Exception) -> str:
 
 @contextmanager
 def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
-    """Turns the expected exceptions of a command's user into a message and exit status 1."""
+    """Turns exceptions that a command's user can mend into a message and exit status 1."""
     try:
         yield
     except types as error:
         # str() of a KeyError would wrap its message in quotes.
         message = error.args[0] if isinstance(error, KeyError) else error
         raise SystemExit(f"error: {message}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def say(*parts: Any) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from fastllm import implementations
 from fastllm.command import errors_in_one_line, say
 from fastllm.data.loader import TextDataset
 from fastllm.data.text import clean_lines, read_text
 from fastllm.models.decoder import DecoderModel
-from fastllm.ops.dispatch import use
+from fastllm.ops import implementation_line
+from fastllm.ops.dispatch import ImplementationError, use
 from fastllm.threads import set_threads
 from fastllm.tokenization import (
     SimpleCharacterTokenizer,
@@ -32,7 +32,10 @@ def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
     tell: Tell = (lambda *parts: None) if config.quiet else say
     threads = set_threads(config.threads)
-    user_errors = (CheckpointError, TrainingError, OSError, ValueError, KeyError, ImportError)
+    user_errors = (
+        *(CheckpointError, TrainingError, ImplementationError),
+        *(OSError, ValueError, KeyError, ImportError),
+    )
     # FASTLLM_IMPL speaks where the flag is silent.
     chosen = contextlib.nullcontext() if config.impl == "auto" else use(config.impl)
     with errors_in_one_line(*user_errors), chosen:
@@ -138,20 +141,13 @@ def choose_device(config: TrainConfig) -> str:
     return config.device
 
 
-def implementation_line() -> str:
-    """Which implementation every operation runs by, on one line."""
-    return ", ".join(
-        f"{operation}: {next(name for name, why in table.items() if why == 'chosen')}"
-        for operation, table in implementations().items()
-    )
-
-
 def estimate_memory_mb(model: DecoderModel, config: TrainConfig) -> float:
-    """Peak resident memory of training, in MiB: what is there now, and what a step will add.
+    """Peak resident memory of training by the reference, in MiB, to about 15 %.
 
-    Counted are gradients and two moments for every parameter, and for every token the activations
-    that the reference keeps for its backward: 34 H floats a layer and 3 S for each head's scores
-    and weights, 3 V for the logits.
+    The peak is either where the backward begins, with all activations and the logits there, or
+    where it ends, with all gradients. A layer keeps 30 H + 3 N S floats a token with dropout and
+    27 H + 2 N S without (measured). Under gradient checkpointing every layer keeps its input, one
+    has all of that, and a third of it stays behind in the allocator for each of the others.
     """
     B, S, N, L, H, V = (
         config.batch_size,
@@ -161,10 +157,12 @@ def estimate_memory_mb(model: DecoderModel, config: TrainConfig) -> float:
         config.hidden_size,
         model.vocab_size,
     )
-    layer = B * S * (34 * H + 3 * N * S)
-    kept = layer + L * B * S * H if config.gradient_checkpointing else L * layer
+    layer = B * S * (30 * H + 3 * N * S if config.dropout else 27 * H + 2 * N * S)
+    kept = layer + L * (B * S * H + layer // 3) if config.gradient_checkpointing else L * layer
     parameters = sum(p.numel() for p in model.parameters())
-    return resident_mb() + 4 * (3 * parameters + kept + 3 * B * S * V) / 2**20
+    floats = max(2 * parameters + kept + 3 * B * S * V, 3 * parameters)
+    libraries = 100  # loaded on the way: MKL's kernels, matplotlib
+    return resident_mb() + libraries + 4 * floats / 2**20
 
 
 def report(trainer: Trainer, run_dir: Path, tell: Tell) -> None:
@@ -186,7 +184,8 @@ def report(trainer: Trainer, run_dir: Path, tell: Tell) -> None:
     if progress.training_s:
         tell(f"speed       {progress.tokens / progress.training_s:,.0f} tokens/s")
     tell(f"curves      {run_dir / 'loss.png'}")
-    tell(f"sample\n{trainer.sample()}")
+    if not trainer.config.quiet:
+        tell(f"sample\n{trainer.sample()}")
 
 
 if __name__ == "__main__":

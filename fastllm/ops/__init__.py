@@ -25,3 +25,11 @@ def implementations() -> dict[str, dict[str, str]]:
             for each in table
         }
     return answer
+
+
+def implementation_line() -> str:
+    """Which implementation every operation runs by, on one line."""
+    return ", ".join(
+        f"{operation}: {next(name for name, why in table.items() if why == 'chosen')}"
+        for operation, table in implementations().items()
+    )

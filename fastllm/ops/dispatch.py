@@ -40,6 +40,10 @@ class Implementation(NamedTuple):
     why_not: Callable[..., str | None] = lambda *arguments: None
 
 
+class ImplementationError(RuntimeError):
+    """The implementation asked for by name cannot serve; the message says why."""
+
+
 @contextmanager
 def use(name: str) -> Iterator[None]:
     """Run every operation inside the `with` block by one implementation.
@@ -66,8 +70,8 @@ def choose(operation: str, table: Sequence[Implementation], *arguments: Any) -> 
     """The implementation that runs `operation` on these arguments.
 
     Raises:
-        RuntimeError: the one asked for by name declines; the message lists every implementation
-            with its reason.
+        ImplementationError: the one asked for by name declines; the message lists every
+            implementation with its reason.
     """
     name = requested()
     wanted = [each for each in table if each.name == name] or table
@@ -80,7 +84,7 @@ def choose(operation: str, table: Sequence[Implementation], *arguments: Any) -> 
     reasons = "; ".join(
         f"{each.name}: {each.why_not(*arguments) or 'can run it'}" for each in table
     )
-    raise RuntimeError(f"'{name}' was asked for and cannot run '{operation}' ({reasons})")
+    raise ImplementationError(f"'{name}' was asked for and cannot run '{operation}' ({reasons})")
 
 
 def why_not_cpu(*tensors: Tensor) -> str | None:

@@ -74,12 +74,12 @@ class TrainConfig(CommandSettings):
     """Stop, and save, after this many minutes of this command; 0 for no limit."""
     lr: Positive = 1e-3
     """Learning rate, after the warm-up."""
-    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """How the learning rate falls over the run."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate falls over the run: cosine helps long runs, at a higher --lr."""
     min_lr: NonNegative = 0
     """Learning rate at the end of the schedule."""
-    warmup_steps: Count = 100
-    """Steps over which the learning rate rises from 0; at most a tenth of the run is used."""
+    warmup_steps: Count = 0
+    """Steps over which the learning rate rises from 0."""
     optimizer: Literal["adam", "adamw", "muon"] = "adam"
     """muon is for the blocks' matrices, with adamw for the rest."""
     muon_lr: Positive = 0.02

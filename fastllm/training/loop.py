@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,7 +147,12 @@ class Trainer:
                 MetricsLog(self.run_dir / "metrics.jsonl", progress.step + 1)
             ) as log,
             tqdm(
-                total=self.total_steps, initial=progress.step, disable=config.quiet, unit="step"
+                total=self.total_steps,
+                initial=progress.step,
+                disable=config.quiet,
+                unit="step",
+                # In a log file, a line now and then is enough.
+                mininterval=0.1 if sys.stderr.isatty() else 10,
             ) as bar,
         ):
             ending = progress.step >= self.total_steps
@@ -255,7 +261,7 @@ class Trainer:
     def learning_rate_factor(self, step: int) -> float:
         """What the learning rates are multiplied by at `step`, counted from 0."""
         config = self.config
-        warmup = min(config.warmup_steps, self.total_steps // 10)
+        warmup = config.warmup_steps
         if step < warmup:
             return (step + 1) / (warmup + 1)
         done = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))

@@ -18,9 +18,8 @@ def test_the_seeds_flags_and_defaults() -> None:
 
 
 def test_both_spellings_and_both_forms() -> None:
-    config = parse_train_config(
-        "--max_seq_len 8 --batch-size=4 --post_norm --gradient-checkpointing --val-fraction .2".split()  # fmt: skip
-    )
+    flags = "--max_seq_len 8 --batch-size=4 --post_norm --gradient-checkpointing --val-fraction .2"
+    config = parse_train_config(flags.split())
     assert (config.max_seq_len, config.batch_size, config.val_fraction) == (8, 4, 0.2)
     assert config.gradient_checkpointing and not config.norm_first
     assert parse_train_config(["--norm_first"]).norm_first

@@ -97,7 +97,7 @@ def test_looking_on_changes_nothing(make_trainer: MakeTrainer) -> None:
 
 def test_accumulated_batches_equal_the_big_batch(make_trainer: MakeTrainer) -> None:
     """Also where the batches have different numbers of tokens to score, at the text's end."""
-    flags = "--dropout 0 --val_fraction 0 --lr_schedule constant --optimizer adamw".split()
+    flags = "--dropout 0 --val_fraction 0 --optimizer adamw".split()
     big = make_trainer("big", "--batch_size", "8", "--epochs", "2", *flags)
     big.train()
     small = make_trainer("small", "--batch_size", "2", "--grad_accum", "4", "--epochs", "2", *flags)
@@ -112,7 +112,7 @@ def test_accumulated_batches_equal_the_big_batch(make_trainer: MakeTrainer) -> N
 
 def test_more_steps_after_the_end(make_trainer: MakeTrainer) -> None:
     """`--max_steps` counts from the run's beginning."""
-    flags = "--lr_schedule constant --warmup_steps 0 --eval_interval 5".split()
+    flags = "--eval_interval 5".split()
     whole = make_trainer("whole", "--max_steps", "10", *flags)
     whole.train()
     make_trainer("parts", "--max_steps", "5", *flags).train()
@@ -172,9 +172,7 @@ def test_learning_rates(make_trainer: MakeTrainer, schedule: str, middle: float)
 
 
 def test_patience_and_the_best_checkpoint(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(
-        "run", *"--max_steps 60 --eval_interval 1 --patience 3 --lr 3 --warmup_steps 0".split()
-    )
+    trainer = make_trainer("run", *"--max_steps 60 --eval_interval 1 --patience 3 --lr 3".split())
     trainer.train()
     best = trainer.progress.best_step
     assert best is not None and trainer.progress.step == best + 3 < 60

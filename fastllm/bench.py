@@ -1,0 +1,405 @@
+"""Whole training steps against stock PyTorch and the machine's limits: `python -m fastllm.bench`.
+
+The steps are timed in turns in one process, because other work on the machine can double any of
+them: the ratios hold where the milliseconds do not. Before a configuration is timed, fastllm and
+stock PyTorch must give the same loss and gradients from the same weights.
+"""
+
+import contextlib
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
+
+import fastllm
+from fastllm.command import CommandSettings, errors_in_one_line, parse_settings, say
+from fastllm.models.decoder import DecoderModel
+from fastllm.ops import dispatch, implementation_line
+from fastllm.optim import Adam
+from fastllm.threads import set_threads
+
+Letter = Literal["A", "B", "C", "D", "E"]
+Rival = Literal["eager", "tuned", "compile"]
+Step = Callable[[Tensor], None]
+
+
+class StepConfig(NamedTuple):
+    """The shape of a training step."""
+
+    H: int  # hidden size
+    L: int  # layers
+    N: int  # heads
+    S: int  # sequence length
+    B: int  # sequences in a batch
+    V: int  # vocabulary
+    dropout: float
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products in one step.
+
+        Attention counts in full, though causality needs only half of it; the backward counts as
+        two forwards.
+        """
+        H, L, _, S, B, V, _ = self
+        return 3 * (L * (2 * B * S * 12 * H * H + 4 * B * S * S * H) + 2 * B * S * H * V)
+
+    def random_ids(self) -> Tensor:
+        """A batch of token ids [B, S] that nothing can be learnt from."""
+        return torch.randint(self.V, (self.B, self.S))
+
+
+CONFIGS: dict[Letter, StepConfig] = {
+    "A": StepConfig(64, 2, 2, 32, 16, 66, 0.1),  # the default shape of `python -m fastllm.train`
+    "B": StepConfig(128, 3, 4, 64, 32, 66, 0.1),  # a character model for a megabyte of text
+    "C": StepConfig(128, 4, 4, 64, 12, 66, 0.0),  # nanoGPT's recipe for a CPU
+    "D": StepConfig(384, 6, 6, 256, 8, 66, 0.1),  # nanoGPT's "baby GPT"
+    "E": StepConfig(768, 6, 12, 256, 2, 50257, 0.1),  # DistilGPT-2
+}
+
+
+def describe_machine(threads: int) -> dict[str, Any]:
+    """What the timings are taken on; the measured limits are None without the C++ extension."""
+    kernels = dispatch.kernels
+    return {
+        "cpu": cpu_name(),
+        "isa": kernels.isa() if kernels else None,
+        "threads": threads,
+        "peak_gflops": measure_peak(threads) if kernels else None,
+        "bandwidth_gbs": measure_bandwidth(threads) if kernels else None,
+        "torch": torch.__version__,
+        "fastllm": fastllm.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model name, or its architecture where the system does not tell."""
+    with contextlib.suppress(OSError):  # there is no such file outside Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def measure_peak(threads: int) -> float:
+    """GFLOP/s of fp32 multiply-adds on all threads: median of nine runs of about 50 ms.
+
+    Measured with the widest registers that the processor has, whatever `FASTLLM_CPU_ISA` allows
+    the operations: a fraction of the peak must not grow by giving up registers.
+    """
+    kernels = dispatch.kernels
+    isa = kernels.isa()
+    kernels.set_isa(kernels.isas()[-1])
+    try:
+        iterations = 1000
+        while (seconds := _seconds(kernels.fma_loop, iterations, threads)) < 0.02:
+            iterations *= 2
+        iterations = int(iterations * 0.05 / seconds)
+        flops = kernels.fma_loop(iterations, threads)
+        runs = [_seconds(kernels.fma_loop, iterations, threads) for _ in range(9)]
+    finally:
+        kernels.set_isa(isa)
+    return flops / median(runs) / 1e9
+
+
+def measure_bandwidth(threads: int, update: bool = False) -> float:
+    """GB/s between 256 MiB of memory and the processor: median of nine passes.
+
+    Args:
+        update: every element is read and written back, and counts twice, instead of only read.
+    """
+    data = torch.ones(2**26)  # written, because untouched zeros all share one page
+    walk = dispatch.kernels.memory_update if update else dispatch.kernels.memory_read
+    runs = [_seconds(walk, data.data_ptr(), data.numel(), threads) for _ in range(9)]
+    return data.nbytes * (2 if update else 1) / median(runs) / 1e9
+
+
+def _seconds(run: Callable[..., Any], *arguments: Any) -> float:
+    start = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - start
+
+
+class StockBlock(nn.Module):
+    """A Pre-LN layer with one product for q, k and v."""
+
+    hidden: Tensor
+
+    def __init__(self, config: StepConfig, attention: Literal["explicit", "sdpa"]) -> None:
+        super().__init__()
+        H, S = config.H, config.S
+        self.num_heads, self.p, self.attention = config.N, config.dropout, attention
+        self.norm1 = nn.LayerNorm(H)
+        self.qkv = nn.Linear(H, 3 * H)
+        self.out = nn.Linear(H, H)
+        self.norm2 = nn.LayerNorm(H)
+        self.fc1 = nn.Linear(H, 4 * H)
+        self.fc2 = nn.Linear(4 * H, H)
+        self.register_buffer("hidden", torch.ones(S, S, dtype=torch.bool).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One layer over `x` [B, S, H]."""
+        B, S, H = x.shape
+        p = self.p if self.training else 0.0
+        qkv = self.qkv(self.norm1(x)).view(B, S, 3, self.num_heads, H // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, N, S, D]
+        if self.attention == "sdpa":
+            heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+        else:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+            weights = scores.masked_fill(self.hidden, -math.inf).softmax(-1)
+            heads = F.dropout(weights, p) @ v
+        x = x + F.dropout(self.out(heads.transpose(1, 2).reshape(B, S, H)), p)
+        return x + self.fc2(F.dropout(F.gelu(self.fc1(self.norm2(x))), p))
+
+
+class StockDecoder(nn.Module):
+    """The work of `DecoderModel.loss`, in PyTorch as somebody without fastllm would write it.
+
+    Args:
+        attention: `explicit` masks and normalises the scores step by step; `sdpa` calls PyTorch's
+            fused attention.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: StepConfig, attention: Literal["explicit", "sdpa"]) -> None:
+        super().__init__()
+        H, V = config.H, config.V
+        self.scale, self.dropout = math.sqrt(H), nn.Dropout(config.dropout)
+        self.embedding = nn.Embedding(V, H)
+        angles = torch.arange(config.S)[:, None] / 10000 ** (torch.arange(0, H, 2) / H)
+        self.register_buffer("positions", torch.stack([angles.sin(), angles.cos()], -1).flatten(1))
+        self.blocks = nn.Sequential(*(StockBlock(config, attention) for _ in range(config.L)))
+        self.norm = nn.LayerNorm(H)
+        self.head = nn.Linear(H, V)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Mean cross-entropy of the next token, for `ids` [B, S]."""
+        x = self.dropout(self.embedding(ids) * self.scale + self.positions)
+        logits = self.head(self.norm(self.blocks(x)))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def build_fastllm(config: StepConfig) -> DecoderModel:
+    """fastllm's model, untrained."""
+    H, L, N, S, _, V, p = config
+    return DecoderModel(V, H, L, N, S, embedding_dropout_p=p, attn_dropout_p=p, mlp_dropout_p=p)
+
+
+def build_stock(config: StepConfig, rival: Rival, model: DecoderModel) -> StockDecoder:
+    """What `rival` trains, with the weights of `model`."""
+    stock = StockDecoder(config, "explicit" if rival == "eager" else "sdpa")
+    with torch.no_grad():
+        for theirs, ours in zip(stock.parameters(), model.parameters(), strict=True):
+            theirs.copy_(ours)  # both hold them in the same order
+    return stock
+
+
+def fastllm_step(model: DecoderModel) -> Step:
+    """A training step on token ids [B, S] with fastllm."""
+    optimizer = Adam(model.parameters(), max_grad_norm=1.0)
+
+    def step(ids: Tensor) -> None:
+        loss = model.loss(ids, ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def stock_step(stock: StockDecoder, rival: Rival) -> Step:
+    """The same step with PyTorch alone; that of `compile` compiles when first called."""
+    # Left to itself, torch.compile would take the second configuration of a process for a sign that
+    # sizes change, and generate slower code.
+    compute_loss = torch.compile(stock, dynamic=False) if rival == "compile" else stock
+    params = list(stock.parameters())
+    optimizer = torch.optim.Adam(params, fused=None if rival == "eager" else True)
+
+    def step(ids: Tensor) -> None:
+        loss = compute_loss(ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+class ParityError(Exception):
+    """fastllm and stock PyTorch compute different things, so that their times mean nothing."""
+
+
+def check_parity(model: DecoderModel, stock: StockDecoder, ids: Tensor) -> None:
+    """Compares losses and gradients on token ids [B, S], without dropout.
+
+    Raises:
+        ParityError: the losses differ by more than 1e-5 of their size, or the gradients of a
+            parameter by more than 1e-5 of their norm.
+    """
+    model.eval()
+    stock.eval()
+    losses, gradients = [], []
+    for network, loss in ((model, model.loss(ids, ids)), (stock, stock(ids))):
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad for p in network.parameters()])
+        network.zero_grad()
+        network.train()
+    if not math.isclose(*losses, rel_tol=1e-5):
+        raise ParityError(f"fastllm's loss is {losses[0]:.7f}, stock PyTorch's {losses[1]:.7f}")
+    for (name, _), ours, theirs in zip(model.named_parameters(), *gradients, strict=True):
+        error = float((ours - theirs).norm() / theirs.norm())
+        if not error <= 1e-5:  # nor when it is not a number
+            raise ParityError(f"the gradients of {name} differ by {error:.1e} of their norm")
+
+
+def time_config(letter: Letter, rivals: list[Rival], seconds: float) -> dict[str, float]:
+    """Median milliseconds of a training step, by `fastllm` and by each rival.
+
+    `compile` is left out, and the reason said, where the machine cannot compile.
+
+    Args:
+        seconds: how long to time all of them together, after warming up; three rounds at least.
+
+    Raises:
+        ParityError: fastllm and a rival disagree; nothing was timed.
+    """
+    config = CONFIGS[letter]
+    torch.manual_seed(0)
+    model, ids = build_fastllm(config), config.random_ids()
+    steps = {"fastllm": fastllm_step(model)}
+    for rival in rivals:
+        stock = build_stock(config, rival, model)
+        try:
+            check_parity(model, stock, ids)
+        except ParityError as error:
+            raise ParityError(f"config {letter}, {rival}: {error}; nothing was timed") from None
+        steps[rival] = stock_step(stock, rival)
+    for name, step in list(steps.items()):
+        if name != "compile":
+            step(ids)
+        elif not _compiles(letter, step, ids):
+            del steps[name]
+
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    deadline = time.perf_counter() + seconds
+    while len(times["fastllm"]) < 3 or time.perf_counter() < deadline:
+        ids = config.random_ids()
+        for name, step in steps.items():
+            times[name].append(_seconds(step, ids))
+    return {name: 1000 * median(each) for name, each in times.items()}
+
+
+def _compiles(letter: Letter, step: Step, ids: Tensor) -> bool:
+    say(f"config {letter}: torch.compile is warming up, which takes about half a minute ...")
+    try:
+        seconds = _seconds(step, ids)
+    except Exception as error:  # the compiler's many layers raise what they like
+        reason = str(error).partition("\n")[0]
+        say(f"config {letter}: torch.compile cannot run: {type(error).__name__}: {reason}")
+        return False
+    say(f"config {letter}: torch.compile took {seconds:.0f} s to warm up")
+    return True
+
+
+def report(
+    letter: Letter, milliseconds: dict[str, float], peak_gflops: float | None
+) -> dict[str, Any]:
+    """What `--json` says of a configuration; a ratio is a rival's time over fastllm's."""
+    config, ours = CONFIGS[letter], milliseconds["fastllm"]
+    gflops = config.flops / ours / 1e6
+    return {
+        "config": letter,
+        "precision": "fp32",
+        "step_ms": ours,
+        "tokens_per_second": 1000 * config.B * config.S / ours,
+        "gflops": gflops,
+        "fraction_of_peak": gflops / peak_gflops if peak_gflops else None,
+        "ratio": {
+            rival: milliseconds[rival] / ours if rival in milliseconds else None
+            for rival in get_args(Rival)
+        },
+    }
+
+
+def row(result: dict[str, Any]) -> str:
+    """The line of a configuration in the table."""
+    fraction = result["fraction_of_peak"]
+    percent = None if fraction is None else 100 * fraction
+    cells = [result[name] for name in ("config", "step_ms", "tokens_per_second", "gflops")]
+    return _line(*cells, percent, *result["ratio"].values())
+
+
+def _line(*cells: Any) -> str:
+    return "".join(f"{_text(cell):>12}" for cell in cells)
+
+
+def _text(value: Any) -> str:
+    return f"{value:,.2f}" if isinstance(value, float) else str(value or "-")
+
+
+def _letters(value: list[str]) -> list[str]:
+    return list("".join(value).upper())
+
+
+class BenchConfig(CommandSettings):
+    """Time whole training steps of fastllm and of stock PyTorch, in turns."""
+
+    config: Annotated[list[Letter], BeforeValidator(_letters)] = Field(list(CONFIGS), min_length=1)
+    """Which of the configurations A to E: A,B or AB."""
+    compare: list[Rival] = Field(list(get_args(Rival)))
+    """Stock PyTorch to compare with: eager (explicit softmax, default Adam), tuned (fused attention
+    and fused Adam), compile (tuned under torch.compile, which warms up for half a minute)."""
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 15
+    """Time for each configuration, after warming up; three rounds are made at least."""
+    json_: Annotated[bool, Field(alias="json")] = False
+    """Print one JSON object instead of a table."""
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
+    impl: Literal["auto", "ref", "cpu"] = "auto"
+    """Implementation of fastllm's operations: auto takes the fastest that can serve."""
+
+
+def main(arguments: list[str]) -> None:
+    settings = parse_settings(BenchConfig, arguments)
+    threads = set_threads(settings.threads)
+
+    def show(line: str) -> None:
+        if not settings.json_:
+            print(line, flush=True)
+
+    # FASTLLM_IMPL speaks where the flag is silent.
+    chosen = contextlib.nullcontext() if settings.impl == "auto" else dispatch.use(settings.impl)
+    with chosen:
+        with errors_in_one_line(dispatch.ImplementationError, ValueError):
+            say(f"operations  {implementation_line()}")
+        machine = describe_machine(threads)
+        if dispatch.kernels is None:
+            say(f"the machine's peak cannot be measured: {dispatch.extension_problem}")
+        show("\n".join(f"{name:15}{_text(value)}" for name, value in machine.items()))
+        show("\nA step by fastllm, and how many times as long stock PyTorch takes:")
+        show(_line("config", "ms", "tokens/s", "GFLOP/s", "% of peak", *get_args(Rival)))
+        results = []
+        for letter in dict.fromkeys(settings.config):
+            with errors_in_one_line(ParityError):
+                milliseconds = time_config(letter, settings.compare, settings.seconds)
+            results.append(report(letter, milliseconds, machine["peak_gflops"]))
+            show(row(results[-1]))
+    if settings.json_:
+        print(json.dumps({"configs": results, "machine": machine}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

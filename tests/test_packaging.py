@@ -1,0 +1,68 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastllm import __version__
+from tests.conftest import REPOSITORY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """What a build needs, in a folder of its own."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    for name in ("csrc", "fastllm"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=ignored)
+    return tmp_path
+
+
+def build(sources: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-temp", "objects", "--build-lib", "lib"],
+        cwd=sources,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_objects_export_only_their_table(sources: Path) -> None:
+    """A template or inline function shared by the linker could run on a CPU that cannot."""
+    if not shutil.which("nm") or not shutil.which("g++"):
+        pytest.skip("nm and g++ are needed to build and to look at the objects")
+    result = build(sources)
+    assert list((sources / "lib/fastllm").glob("_kernels*.so")), result.stderr
+    objects = list((sources / "objects").rglob("kernels.o"))
+    assert len(objects) >= 1
+    for file in objects:
+        isa = file.relative_to(sources / "objects").parts[0]
+        symbols = subprocess.run(
+            ["nm", "--defined-only", "--extern-only", "--demangle", str(file)],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        names = [line.split(maxsplit=2)[2] for line in symbols.splitlines()]
+        assert names == [f"fastllm::kernels_{isa}"]
+
+
+def test_without_a_compiler_the_build_succeeds_with_one_warning(sources: Path) -> None:
+    result = build(sources, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the C++ extension was NOT built") == 1
+    assert "install a C++ compiler" in result.stderr
+    assert not list(sources.rglob("_kernels*.so"))
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__

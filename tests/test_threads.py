@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastllm import threads as module
+from fastllm.threads import available_cores, set_threads
+
+
+def cgroup(root: Path, text: str) -> Path:
+    (root / "cpu.max").write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("max 100000", None), ("250000 100000", 2.5), ("50000 100000", 0.5)]
+)
+def test_quota_of_cgroup_v2(tmp_path: Path, text: str, expected: float | None) -> None:
+    assert module._cgroup_quota(cgroup(tmp_path, text)) == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("-1", None), ("300000", 3.0)])
+def test_quota_of_cgroup_v1(tmp_path: Path, quota: str, expected: float | None) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota + "\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert module._cgroup_quota(tmp_path) == expected
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "1 2 3", "100000 0"])
+def test_unreadable_quota_is_no_limit(tmp_path: Path, text: str) -> None:
+    assert module._cgroup_quota(cgroup(tmp_path, text)) is None
+    assert module._cgroup_quota(tmp_path / "nowhere") is None
+
+
+def test_hardware_threads_of_a_core_count_once_and_quotas_round_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(module, "_core_of", lambda cpu: str(cpu // 2))
+    for quota, expected in ((None, 4), (2.9, 2), (0.5, 1), (64.0, 4)):
+        monkeypatch.setattr(module, "_cgroup_quota", lambda quota=quota: quota)
+        assert available_cores() == expected
+
+
+def test_what_was_asked_for_comes_first(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_cores", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    torch.set_num_threads(3)
+    assert set_threads() == 3
+    assert set_threads(1) == 1
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert set_threads() == 2

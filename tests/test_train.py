@@ -1,0 +1,117 @@
+"""The train command as its users run it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastllm.training.metrics import read_metrics
+
+
+def train(folder: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    small = "--max_seq_len 16 --batch_size 4 --hidden_size 16 --num_layers 1 --max_steps 3"
+    return subprocess.run(
+        [sys.executable, "-m", "fastllm.train", *small.split(), *flags],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_demo_corpus_when_no_file_is_given(tmp_path: Path) -> None:
+    result = train(tmp_path, "--eval_interval", "2", "--val_fraction", "0.01")
+    assert result.returncode == 0, result.stderr
+    for expected in (
+        "training on the demo corpus, Python's own documentation",
+        "parameters ",
+        "memory      about ",
+        "threads     1",
+        "operations  attention: ref, dropout: ",
+        "validation  loss ",
+        "bits per character",
+        "tokens/s",
+        "loss.png",
+        "sample\n",
+    ):
+        assert expected in result.stderr
+    run_dir = tmp_path / "runs/demo"
+    assert json.loads((run_dir / "config.json").read_text())["max_steps"] == 3
+    assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")] == [2, 3]
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    # The same command again starts a run of its own; the first one stays.
+    assert train(tmp_path, "--quiet").stderr == ""
+    assert (tmp_path / "runs/demo-2/model.safetensors").exists()
+
+
+def test_without_cuda_the_cpu_serves_with_a_warning(tmp_path: Path, text: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    result = train(tmp_path, "--file_path", str(text), "--device", "cuda")
+    assert result.returncode == 0, result.stderr
+    assert "CUDA requested but not available, falling back to the CPU" in result.stderr
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "wordpiece"])
+def test_subword_tokenizers(tmp_path: Path, text: Path, tokenizer: str) -> None:
+    flags = ("--file_path", str(text), "--tokenizer", tokenizer, "--vocab_size", "300")
+    result = train(tmp_path, *flags, "--out_dir", "run")
+    assert result.returncode == 0, result.stderr
+    again = train(tmp_path, *flags[:2], "--tokenizer", "run/tokenizer.json", "--out_dir", "second")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "second/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (None, "", "error: text file text.txt does not exist"),
+        (b"", "", "error: text.txt has no text to learn from"),
+        (b"a", "", "error: text.txt has no text to learn from"),
+        (b"caf\xe9 au lait", "", "error: text.txt is not UTF-8: bad byte 0xe9 at offset 3"),
+        (b"short\n" * 9, "--min_line_length 100", "error: text.txt has no text to learn from"),
+        (b"ab" * 99, "--val_fraction 0.999", "leaves 0 for training"),
+        (b"ab" * 99, "--tokenizer bpe --vocab_size 9", "byte-level BPE needs at least 257"),
+        (b"ab" * 99, "--tokenizer nowhere.json", "nowhere.json does not exist"),
+        (b"ab" * 99, "--impl triton", "there is no implementation 'triton'"),
+        (b"ab" * 99, "--hidden_size 7", "hidden_size (7) must be divisible by num_heads (2)"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(
+    tmp_path: Path, content: bytes | None, flags: str, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    result = train(tmp_path, "--file_path", "text.txt", *flags.split())
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs/text/config.json").exists()
+
+
+def test_cleaning(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a line that is kept\nshort\na line that is kept\n" * 20)
+    flags = ("--file_path", "text.txt", "--min_line_length", "6", "--dedup_lines")
+    result = train(tmp_path, *flags, "--val_fraction", "0")
+    assert result.returncode == 0, result.stderr
+    assert "20 tokens of " in result.stderr
+
+
+def test_profile(tmp_path: Path, text: Path) -> None:
+    result = train(tmp_path, "--file_path", str(text), "--max_steps", "14", "--profile")
+    assert result.returncode == 0, result.stderr
+    trace = json.loads((tmp_path / "runs/text/profile.json").read_text())
+    assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_a_read_only_place_is_named(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = train(tmp_path, "--file_path", str(text), "--out_dir", "file/run")
+    assert result.returncode == 1
+    assert "file/run" in result.stderr and "Traceback" not in result.stderr
