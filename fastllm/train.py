@@ -10,6 +10,7 @@ import torch
 from fastllm.command import errors_in_one_line, say
 from fastllm.data.loader import TextDataset
 from fastllm.data.text import clean_lines, read_text
+from fastllm.files import replace_file
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import implementation_line
 from fastllm.ops.dispatch import ImplementationError, use
@@ -32,20 +33,21 @@ def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
     tell: Tell = (lambda *parts: None) if config.quiet else say
     threads = set_threads(config.threads)
-    user_errors = (
-        *(CheckpointError, TrainingError, ImplementationError),
-        *(OSError, ValueError, KeyError, ImportError),
-    )
-    # FASTLLM_IMPL speaks where the flag is silent.
-    chosen = contextlib.nullcontext() if config.impl == "auto" else use(config.impl)
-    with errors_in_one_line(*user_errors), chosen:
-        run_dir = choose_run_dir(config)
-        trainer = prepare(config, run_dir, tell)
-        tell(f"run         {run_dir}")
-        tell(f"threads     {threads}")
-        tell(f"operations  {implementation_line()}")
-        trainer.train()
-        plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
+    bad_input = (ImplementationError, CheckpointError, OSError, ValueError, KeyError, ImportError)
+    with errors_in_one_line(*bad_input):
+        # FASTLLM_IMPL speaks where the flag is silent.
+        chosen = contextlib.nullcontext() if config.impl == "auto" else use(config.impl)
+    with chosen:
+        with errors_in_one_line(*bad_input):
+            operations = implementation_line()
+            run_dir = choose_run_dir(config)
+            trainer = prepare(config, run_dir, tell)
+            tell(f"run         {run_dir}")
+            tell(f"threads     {threads}")
+            tell(f"operations  {operations}")
+        with errors_in_one_line(CheckpointError, TrainingError, OSError):
+            trainer.train()
+            plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
     report(trainer, run_dir, tell)
     if trainer.stopped_by:
         raise SystemExit(128 + trainer.stopped_by)
@@ -58,7 +60,7 @@ def choose_run_dir(config: TrainConfig) -> Path:
         ValueError: it holds a run already, and that is not to be resumed.
     """
     if config.out_dir is not None:
-        if (config.out_dir / "config.json").exists() and not config.resume:
+        if any(config.out_dir.glob("checkpoints/step-*")) and not config.resume:
             raise ValueError(
                 f"{config.out_dir} holds a run already; --resume continues it, another --out_dir "
                 "keeps it"
@@ -99,8 +101,9 @@ def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
     if not checkpoint:
         torch.manual_seed(mix(config.seed, "start"))
         model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
-        (run_dir / "config.json").write_text(config.to_json(), encoding="utf-8")
         tokenizer.save(run_dir / "tokenizer.json")
+    with replace_file(run_dir / "config.json") as file:
+        file.write(config.to_json().encode())
     model.to(choose_device(config))
     tell(
         f"data        {text}: {len(dataset.tokens):,} tokens of {tokenizer.vocab_size:,} kinds, "
@@ -183,7 +186,9 @@ def report(trainer: Trainer, run_dir: Path, tell: Tell) -> None:
         )
     if progress.training_s:
         tell(f"speed       {progress.tokens / progress.training_s:,.0f} tokens/s")
-    tell(f"curves      {run_dir / 'loss.png'}")
+    for name, file in (("curves", "loss.png"), ("profile", "profile.json")):
+        if (run_dir / file).exists():
+            tell(f"{name:12}{run_dir / file}")
     if not trainer.config.quiet:
         tell(f"sample\n{trainer.sample()}")
 

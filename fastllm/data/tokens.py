@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastllm.data.text import clean_lines, content_digest, cut_between_words, read_text
+from fastllm.files import replace_file
 from fastllm.tokenization import SimpleCharacterTokenizer, SubwordTokenizer
-from fastllm.tokenization.base import replace_file, smallest_token_dtype
+from fastllm.tokenization.base import smallest_token_dtype
 
 HEADER_BYTES = 4096
 FORMAT = "fastllm tokens 1"

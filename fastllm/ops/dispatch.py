@@ -10,7 +10,7 @@ that name choose automatically.
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -44,8 +44,7 @@ class ImplementationError(RuntimeError):
     """The implementation asked for by name cannot serve; the message says why."""
 
 
-@contextmanager
-def use(name: str) -> Iterator[None]:
+def use(name: str) -> AbstractContextManager[None]:
     """Run every operation inside the `with` block by one implementation.
 
     Args:
@@ -54,7 +53,12 @@ def use(name: str) -> Iterator[None]:
     Raises:
         ValueError: the name is none of these.
     """
-    token = _asked_for.set(_checked(name, "fastllm.use"))
+    return _using(_checked(name, "fastllm.use"))
+
+
+@contextmanager
+def _using(name: str) -> Iterator[None]:
+    token = _asked_for.set(name)
     try:
         yield
     finally:

@@ -1,14 +1,12 @@
-"""What the tokenizers share: argument checks, the width of a token, places to cut text, files."""
+"""What the tokenizers share: argument checks, the width of a token, places to cut text."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -64,23 +62,3 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON, or is cut off: {error}") from error
-
-
-@contextlib.contextmanager
-def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends without an error.
-
-    It is written under another name in the same folder, fsynced and renamed, so that `path` is at
-    every instant either the old file or the whole new one.
-    """
-    path = Path(path)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise

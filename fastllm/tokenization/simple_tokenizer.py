@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastllm.files import replace_file
 from fastllm.tokenization.base import (
     PAD,
     check_text,
     check_tokens,
     read_json,
-    replace_file,
     smallest_token_dtype,
 )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fastllm.files import replace_file
 from fastllm.tokenization.base import (
     BETWEEN_WORDS,
     PAD,
@@ -19,7 +20,6 @@ from fastllm.tokenization.base import (
     check_tokens,
     read_json,
     read_text_file,
-    replace_file,
     smallest_token_dtype,
 )
 

@@ -18,7 +18,6 @@ stays whole.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastllm.files import flush
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import Tokenizer, load_tokenizer
 from fastllm.training.config import TrainConfig, read_config
@@ -95,14 +95,14 @@ def save_checkpoint(
         sums = {str(file.relative_to(aside)): _sha256(file) for file in _files(aside)}
         (aside / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
         for path in [*_files(aside), aside / "training_state", aside]:
-            _flush(path)
+            flush(path)
         if final.exists():
             _remove(final)
         aside.rename(final)
-        _flush(checkpoints)
+        flush(checkpoints)
         for name in ("model.safetensors", "training_state"):
             _link(run_dir / name, Path("checkpoints") / final.name / name)
-        _flush(run_dir)
+        flush(run_dir)
         for old in _checkpoints(run_dir)[:-keep_newest]:
             if _step_of(old) not in keep:
                 _remove(old)
@@ -264,14 +264,6 @@ def _sha256(file: Path) -> str:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _link(link: Path, target: Path) -> None:

@@ -171,7 +171,7 @@ class Trainer:
                 if self.val_set is not None and (
                     ending or step % (config.eval_interval or self.steps_per_epoch) == 0
                 ):
-                    new_val_loss = self._validate()
+                    new_val_loss = self._validate(self.val_set)
                     patience = config.patience or math.inf
                     ending = ending or progress.evaluations_since_best >= patience
                 progress.elapsed_s = before + time.monotonic() - start
@@ -201,8 +201,8 @@ class Trainer:
                     self.save()
                 if self.stopped_by:
                     break
-        if self._saved_step != progress.step:
-            self.save()
+            if self._saved_step != progress.step:
+                self.save()
 
     def _step(self, loader: Iterator[dict[str, Tensor]]) -> tuple[float, float, float] | None:
         """One optimizer step: loss, gradient norm, learning rate; None if a signal came first."""
@@ -287,13 +287,13 @@ class Trainer:
                 batch_sampler=order,
                 num_workers=self.config.num_workers,
                 collate_fn=collate,
+                worker_init_fn=_ignore_interrupts,
             )
         )
 
-    def _validate(self) -> float:
+    def _validate(self, val_set: TextDataset) -> float:
         progress = self.progress
-        assert self.val_set is not None
-        self.evaluation = evaluate(self.model, self.val_set, self.config.batch_size)
+        self.evaluation = evaluate(self.model, val_set, self.config.batch_size)
         progress.val_loss = self.evaluation.loss
         if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
             progress.best_val_loss, progress.best_step = progress.val_loss, progress.step
@@ -354,6 +354,11 @@ class Trainer:
             schedule=torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1),
             on_trace_ready=lambda p: p.export_chrome_trace(str(self.run_dir / "profile.json")),
         )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the training process still needs its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _NoProfiler:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -12,6 +11,7 @@ import psutil
 import torch
 
 from fastllm.data.loader import TextDataset, create_dataloader
+from fastllm.files import replace_file
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import Tokenizer
 
@@ -73,10 +73,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         kept = [line for line in read_metrics(path) if line["step"] < first_step]
-        aside = path.with_name(f"writing-{path.name}")
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        os.replace(aside, path)
+        with replace_file(path) as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:

@@ -85,7 +85,7 @@ def test_a_failing_disk_leaves_the_last_checkpoint_whole(
 
     target = {
         "write": (checkpoint_module, "save_file"),
-        "flush": (checkpoint_module, "_flush"),
+        "flush": (checkpoint_module, "flush"),
         "rename": (Path, "rename"),
         "link": (checkpoint_module, "_link"),
     }[fail_at]

@@ -310,20 +310,25 @@ def run_to(run_dir: Path, text: Path, step: int) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+@pytest.mark.parametrize("workers", [0, 1], ids=["alone", "worker"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_signals_save_and_exit_with_a_clear_line(
-    tmp_path: Path, text: Path, number: signal.Signals
+    tmp_path: Path, text: Path, number: signal.Signals, workers: int
 ) -> None:
     command = [
         *(sys.executable, "-m", "fastllm.train", "--file_path", str(text)),
         *("--out_dir", str(tmp_path / "run"), "--epochs", "100000", "--log_interval", "1"),
+        *("--num_workers", str(workers)),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "run/metrics.jsonl"
     limit = time.monotonic() + 60
     while time.monotonic() < limit and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.01)
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as the terminal does
+    else:
+        process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert f"{number.name}: saving and stopping" in errors
