@@ -49,16 +49,13 @@ class BuildKernels(build_ext):
         except Exception as error:  # whatever the compiler's driver raises: the install goes on
             print(NO_EXTENSION.format(error=error), file=sys.stderr)
 
-    def copy_extensions_to_source(self) -> None:
-        if any(self.get_outputs()):
-            super().copy_extensions_to_source()
-
 
 setup(
     ext_modules=[
         Extension(
             "fastllm._kernels",
             ["csrc/bindings.cpp"],
+            optional=True,
             include_dirs=[pybind11.get_include()],
             define_macros=[("FASTLLM_X86_TABLES", "1")] if "avx2" in ISAS else [],
             extra_compile_args=FLAGS,

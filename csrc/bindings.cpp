@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -117,7 +116,4 @@ PYBIND11_MODULE(_kernels, m) {
         },
         py::arg("data"), py::arg("size"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
-
-    // Last, so that a wrong cap is an import error with its reason.
-    if (const char* cap = std::getenv("FASTLLM_CPU_ISA"); cap && *cap) set_isa(cap);
 }

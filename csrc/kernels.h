@@ -22,8 +22,8 @@ struct AdamTensor {
     float step_size, inv_sqrt_bias_correction2;  // filled in by adam_step
 };
 
-// Small enough that the four arrays of a block stay in a 256 KiB cache between their uses, large
-// enough that handing out a block costs nothing.
+// Small enough to share a small model among many threads, large enough that handing out a block
+// costs nothing.
 constexpr int64_t ADAM_BLOCK = 8192;
 
 // Which random numbers an element meets; see csrc/dropout.inc.

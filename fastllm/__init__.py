@@ -1,5 +1,6 @@
 """fastllm: small language models trained, fine-tuned and run fast on the machine at hand."""
 
+from fastllm import optim
 from fastllm.core.attn.mha import MultiHeadAttention
 from fastllm.core.embedding import EmbeddingLayer
 from fastllm.core.mlp import MLP
@@ -24,5 +25,6 @@ __all__ = [
     "TransformerBlock",
     "create_dataloader",
     "implementations",
+    "optim",
     "use",
 ]

@@ -1,5 +1,6 @@
 """What the commands share: settings from flags, and errors as one clear line."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ class CommandSettings(BaseSettings):
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
+        cli_parse_none_str="",  # the default, "None", is a text that somebody may mean
     )
 
     @classmethod
@@ -50,7 +52,7 @@ def parse_settings(
     Flags may be written `--file_path` or `--file-path`.
     """
     try:
-        return CliApp.run(settings_class, cli_args=_underscored(arguments), **defaults)
+        return CliApp.run(settings_class, cli_args=underscored(arguments), **defaults)
     except (ValidationError, SettingsError) as error:
         raise SystemExit(f"error: {describe(error)}") from None
 
@@ -70,6 +72,9 @@ def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
     """Turns exceptions that a command's user can mend into a message and exit status 1."""
     try:
         yield
+    except BrokenPipeError:  # the reader of our output went away: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except types as error:
         # str() of a KeyError would wrap its message in quotes.
         message = error.args[0] if isinstance(error, KeyError) else error
@@ -83,7 +88,8 @@ def say(*parts: Any) -> None:
     print(*parts, file=sys.stderr, flush=True)
 
 
-def _underscored(arguments: list[str]) -> list[str]:
+def underscored(arguments: list[str]) -> list[str]:
+    """The arguments with flags as the settings spell them."""
     result = []
     for argument in arguments:
         name, equals, value = argument.partition("=")

@@ -11,7 +11,7 @@ from fastllm.command import CommandSettings, errors_in_one_line, parse_settings
 from fastllm.data.loader import TextDataset
 from fastllm.threads import set_threads
 from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
-from fastllm.training.metrics import evaluate
+from fastllm.training.metrics import bits_per_character, evaluate
 
 
 class EvaluateConfig(CommandSettings):
@@ -40,14 +40,15 @@ def main(arguments: list[str]) -> None:
     values = {
         "loss": result.loss,
         "perplexity": result.perplexity,
-        "bits_per_character": result.bits_per_character,
+        "bits_per_character": bits_per_character(result.loss, dataset),
         "tokens": result.tokens,
     }
     if config.json_:
         print(json.dumps(values))
     else:
         for name, value in values.items():
-            print(f"{name.replace('_', ' '):20} {value:,.4f}".removesuffix(".0000"))
+            number = "unknown" if value is None else f"{value:,.4f}".removesuffix(".0000")
+            print(f"{name.replace('_', ' '):20} {number}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     every instant either the old file or the whole new one.
     """
     path = Path(path)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # One name for all: what a killed process left is written over.
+    aside = path.with_name(f"{path.name}.partial")
     try:
         with open(aside, "wb") as file:
             yield file

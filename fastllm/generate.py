@@ -1,5 +1,6 @@
 """Text from a trained model: `python -m fastllm.generate --checkpoint DIR --prompt "..."`."""
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,8 @@ def generate_tokens(
         # Around the forward only: the caller's own code runs between two tokens.
         with torch.no_grad():
             logits = model(ids, caches=caches)[0, -1].float().cpu()
+        if model.padding_idx is not None:
+            logits[model.padding_idx] = -math.inf  # never a target, so its logit means nothing
         token = sample(logits, temperature, top_k, top_p, generator)
         yield token
         context = [*context, token]
@@ -80,7 +83,9 @@ def sample(
     """One token id drawn from `logits` [V]; see `generate_tokens`."""
     if temperature == 0:
         return int(logits.argmax())
-    ordered, ids = (logits / temperature).sort(descending=True, stable=True)
+    # Below the maximum nothing overflows, however small the temperature.
+    scaled = (logits - logits.max()) / temperature
+    ordered, ids = scaled.sort(descending=True, stable=True)
     if top_k:
         ordered = ordered[:top_k]
     probabilities = ordered.softmax(0)
@@ -157,7 +162,7 @@ class GenerateConfig(CommandSettings):
 
     checkpoint: Path
     """Folder of a run, or a checkpoint in it."""
-    prompt: str = "\n"
+    prompt: str
     """Text to continue."""
     max_new_tokens: Annotated[int, Field(ge=0)] = 300
     """Tokens to add."""

@@ -64,11 +64,24 @@ class Adam(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for option in ("amsgrad", "maximize"):
-                if group.get(option):
+            for option, offered in (
+                ("amsgrad", False),
+                ("maximize", False),
+                ("decoupled_weight_decay", self._decoupled_weight_decay),
+            ):
+                if group.get(option, offered) != offered:
                     raise ValueError(
-                        f"the state was saved with {option}=True, which {type(self).__name__} does "
-                        "not offer; go on with torch.optim"
+                        f"the state was saved with {option}={group[option]}, which "
+                        f"{type(self).__name__} does not offer; go on with torch.optim"
+                    )
+        for param, entries in self.state.items():
+            shapes = {"exp_avg": param.shape, "exp_avg_sq": param.shape, "step": torch.Size()}
+            for name, shape in shapes.items():
+                found = getattr(entries.get(name), "shape", None)
+                if found != shape:
+                    raise ValueError(
+                        f"the state's {name} is {found and list(found)} for a parameter "
+                        f"{list(param.shape)}, expected {list(shape)}: it is of another model"
                     )
 
     @torch.no_grad()

@@ -44,14 +44,34 @@ def _core_of(cpu: int) -> str:
         return str(cpu)
 
 
-def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores' worth of time that this process's cgroup may use, or None without a limit."""
+def _cgroup_quota(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> float | None:
+    """Cores' worth of time that this process's cgroups may use, or None without a limit."""
     try:
-        quota, period = (root / "cpu.max").read_text().split()  # cgroup v2
+        lines = membership.read_text().splitlines()
+    except OSError:  # no cgroups outside Linux
+        lines = []
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        top = root / "cpu" if "cpu" in controllers.split(",") else root  # version 1, or 2
+        folder = top / path.lstrip("/")
+        # A limit on any folder above holds for those below it.
+        for each in (folder, *folder.parents):
+            quotas.append(_quota_of(each))
+            if each == top:
+                break
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota_of(cgroup: Path) -> float | None:
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()  # version 2
     except (OSError, ValueError):
         try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text()  # cgroup v1
-            period = (root / "cpu/cpu.cfs_period_us").read_text()
+            quota = (cgroup / "cpu.cfs_quota_us").read_text()  # version 1
+            period = (cgroup / "cpu.cfs_period_us").read_text()
         except OSError:
             return None
     try:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from fastllm.command import errors_in_one_line, say
@@ -24,7 +25,7 @@ from fastllm.tokenization import (
 from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
 from fastllm.training.config import TrainConfig, parse_train_config
 from fastllm.training.loop import Trainer, TrainingError, mix
-from fastllm.training.metrics import plot_losses, resident_mb
+from fastllm.training.metrics import bits_per_character, plot_losses, resident_mb
 
 Tell = Callable[..., None]
 
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
             tell(f"run         {run_dir}")
             tell(f"threads     {threads}")
             tell(f"operations  {operations}")
-        with errors_in_one_line(CheckpointError, TrainingError, OSError):
+        with errors_in_one_line(CheckpointError, TrainingError, ImplementationError, OSError):
             trainer.train()
             plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
     report(trainer, run_dir, tell)
@@ -75,6 +76,7 @@ def choose_run_dir(config: TrainConfig) -> Path:
 
 def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
     """Everything that can go wrong before any work is lost: data, tokenizer, model, folder."""
+    at_start = resident_mb()
     checkpoint = None
     if config.resume:
         checkpoint = find_checkpoint(run_dir)
@@ -98,20 +100,29 @@ def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
     train_set, val_set = dataset, None
     if config.val_fraction:
         train_set, val_set = dataset.split(config.val_fraction)
-    if not checkpoint:
-        torch.manual_seed(mix(config.seed, "start"))
-        model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
-        tokenizer.save(run_dir / "tokenizer.json")
-    with replace_file(run_dir / "config.json") as file:
-        file.write(config.to_json().encode())
-    model.to(choose_device(config))
+    with torch.device("meta"):
+        sketch = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
+    memory = at_start + estimate_memory_mb(sketch, config)
     tell(
         f"data        {text}: {len(dataset.tokens):,} tokens of {tokenizer.vocab_size:,} kinds, "
         f"{len(train_set):,} training sequences"
     )
-    parameters = sum(p.numel() for p in model.parameters())
-    tell(f"parameters  {parameters:,}")
-    tell(f"memory      about {estimate_memory_mb(model, config):,.0f} MiB at its peak")
+    tell(f"parameters  {sum(p.numel() for p in sketch.parameters()):,}")
+    tell(f"memory      about {memory:,.0f} MiB at its peak")
+    there = psutil.virtual_memory().total / 2**20
+    device = choose_device(config)
+    if device == "cpu" and memory > there:
+        raise ValueError(
+            f"training needs about {memory:,.0f} MiB of memory and this machine has {there:,.0f}; "
+            "choose a smaller model, batch_size or max_seq_len, or gradient_checkpointing"
+        )
+    if not checkpoint:
+        torch.manual_seed(mix(config.seed, "start"))
+        model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
+        tokenizer.save(run_dir / "tokenizer.json")
+    model.to(device)
+    with replace_file(run_dir / "config.json") as file:
+        file.write(config.to_json().encode())
     return Trainer(config, model, tokenizer, train_set, val_set, run_dir, checkpoint)
 
 
@@ -145,12 +156,16 @@ def choose_device(config: TrainConfig) -> str:
 
 
 def estimate_memory_mb(model: DecoderModel, config: TrainConfig) -> float:
-    """Peak resident memory of training by the reference, in MiB, to about 15 %.
+    """What training by the reference adds to the resident memory, in MiB, to about 15 %.
 
-    The peak is either where the backward begins, with all activations and the logits there, or
-    where it ends, with all gradients. A layer keeps 30 H + 3 N S floats a token with dropout and
-    27 H + 2 N S without (measured). Under gradient checkpointing every layer keeps its input, one
-    has all of that, and a third of it stays behind in the allocator for each of the others.
+    The peak is either where the backward begins, with weights, two moments, all activations and the
+    logits there, or where it ends, with all gradients. A layer keeps 30 H + 3 N S floats a token
+    with dropout and 27 H + 2 N S without (measured). Under gradient checkpointing every layer keeps
+    its input, one has all of that, and a third of it stays behind in the allocator for each of the
+    others.
+
+    Args:
+        model: may be on the meta device.
     """
     B, S, N, L, H, V = (
         config.batch_size,
@@ -163,9 +178,9 @@ def estimate_memory_mb(model: DecoderModel, config: TrainConfig) -> float:
     layer = B * S * (30 * H + 3 * N * S if config.dropout else 27 * H + 2 * N * S)
     kept = layer + L * (B * S * H + layer // 3) if config.gradient_checkpointing else L * layer
     parameters = sum(p.numel() for p in model.parameters())
-    floats = max(2 * parameters + kept + 3 * B * S * V, 3 * parameters)
+    floats = max(3 * parameters + kept + 3 * B * S * V, 4 * parameters)
     libraries = 100  # loaded on the way: MKL's kernels, matplotlib
-    return resident_mb() + libraries + 4 * floats / 2**20
+    return libraries + 4 * floats / 2**20
 
 
 def report(trainer: Trainer, run_dir: Path, tell: Tell) -> None:
@@ -177,12 +192,16 @@ def report(trainer: Trainer, run_dir: Path, tell: Tell) -> None:
             f"python -m fastllm.train --out_dir {run_dir} --resume"
         )
         return
-    if trainer.evaluation is not None:
-        final = trainer.evaluation
+    if trainer.evaluation is not None and trainer.val_set is not None:
+        loss, perplexity = trainer.evaluation.loss, trainer.evaluation.perplexity
+        bits = bits_per_character(loss, trainer.val_set)
         tell(
-            f"validation  loss {final.loss:.4f}, perplexity {final.perplexity:.3f}, "
-            f"{final.bits_per_character:.4f} bits per character; "
-            f"best loss {progress.best_val_loss:.4f} at step {progress.best_step:,}"
+            f"validation  loss {loss:.4f}, perplexity {perplexity:.3f}, "
+            f"{'unknown' if bits is None else f'{bits:.4f}'} bits per character"
+        )
+        tell(
+            f"best        loss {progress.best_val_loss:.4f}: "
+            f"{run_dir}/checkpoints/step-{progress.best_step:08d}"
         )
     if progress.training_s:
         tell(f"speed       {progress.tokens / progress.training_s:,.0f} tokens/s")

@@ -48,6 +48,15 @@ def test_the_model_never_sees_more_than_it_was_trained_on(model: DecoderModel) -
     assert lengths[11:14] == [5, 6, 7]
 
 
+def test_padding_is_never_generated() -> None:
+    torch.manual_seed(0)
+    model = DecoderModel(11, 16, 1, 2, 12, padding_idx=10).eval()
+    with torch.no_grad():
+        model.lm_head.bias[10] = 100.0
+    assert 10 not in list(generate_tokens(model, [1], 50))
+    assert 10 not in list(generate_tokens(model, [1], 50, temperature=0))
+
+
 def test_same_seed_same_text(model: DecoderModel) -> None:
     texts = ["".join(generate_text(model, TOKENIZER, "abc", 40, seed=s)) for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -86,6 +95,7 @@ def test_sampling_follows_the_probabilities() -> None:
         counts[sample(logits, 1.0, 0, 1.0, generator)] += 1
     assert torch.allclose(counts / 4000, torch.tensor([0.1, 0.2, 0.7]), atol=0.03)
     assert sample(logits, 0.0, 0, 1.0, generator) == 2
+    assert sample(logits, 1e-40, 0, 1.0, generator) == 2
     assert {sample(logits, 1.0, 1, 1.0, generator) for _ in range(50)} == {2}
     assert {sample(logits, 1.0, 0, 0.8, generator) for _ in range(200)} == {1, 2}
 
@@ -108,8 +118,8 @@ def test_pieces_of_a_subword_text_join_to_the_whole() -> None:
         model = DecoderModel(tokenizer.vocab_size, 8, 1, 2, 64).eval()
         tokens = list(generate_tokens(model, tokenizer.encode("the"), 200, seed=1))
         pieces = list(generate_text(model, tokenizer, "the", 200, seed=1))
-        if kind == "bpe":
-            assert "".join(pieces) == tokenizer.decode(tokens)
+        whole = tokenizer.decode(tokens)
+        assert "".join(pieces) == whole
         assert len(pieces) > 50
 
 
@@ -156,7 +166,7 @@ def test_generate_command(run_dir: Path) -> None:
     wrong = run("generate", *flags, "--prompt", "the Quick")
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: Character 'Q' not found")
-    missing = run("generate", "--checkpoint", str(run_dir / "nowhere"))
+    missing = run("generate", "--checkpoint", str(run_dir / "nowhere"), "--prompt", "the")
     assert missing.returncode == 1
     assert "is no folder" in missing.stderr
 

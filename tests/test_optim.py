@@ -1,4 +1,5 @@
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,51 @@ def test_state_that_needs_options_we_lack_is_refused() -> None:
     other = torch.optim.Adam(make_params(), amsgrad=True)
     with pytest.raises(ValueError, match="amsgrad=True"):
         Adam(make_params()).load_state_dict(other.state_dict())
+
+
+def test_decoupled_decay_does_not_become_coupled() -> None:
+    adamw, adam = torch.optim.AdamW(make_params()), torch.optim.Adam(make_params())
+    with pytest.raises(ValueError, match="decoupled_weight_decay=True"):
+        Adam(make_params()).load_state_dict(adamw.state_dict())
+    with pytest.raises(ValueError, match="decoupled_weight_decay=False"):
+        AdamW(make_params()).load_state_dict(adam.state_dict())
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
+@pytest.mark.parametrize("wrong", [torch.zeros(1), None], ids=["shape", "missing"])
+def test_state_of_another_model_is_refused(name: str, wrong: Tensor | None) -> None:
+    """The kernel would write past its end."""
+    params = make_params()
+    set_grads(params, 0)
+    optimizer = Adam(params)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    if wrong is None:
+        del state["state"][0][name]
+    else:
+        state["state"][0][name] = wrong
+    with pytest.raises(ValueError, match=f"the state's {name} is .* it is of another model"):
+        Adam(make_params()).load_state_dict(state)
+
+
+def test_state_changed_by_hand_never_reaches_the_kernel() -> None:
+    param = torch.zeros(8, requires_grad=True)
+    param.grad = torch.ones(8)
+    optimizer = Adam([param])
+    optimizer.step()
+    optimizer.state[param]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer_class", [Adam, torch.optim.Adam])
+def test_backward_through_what_was_before_the_step_is_refused(optimizer_class: type) -> None:
+    param = torch.ones(3, requires_grad=True)
+    loss = param.pow(2).sum()
+    param.grad = torch.ones(3)
+    optimizer_class([param]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_missing_gradients_are_skipped() -> None:
@@ -217,6 +263,6 @@ def test_pickles_and_copies() -> None:
     optimizer = AdamW(params, max_grad_norm=2.0)
     set_grads(params, 0)
     optimizer.step()
-    again = copy.deepcopy(optimizer)
-    assert again.max_grad_norm == 2.0
-    assert len(again.state) == len(optimizer.state)
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert again.max_grad_norm == 2.0
+        assert len(again.state) == len(optimizer.state)

@@ -26,9 +26,9 @@ def sources(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(sources: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def build(sources: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-temp", "objects", "--build-lib", "lib"],
+        [sys.executable, "setup.py", "build_ext", "--build-temp", "objects", *flags],
         cwd=sources,
         env={**os.environ, **variables},
         capture_output=True,
@@ -41,7 +41,7 @@ def test_objects_export_only_their_table(sources: Path) -> None:
     """A template or inline function shared by the linker could run on a CPU that cannot."""
     if not shutil.which("nm") or not shutil.which("g++"):
         pytest.skip("nm and g++ are needed to build and to look at the objects")
-    result = build(sources)
+    result = build(sources, "--build-lib", "lib")
     assert list((sources / "lib/fastllm").glob("_kernels*.so")), result.stderr
     objects = list((sources / "objects").rglob("kernels.o"))
     assert len(objects) >= 1
@@ -55,8 +55,13 @@ def test_objects_export_only_their_table(sources: Path) -> None:
         assert names == [f"fastllm::kernels_{isa}"]
 
 
-def test_without_a_compiler_the_build_succeeds_with_one_warning(sources: Path) -> None:
-    result = build(sources, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+@pytest.mark.parametrize(
+    "flags", [["--build-lib", "lib"], ["--inplace"]], ids=["wheel", "editable"]
+)
+def test_without_a_compiler_the_build_succeeds_with_one_warning(
+    sources: Path, flags: list[str]
+) -> None:
+    result = build(sources, *flags, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("the C++ extension was NOT built") == 1
     assert "install a C++ compiler" in result.stderr

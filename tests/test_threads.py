@@ -7,30 +7,47 @@ from fastllm import threads as module
 from fastllm.threads import available_cores, set_threads
 
 
-def cgroup(root: Path, text: str) -> Path:
-    (root / "cpu.max").write_text(text)
-    return root
+@pytest.fixture
+def membership(tmp_path: Path) -> Path:
+    """The process is in a folder of version 2, two levels down."""
+    path = tmp_path / "membership"
+    path.write_text("0::/user/service\n")
+    (tmp_path / "user/service").mkdir(parents=True)
+    return path
 
 
 @pytest.mark.parametrize(
     ("text", "expected"), [("max 100000", None), ("250000 100000", 2.5), ("50000 100000", 0.5)]
 )
-def test_quota_of_cgroup_v2(tmp_path: Path, text: str, expected: float | None) -> None:
-    assert module._cgroup_quota(cgroup(tmp_path, text)) == expected
+@pytest.mark.parametrize("folder", ["user/service", "user", "."])
+def test_quota_of_cgroup_v2(
+    tmp_path: Path, membership: Path, folder: str, text: str, expected: float | None
+) -> None:
+    (tmp_path / folder / "cpu.max").write_text(text)
+    assert module._cgroup_quota(tmp_path, membership) == expected
+
+
+def test_the_smallest_quota_holds(tmp_path: Path, membership: Path) -> None:
+    (tmp_path / "user/cpu.max").write_text("150000 100000")
+    (tmp_path / "user/service/cpu.max").write_text("800000 100000")
+    assert module._cgroup_quota(tmp_path, membership) == 1.5
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("-1", None), ("300000", 3.0)])
 def test_quota_of_cgroup_v1(tmp_path: Path, quota: str, expected: float | None) -> None:
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota + "\n")
-    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert module._cgroup_quota(tmp_path) == expected
+    (tmp_path / "membership").write_text("5:memory:/m\n4:cpu,cpuacct:/job\n")
+    (tmp_path / "cpu/job").mkdir(parents=True)
+    (tmp_path / "cpu/job/cpu.cfs_quota_us").write_text(quota + "\n")
+    (tmp_path / "cpu/job/cpu.cfs_period_us").write_text("100000\n")
+    assert module._cgroup_quota(tmp_path, tmp_path / "membership") == expected
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "1 2 3", "100000 0"])
-def test_unreadable_quota_is_no_limit(tmp_path: Path, text: str) -> None:
-    assert module._cgroup_quota(cgroup(tmp_path, text)) is None
-    assert module._cgroup_quota(tmp_path / "nowhere") is None
+def test_unreadable_quota_is_no_limit(tmp_path: Path, membership: Path, text: str) -> None:
+    (tmp_path / "user/cpu.max").write_text(text)
+    assert module._cgroup_quota(tmp_path, membership) is None
+    assert module._cgroup_quota(tmp_path / "nowhere", membership) is None
+    assert module._cgroup_quota(tmp_path, tmp_path / "nowhere") is None
 
 
 def test_hardware_threads_of_a_core_count_once_and_quotas_round_down(

@@ -7,12 +7,10 @@ used again as long as the text's content, the cleaning and the tokenizer are the
 
 from __future__ import annotations
 
-import contextlib
-import glob
+import hashlib
 import io
 import json
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,6 +43,7 @@ class TokenHeader:
     format: str
     dtype: str
     count: int
+    ids_sha256: str
     text_sha256: str
     min_line_length: int
     dedup_lines: bool
@@ -88,21 +87,24 @@ def map_file(
         format=FORMAT,
         dtype=_token_dtype(tokenizer).str,
         count=0,
+        ids_sha256="",
         text_sha256=content_digest(file_path),
         min_line_length=min_line_length,
         dedup_lines=dedup_lines,
         tokenizer=tokenizer.fingerprint if _is_own(tokenizer) else "",
     )
     there = _read_header(token_file)
-    if wanted.tokenizer and there is not None and there == replace(wanted, count=there.count):
-        return map_tokens(token_file, there), there
+    if wanted.tokenizer and there is not None:
+        same = replace(wanted, count=there.count, ids_sha256=there.ids_sha256)
+        if there == same and _ids_digest(token_file) == there.ids_sha256:
+            return map_tokens(token_file, there), there
     pieces = clean_lines(read_text(file_path), min_line_length, dedup_lines)
     try:
         token_file.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(token_file)
         with replace_file(token_file) as file:
             file.write(bytes(HEADER_BYTES))
-            header = replace(wanted, count=_write_ids(pieces, tokenizer, file))
+            count, digest = _write_ids(pieces, tokenizer, file)
+            header = replace(wanted, count=count, ids_sha256=digest)
             file.seek(0)
             file.write(json.dumps(asdict(header)).encode().ljust(HEADER_BYTES - 1) + b"\n")
     except OSError as error:
@@ -158,23 +160,29 @@ def _encode(piece: str, tokenizer: TextTokenizer) -> Tokens:
     return ids
 
 
-def _write_ids(pieces: Iterable[str], tokenizer: TextTokenizer, file: BinaryIO) -> int:
-    """Writes the tokens of the whole text to `file`, and returns their number."""
+def _write_ids(pieces: Iterable[str], tokenizer: TextTokenizer, file: BinaryIO) -> tuple[int, str]:
+    """Writes the tokens of the whole text to `file`; returns their number and their SHA-256."""
     dtype = _token_dtype(tokenizer)
-    count = 0
-    for piece in cut_between_words(pieces):
-        ids = _encode(piece, tokenizer)
-        file.write(ids.astype(dtype, copy=False).data)
+    if _is_own(tokenizer) and tokenizer.may_be_cut:
+        pieces = cut_between_words(pieces)
+    else:
+        pieces = ["".join(pieces)]  # what it makes of a piece may depend on the text around it
+    count, digest = 0, hashlib.sha256()
+    for piece in pieces:
+        ids = _encode(piece, tokenizer).astype(dtype, copy=False)
+        file.write(ids.data)
+        digest.update(ids.data)
         count += len(ids)
-    return count
+    return count, digest.hexdigest()
 
 
-def _remove_abandoned(token_file: Path) -> None:
-    # What a killed run left half written. One that lives has written within the last hour.
-    for partial in token_file.parent.glob(f"{glob.escape(token_file.name)}.*.partial"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - partial.stat().st_mtime > 3600:
-                partial.unlink()
+def _ids_digest(token_file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(token_file, "rb") as file:
+        file.seek(HEADER_BYTES)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read_header(token_file: str | os.PathLike[str]) -> TokenHeader | None:

@@ -72,17 +72,22 @@ def adam_cpu(rows: Sequence[Row], decoupled_weight_decay: bool, max_grad_norm: f
         (*(t.data_ptr() for t in tensors), tensors.param.numel(), index[row_settings])
         for tensors, row_settings in rows
     ]
-    return dispatch.kernels.adam_step(
+    grad_norm = dispatch.kernels.adam_step(
         addresses, settings, decoupled_weight_decay, max_grad_norm, torch.get_num_threads()
     )
+    # So that a backward through what was computed before the step is refused, as after torch's.
+    torch.autograd.graph.increment_version([tensors.param for tensors, _ in rows])
+    return grad_norm
 
 
 def why_not_cpu(rows: Sequence[Row] = ()) -> str | None:
-    tensors = [tensor for tensors, _ in rows for tensor in tensors]
-    for tensor in tensors:
-        if not tensor.is_contiguous():
+    for tensors, _ in rows:
+        size = tensors.param.numel()
+        if any(tensor.numel() != size for tensor in tensors[1:4]):
+            return "a parameter, its gradient and its state differ in size"
+        if not all(tensor.is_contiguous() for tensor in tensors):
             return "a parameter, its gradient or its state is not contiguous"
-    return dispatch.why_not_cpu(*tensors)
+    return dispatch.why_not_cpu(*(tensor for tensors, _ in rows for tensor in tensors))
 
 
 IMPLEMENTATIONS: list[dispatch.Implementation] = [

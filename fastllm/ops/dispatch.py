@@ -12,22 +12,42 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+# Instruction sets that kernels are compiled for, each with all that those before it have.
+ISAS = ("base", "avx2", "avx512", "avx512_bf16")
+
+
+def best_isa(cap: str, runnable: Sequence[str]) -> str:
+    """The last of `runnable`, what this CPU can run, that does not go beyond `cap`.
+
+    Raises:
+        ValueError: `cap` is no instruction set.
+    """
+    if cap not in ISAS:
+        raise ValueError(
+            f"FASTLLM_CPU_ISA: there is no instruction set '{cap}'; choose from {', '.join(ISAS)}"
+        )
+    return next(isa for isa in reversed(ISAS[: ISAS.index(cap) + 1]) if isa in runnable)
+
+
 kernels: Any = None
 extension_problem: str | None = None
 try:
-    from fastllm import _kernels as kernels  # type: ignore[attr-defined,no-redef]
+    kernels = import_module("fastllm._kernels")
 except ImportError as error:
     extension_problem = (
         f"the C++ extension cannot be loaded ({error}); "
         "install a C++ compiler, then install fastllm again"
     )
+if kernels and os.environ.get("FASTLLM_CPU_ISA"):
+    kernels.set_isa(best_isa(os.environ["FASTLLM_CPU_ISA"], kernels.isas()))
 
-NAMES = ("auto", "ref", "cpu")
+NAMES = ("auto", "ref", "cpu", "triton")
 
 _asked_for: ContextVar[str | None] = ContextVar("fastllm_implementation", default=None)
 
@@ -48,10 +68,11 @@ def use(name: str) -> AbstractContextManager[None]:
     """Run every operation inside the `with` block by one implementation.
 
     Args:
-        name: `auto`, `ref` or `cpu`. Takes precedence over `FASTLLM_IMPL`.
+        name: `auto`, `ref`, `cpu` or `triton`. Takes precedence over `FASTLLM_IMPL`.
 
     Raises:
         ValueError: the name is none of these.
+        ImplementationError: no operation has an implementation of that name.
     """
     return _using(_checked(name, "fastllm.use"))
 
@@ -102,15 +123,24 @@ def why_not_cpu(*tensors: Tensor) -> str | None:
             return f"a tensor is {tensor.dtype}; the kernels compute in torch.float32"
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return f"a tensor is a {type(tensor).__name__}, whose memory may not be plain"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if inside_torch_func():
         return "a torch.func transform is under way"
     return None
+
+
+def inside_torch_func() -> bool:
+    """Whether a transform such as `torch.func.vmap` is under way: tensors hide their values."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _checked(name: str, source: str) -> str:
     if name not in NAMES:
         raise ValueError(
             f"{source}: there is no implementation '{name}'; choose from {', '.join(NAMES)}"
+        )
+    if name == "triton":
+        raise ImplementationError(
+            f"{source}: this version of fastllm has no Triton kernels; choose auto, ref or cpu"
         )
     return name
 

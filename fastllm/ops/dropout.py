@@ -17,7 +17,7 @@ _WORD = 0xFFFFFFFF
 
 def draw_seed() -> int:
     """A fresh 63-bit seed from PyTorch's default generator: `torch.manual_seed` governs it."""
-    return int(torch.empty((), dtype=torch.int64).random_())
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
 def philox(counters: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,6 +74,10 @@ class DropoutFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         return dropout(grad_out, *ctx.settings), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *settings: None) -> Tensor:
+        return dropout(tangent, *ctx.settings)
 
 
 def dropout_cpu(x: Tensor, p: float, seed: int, stream: int) -> Tensor:

@@ -44,10 +44,15 @@ class SimpleCharacterTokenizer:
         vocab_size: the number of ids, padding included.
         pad_char, pad_token_id: "<PAD>" and its id. Of all texts only "<PAD>" itself encodes to it.
         token_dtype: the smallest integer type that holds every id.
+        is_lossless: whether every text comes back from its ids.
+        may_be_cut: whether a text's ids are those of its pieces, cut between words.
 
     Raises:
         TypeError: `corpus` is not a list of strings.
     """
+
+    is_lossless = True
+    may_be_cut = True
 
     def __init__(self, corpus: list[str]) -> None:
         if not isinstance(corpus, list):

@@ -67,6 +67,8 @@ class SubwordTokenizer:
         vocab_size: the number of ids, padding included (one more than the largest id).
         pad_token_id: the id of "<PAD>", "[PAD]" or "<pad>"; "<PAD>" is added if none is there.
         token_dtype: the smallest integer type that holds every id.
+        is_lossless: whether texts come back from their ids, white space and all.
+        may_be_cut: whether a text's ids are those of its pieces, cut between words.
 
     Raises:
         ImportError: the tokenizers library is not installed.
@@ -92,10 +94,12 @@ class SubwordTokenizer:
             )
         self.token_dtype = smallest_token_dtype(self.vocab_size)
         # Some models put a mark before the first word of whatever they get: their texts stay whole.
-        self._may_be_cut = all(
+        self.may_be_cut = all(
             self._encode_batch([a + b]) == self._encode_batch([a, b])
             for a, b in (("ab", " ab"), ("ab\n", "ab"))
         )
+        sample = " Two  words,\n\té 世."
+        self.is_lossless = tokenizer.decode(self._encode_batch([sample])) == sample
 
     @classmethod
     def train(
@@ -225,7 +229,7 @@ class SubwordTokenizer:
             ValueError: `text` has half of a surrogate pair, which is no character.
         """
         check_text(text)
-        segments = _segments(text) if self._may_be_cut else [text]
+        segments = _segments(text) if self.may_be_cut else [text]
         try:
             return self._encode_batch(list(segments))
         except TypeError as error:

@@ -83,7 +83,9 @@ def save_checkpoint(
     final = checkpoints / f"step-{progress.step:08d}"
     aside = checkpoints / f"writing-{final.name}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        for pattern in ("writing-*", "removing-*"):  # what a killed process left
+            for leftover in checkpoints.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
         (aside / "training_state").mkdir(parents=True)
         (aside / "config.json").write_text(config.to_json(), encoding="utf-8")
         tokenizer.save(aside / "tokenizer.json")
@@ -96,10 +98,12 @@ def save_checkpoint(
         (aside / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
         for path in [*_files(aside), aside / "training_state", aside]:
             flush(path)
+        replaced = checkpoints / f"removing-{final.name}"
         if final.exists():
-            _remove(final)
+            final.rename(replaced)
         aside.rename(final)
         flush(checkpoints)
+        shutil.rmtree(replaced, ignore_errors=True)
         for name in ("model.safetensors", "training_state"):
             _link(run_dir / name, Path("checkpoints") / final.name / name)
         flush(run_dir)

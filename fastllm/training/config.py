@@ -1,5 +1,6 @@
 """The settings of a training run: one definition for flags, config files, config.json and help."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from fastllm.command import CommandSettings, describe, parse_settings
+from fastllm.command import CommandSettings, describe, parse_settings, underscored
 from fastllm.models.decoder import DecoderModel
 
 if sys.version_info >= (3, 11):
@@ -172,10 +173,12 @@ class TrainConfig(CommandSettings):
     def to_json(self) -> str:
         from fastllm import __version__
 
-        settings = self.model_dump(mode="json", exclude={"resume", "config", "out_dir"})
+        settings = self.model_dump(mode="json", exclude=_OF_ONE_COMMAND)
         return json.dumps({"fastllm_version": __version__, **settings}, indent=2) + "\n"
 
 
+# What is said of one command, not of the run.
+_OF_ONE_COMMAND = {"config", "out_dir", "resume", "max_minutes", "profile", "quiet"}
 # What makes a run the run it is: a resumed run keeps these.
 _FIXED = [
     *("max_seq_len", "overlap", "tokenizer", "vocab_size", "min_line_length", "dedup_lines"),
@@ -189,21 +192,28 @@ def parse_train_config(arguments: list[str]) -> TrainConfig:
 
     Exits with a message where they are wrong.
     """
-    first = parse_settings(TrainConfig, arguments, **_given(arguments))
-    if not first.resume or first.out_dir is None:
-        return first
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--out_dir", type=Path)
+    first.add_argument("--resume", action="store_true")
+    flags, _ = first.parse_known_args(underscored(arguments))
+    given = _read_toml(flags.config) if flags.config else {}
+    run_dir = flags.out_dir or given.get("out_dir")
+    if not run_dir or not (flags.resume or given.get("resume")):
+        return parse_settings(TrainConfig, arguments, **given)
     try:
-        saved = read_config(first.out_dir / "config.json")
+        saved = read_config(Path(run_dir) / "config.json")
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: cannot resume: {error}") from None
-    defaults = saved.model_dump(exclude={"out_dir", "resume", "config"})
-    config = parse_settings(TrainConfig, arguments, **{**defaults, **_given(arguments)})
+    config = parse_settings(
+        TrainConfig, arguments, **{**saved.model_dump(exclude=_OF_ONE_COMMAND), **given}
+    )
     for name in _FIXED:
         old, new = getattr(saved, name), getattr(config, name)
         if old != new:
             raise SystemExit(
-                f"error: the run in {config.out_dir} has {name} {old}; it cannot be resumed with "
-                f"{new}. Leave the flag out, or start a new run in another out_dir"
+                f"error: the run in {run_dir} has {name} {old}; it cannot be resumed with {new}. "
+                "Leave the flag out, or start a new run in another out_dir"
             )
     return config
 
@@ -229,23 +239,10 @@ def read_config(path: Path) -> TrainConfig:
         raise ValueError(f"{path} is not a run's config.json: {error}") from None
 
 
-def _given(arguments: list[str]) -> dict[str, Any]:
-    """What the file named by --config says; nothing without the flag."""
-    path = parse_settings(TrainConfig, _only_config(arguments)).config
-    if path is None:
-        return {}
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SystemExit(f"error: cannot read the config file {path}: {error.strerror}") from None
     except ValueError as error:
         raise SystemExit(f"error: the config file {path} is not TOML: {error}") from None
-
-
-def _only_config(arguments: list[str]) -> list[str]:
-    for i, argument in enumerate(arguments):
-        if argument == "--config":
-            return arguments[i : i + 2]
-        if argument.startswith("--config="):
-            return [argument]
-    return []

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from fastllm.command import say
 from fastllm.data.loader import TextDataset, collate
-from fastllm.generate import generate_text
+from fastllm.generate import generate_tokens
 from fastllm.models.decoder import DecoderModel
 from fastllm.optim import Adam, AdamW
 from fastllm.tokenization import Tokenizer
@@ -138,6 +139,7 @@ class Trainer:
         start, before = time.monotonic(), progress.elapsed_s
         deadline = start + 60 * config.max_minutes if config.max_minutes else math.inf
         logged_tokens, logged_s = progress.tokens, progress.training_s
+        sample_interval = 0 if config.quiet else config.sample_interval
         loader = self._loader()
         self.model.train()
         with (
@@ -195,8 +197,8 @@ class Trainer:
                         f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory:,.0f} MiB", refresh=False
                     )
                 bar.update()
-                if config.sample_interval and step % config.sample_interval == 0:
-                    bar.write(f"--- step {step}\n{self.sample()}\n---")
+                if sample_interval and step % sample_interval == 0:
+                    bar.write(f"--- step {step}\n{self.sample()}\n---", file=sys.stderr)
                 if step % config.save_interval == 0 or progress.best_step == step:
                     self.save()
                 if self.stopped_by:
@@ -225,11 +227,7 @@ class Trainer:
                 batch_loss = self.model.loss(ids, ids) * (tokens / sum(predicted))
                 batch_loss.backward()
                 loss += batch_loss.item()
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {progress.step + 1}. Try a lower --lr or more "
-                "--warmup_steps; the checkpoints before this step are whole"
-            )
+        self._check_finite("loss", loss)
         lr = self._set_learning_rates()
         grad_norm = self._update()
         progress.step += 1
@@ -248,6 +246,13 @@ class Trainer:
                 norm = optimizer.grad_norm
             optimizer.zero_grad()
         return norm
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {name} is {value} at step {self.progress.step + 1}. Try a lower --lr or more "
+                "--warmup_steps; the last checkpoint was saved before this"
+            )
 
     def _set_learning_rates(self) -> float:
         config = self.config
@@ -287,7 +292,7 @@ class Trainer:
                 batch_sampler=order,
                 num_workers=self.config.num_workers,
                 collate_fn=collate,
-                worker_init_fn=_ignore_interrupts,
+                worker_init_fn=_leave_signals_to_the_trainer,
             )
         )
 
@@ -295,6 +300,7 @@ class Trainer:
         progress = self.progress
         self.evaluation = evaluate(self.model, val_set, self.config.batch_size)
         progress.val_loss = self.evaluation.loss
+        self._check_finite("validation loss", progress.val_loss)
         if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
             progress.best_val_loss, progress.best_step = progress.val_loss, progress.step
             progress.evaluations_since_best = 0
@@ -306,16 +312,22 @@ class Trainer:
         """Text that the model makes up, the same for the same weights."""
         was_training = self.model.training
         self.model.eval()
-        first = self.tokenizer.decode(self.train_set.tokens[:1].tolist())
-        text = "".join(
-            generate_text(self.model, self.tokenizer, first, tokens, temperature=0.8, seed=0)
-        )
+        first = self.train_set.tokens[:1].tolist()
+        generated = generate_tokens(self.model, first, tokens, temperature=0.8, seed=0)
+        text = self.tokenizer.decode([*first, *generated])
         self.model.train(was_training)
-        return first + text
+        return text
 
     def save(self) -> None:
-        """Writes a checkpoint of this step."""
+        """Writes a checkpoint of this step.
+
+        Raises:
+            TrainingError: a weight is no longer a finite number.
+            CheckpointError: the checkpoint cannot be written.
+        """
         progress = self.progress
+        for name, parameter in self.model.named_parameters():
+            self._check_finite(f"sum of {name}", float(parameter.detach().double().sum()))
         save_checkpoint(
             self.run_dir,
             self.config,
@@ -331,6 +343,9 @@ class Trainer:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM asks the loop to save and stop; a second SIGINT ends it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may handle signals
+            return
 
         def ask_to_stop(number: int, frame: FrameType | None) -> None:
             if self.stopped_by and number == signal.SIGINT:
@@ -356,9 +371,11 @@ class Trainer:
         )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the training process still needs its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # Ctrl-C, or a service manager's stop, reaches every process of the group; the training process
+    # still needs its workers, who end with it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _NoProfiler:

@@ -21,7 +21,6 @@ class Evaluation(NamedTuple):
 
     loss: float
     tokens: int
-    bits_per_character: float
 
     @property
     def perplexity(self) -> float:
@@ -49,18 +48,20 @@ def evaluate(model: DecoderModel, dataset: TextDataset, batch_size: int) -> Eval
     model.train(was_training)
     if not count:
         raise ValueError("the text has no token to predict: it needs two tokens at least")
-    loss = total / count
-    per_character = count_characters(dataset) / len(dataset.tokens)
-    return Evaluation(
-        loss, count, loss / math.log(2) / per_character if per_character else math.inf
-    )
+    return Evaluation(total / count, count)
 
 
-def count_characters(dataset: TextDataset) -> int:
-    """How many characters the dataset's tokens stand for."""
+def bits_per_character(loss: float, dataset: TextDataset) -> float | None:
+    """What a loss in nats per token is in bits per character of the dataset's text.
+
+    None for a tokenizer that does not give its text back, so that nobody knows how long it was.
+    """
     tokenizer = cast(Tokenizer, dataset.tokenizer)
+    if not tokenizer.is_lossless:
+        return None
     pieces = np.array_split(dataset.tokens, len(dataset.tokens) // 1_000_000 + 1)
-    return sum(len(tokenizer.decode(piece.tolist())) for piece in pieces)
+    characters = sum(len(tokenizer.decode(piece.tolist())) for piece in pieces)
+    return loss / math.log(2) * len(dataset.tokens) / characters
 
 
 class MetricsLog:
@@ -75,12 +76,12 @@ class MetricsLog:
         kept = [line for line in read_metrics(path) if line["step"] < first_step]
         with replace_file(path) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
-        self._file = path.open("a", encoding="utf-8")
+        # Without a buffer, so that nothing is left to be written when the run ends.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, **values: Any) -> None:
         try:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps(values).encode() + b"\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._file.name) from error
 

@@ -244,6 +244,13 @@ def test_torch_func(ids: Tensor) -> None:
     grads = torch.func.grad(functional_loss)(parameters)
     assert torch.allclose(grads["lm_head.weight"], model.lm_head.weight.grad, atol=1e-6)
 
+    def sample_loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, parameters, (sample[None],))[0, :-1]
+        return F.cross_entropy(logits, sample[1:])
+
+    per_sample = torch.func.vmap(torch.func.grad(sample_loss), (None, 0))(parameters, ids)
+    assert torch.allclose(per_sample["lm_head.weight"].mean(0), grads["lm_head.weight"], atol=1e-6)
+
 
 def test_copies_pickles_and_state_dicts_give_the_same_model(ids: Tensor) -> None:
     model = make_model()
@@ -258,11 +265,18 @@ def test_copies_pickles_and_state_dicts_give_the_same_model(ids: Tensor) -> None
     assert torch.equal(other(ids), expected)
 
 
-def test_compiled_model_gives_the_same_loss(ids: Tensor) -> None:
-    model = make_model(mlp_dropout_p=0.1)
-    model.eval()
-    compiled = torch.compile(model, backend="eager")
-    assert torch.allclose(compiled(ids), model(ids), atol=1e-6)
+def test_compiled_model_gives_the_same_loss_and_gradients(ids: Tensor) -> None:
+    losses, grads = [], []
+    for compile_ in (False, True):
+        model = make_model(mlp_dropout_p=0.1)
+        logits = torch.compile(model, backend="aot_eager") if compile_ else model
+        torch.manual_seed(4)
+        loss = F.cross_entropy(logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(model.transformer_blocks[0].mlp.fc1.weight.grad)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert torch.allclose(*grads, atol=1e-6)
 
 
 def test_manual_seed_repeats_dropout(ids: Tensor) -> None:
@@ -277,6 +291,7 @@ def test_manual_seed_repeats_dropout(ids: Tensor) -> None:
 def test_meta_and_other_dtypes() -> None:
     with torch.device("meta"):
         model = DecoderModel(11, 16, 1, 2)
+        assert model(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 11)
     assert all(t.is_meta for t in model.state_dict().values())
     double = DecoderModel(11, 16, 1, 2, dtype=torch.float64)
     assert double(torch.tensor([[1, 2]])).dtype == torch.float64

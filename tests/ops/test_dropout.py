@@ -115,3 +115,11 @@ def test_under_vmap_and_torch_func() -> None:
     assert torch.equal(grads, dropout_ref(torch.ones(4, 8), 0.5, seed=8, stream=0))
     out = torch.func.vmap(lambda row: dropout(row, 0.5, seed=8))(x)
     assert torch.equal(out[1], dropout_ref(x[1], 0.5, seed=8, stream=0))
+
+
+def test_forward_mode() -> None:
+    x, tangent = torch.randn(4, 8), torch.randn(4, 8)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        out = torch.autograd.forward_ad.unpack_dual(dropout(dual, 0.5, seed=8)).tangent
+    assert torch.equal(out, dropout_ref(tangent, 0.5, seed=8, stream=0))

@@ -7,14 +7,14 @@ import pytest
 from fastllm.training.config import TrainConfig, parse_train_config, read_config
 
 
-def test_the_seeds_flags_and_defaults() -> None:
+def test_the_first_flags_and_their_defaults() -> None:
     config = parse_train_config([])
-    seed = {
+    expected = {
         "file_path": None, "max_seq_len": 32, "batch_size": 16, "epochs": 1, "lr": 1e-3,
         "hidden_size": 64, "num_layers": 2, "num_heads": 2, "device": "cpu", "overlap": 0,
         "log_interval": 10, "dropout": 0.1, "optimizer": "adam", "max_grad_norm": 1.0,
     }  # fmt: skip
-    assert {name: getattr(config, name) for name in seed} == seed
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 def test_both_spellings_and_both_forms() -> None:
