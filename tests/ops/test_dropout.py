@@ -117,6 +117,7 @@ def test_under_vmap_and_torch_func() -> None:
     assert torch.equal(out[1], dropout_ref(x[1], 0.5, seed=8, stream=0))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own doing
 def test_forward_mode() -> None:
     x, tangent = torch.randn(4, 8), torch.randn(4, 8)
     with torch.autograd.forward_ad.dual_level():
