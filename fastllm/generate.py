@@ -114,8 +114,12 @@ def generate_text(
         ValueError: the prompt is empty or a setting out of range.
     """
     tokens = generate_tokens(model, tokenizer.encode(prompt), max_new_tokens, **sampling)  # type: ignore[arg-type]
+    return _until(stop, _decode_stream(tokenizer, tokens))
+
+
+def _until(stop: str | None, pieces: Iterator[str]) -> Iterator[str]:
     held = ""  # may be the beginning of the stop text
-    for piece in _decode_stream(tokenizer, tokens):
+    for piece in pieces:
         held += piece
         if stop:
             end = held.find(stop)

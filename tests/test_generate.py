@@ -137,7 +137,7 @@ def test_empty_prompt_and_unknown_characters(model: DecoderModel) -> None:
     with pytest.raises(ValueError, match="the prompt is empty"):
         list(generate_text(model, TOKENIZER, "", 5))
     with pytest.raises(KeyError, match="Character 'z' not found"):
-        list(generate_text(model, TOKENIZER, "abz", 5))
+        generate_text(model, TOKENIZER, "abz", 5)
 
 
 def run(module: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -166,6 +166,7 @@ def test_generate_command(run_dir: Path) -> None:
     wrong = run("generate", *flags, "--prompt", "the Quick")
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: Character 'Q' not found")
+    assert wrong.stdout == ""
     missing = run("generate", "--checkpoint", str(run_dir / "nowhere"), "--prompt", "the")
     assert missing.returncode == 1
     assert "is no folder" in missing.stderr
