@@ -6,6 +6,7 @@ package is installed all the same and runs on its plain-PyTorch reference.
 
 import platform
 import sys
+from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
@@ -13,8 +14,9 @@ from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Square roots need not set errno, and nothing of the exceptions' machinery may be exported. The
-# warning is a false alarm in GCC's own headers.
-KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-fno-exceptions", "-Wno-maybe-uninitialized"]
+# warnings are false alarms in GCC's own headers.
+KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-fno-exceptions"]
+KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
 
 ISAS: dict[str, list[str]] = {"base": []}
@@ -60,8 +62,7 @@ setup(
             define_macros=[("FASTLLM_X86_TABLES", "1")] if "avx2" in ISAS else [],
             extra_compile_args=FLAGS,
             extra_link_args=OPENMP,
-            depends=["csrc/kernels.h", "csrc/vec.h"]
-            + [f"csrc/{name}.inc" for name in ("adam", "dropout", "machine")],
+            depends=sorted(str(path) for path in Path("csrc").iterdir()),
         )
     ],
     cmdclass={"build_ext": BuildKernels},

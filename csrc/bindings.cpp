@@ -4,8 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -58,6 +61,34 @@ T* at(uint64_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+// What stands for the structures of kernels.h in Python: addresses (0 for null) and numbers, in the
+// order of the fields.
+using PyNorm = std::tuple<uint64_t, uint64_t, float>;             // weight, bias, eps
+using PyPair = std::pair<uint64_t, uint64_t>;                     // weight, bias
+using PyDropout = std::pair<double, uint64_t>;                    // probability, seed
+using PyMask = std::pair<uint64_t, std::array<int64_t, 4>>;       // address, strides
+using PyRows = std::pair<uint64_t, std::array<int64_t, 3>>;       // address, strides
+
+Norm norm_of(const PyNorm& norm) {
+    const auto& [weight, bias, eps] = norm;
+    return {at<const float>(weight), at<const float>(bias), eps};
+}
+Linear linear_of(const PyPair& pair) {
+    return {at<const float>(pair.first), at<const float>(pair.second)};
+}
+NormGrad norm_grad_of(const PyPair& pair) { return {at<float>(pair.first), at<float>(pair.second)}; }
+LinearGrad linear_grad_of(const PyPair& pair) {
+    return {at<float>(pair.first), at<float>(pair.second)};
+}
+Mask mask_of(const PyMask& mask) {
+    const auto& s = mask.second;
+    return {at<const uint8_t>(mask.first), {s[0], s[1], s[2], s[3]}};
+}
+Rows rows_of(const PyRows& rows) {
+    const auto& s = rows.second;
+    return {at<const float>(rows.first), {s[0], s[1], s[2]}};
+}
+
 // lr, beta1, beta2, eps, weight_decay
 using AdamSettings = std::array<double, 5>;
 // param, grad, exp_avg, exp_avg_sq, step, size, index into the settings
@@ -81,6 +112,118 @@ double adam_step(const std::vector<AdamRow>& rows, const std::vector<AdamSetting
                               decoupled_weight_decay, max_grad_norm, threads);
 }
 
+// B, N, S, T, D; q, k, v; mask, causal, dropout
+using PyAttention =
+    std::tuple<std::array<int64_t, 5>, std::array<PyRows, 3>, PyMask, bool, PyDropout>;
+
+Attention attention_of(const PyAttention& attention) {
+    const auto& [sizes, rows, mask, causal, dropout] = attention;
+    const auto& [B, N, S, T, D] = sizes;
+    return {B, N, S, T, D, rows_of(rows[0]), rows_of(rows[1]), rows_of(rows[2]), mask_of(mask),
+            causal, dropout.first, {dropout.second, 0}};
+}
+
+// B, S, N, D; norm, norm_first; qkv, out; mask, causal; dropout of the weights and of the output
+using PyMultiHeadAttention = std::tuple<std::array<int64_t, 4>, PyNorm, bool, PyPair, PyPair,
+                                        PyMask, bool, PyDropout, PyDropout>;
+
+MultiHeadAttention multi_head_attention_of(const PyMultiHeadAttention& attention) {
+    const auto& [sizes, norm, norm_first, qkv, out, mask, causal, weights, output] = attention;
+    const auto& [B, S, N, D] = sizes;
+    return {B, S, N, D, norm_of(norm), norm_first, linear_of(qkv), linear_of(out), mask_of(mask),
+            causal, weights.first, output.first, {weights.second, 0}, {output.second, 0}};
+}
+
+// stats, qkv, heads, sum
+using PyMultiHeadAttentionKept = std::array<uint64_t, 4>;
+
+MultiHeadAttentionKept multi_head_attention_kept_of(const PyMultiHeadAttentionKept& kept) {
+    const auto& [stats, qkv, heads, sum] = kept;
+    return {at<float>(stats), at<float>(qkv), at<float>(heads), at<float>(sum)};
+}
+
+// rows, H, I; norm, norm_first; fc1, fc2; activation; dropout
+using PyMlp =
+    std::tuple<std::array<int64_t, 3>, PyNorm, bool, PyPair, PyPair, int, PyDropout>;
+
+Mlp mlp_of(const PyMlp& mlp) {
+    const auto& [sizes, norm, norm_first, fc1, fc2, activation, dropout] = mlp;
+    const auto& [rows, H, I] = sizes;
+    return {rows, H, I, norm_of(norm), norm_first, linear_of(fc1), linear_of(fc2),
+            static_cast<Activation>(activation), dropout.first, {dropout.second, 0}};
+}
+
+// stats, hidden, sum
+using PyMlpKept = std::array<uint64_t, 3>;
+
+MlpKept mlp_kept_of(const PyMlpKept& kept) {
+    return {at<float>(kept[0]), at<float>(kept[1]), at<float>(kept[2])};
+}
+
+// B, S, H, V; ids, weight, positions; scale; dropout
+using PyEmbedding =
+    std::tuple<std::array<int64_t, 4>, std::array<uint64_t, 3>, float, PyDropout>;
+
+Embedding embedding_of(const PyEmbedding& embedding) {
+    const auto& [sizes, addresses, scale, dropout] = embedding;
+    const auto& [B, S, H, V] = sizes;
+    return {B, S, H, V, at<const int64_t>(addresses[0]), at<const float>(addresses[1]),
+            at<const float>(addresses[2]), scale, dropout.first, {dropout.second, 0}};
+}
+
+// rows, H, V; targets; ignore_index; head
+using PyLinearCrossEntropy = std::tuple<std::array<int64_t, 3>, uint64_t, int64_t, PyPair>;
+
+LinearCrossEntropy linear_cross_entropy_of(const PyLinearCrossEntropy& entropy) {
+    const auto& [sizes, targets, ignore_index, head] = entropy;
+    const auto& [rows, H, V] = sizes;
+    return {rows, H, V, at<const int64_t>(targets), ignore_index, linear_of(head)};
+}
+
+void check_ids(const int64_t* ids, int64_t size, int64_t vocabulary,
+               std::optional<int64_t> allowed = {}) {
+    for (int64_t i = 0; i < size; ++i)
+        if ((ids[i] < 0 || ids[i] >= vocabulary) && ids[i] != allowed)
+            throw py::index_error("Token id " + std::to_string(ids[i]) +
+                                  " is outside the vocabulary of " + std::to_string(vocabulary) +
+                                  " tokens");
+}
+
+using PyLayers = std::vector<std::pair<PyMultiHeadAttention, PyMlp>>;
+// Gradients: of embedding and positions; of each layer: norm, qkv, out; norm, fc1, fc2; of the final
+// norm; of the head
+using PyDecoderGrad =
+    std::tuple<PyPair, std::vector<std::array<PyPair, 6>>, PyPair, PyPair>;
+
+double decoder_loss(const PyEmbedding& embedding, const PyLayers& layers, const PyNorm& norm,
+                    const PyLinearCrossEntropy& head, int64_t padding_idx,
+                    const std::optional<PyDecoderGrad>& grads, int threads) {
+    std::vector<DecoderLayer> all_layers;
+    for (const auto& [attention, mlp] : layers)
+        all_layers.push_back({multi_head_attention_of(attention), mlp_of(mlp)});
+    const Decoder decoder = {embedding_of(embedding), all_layers.data(),
+                             static_cast<int64_t>(all_layers.size()), norm_of(norm),
+                             linear_cross_entropy_of(head), padding_idx};
+    const Embedding& e = decoder.embedding;
+    check_ids(e.ids, e.B * e.S, e.V);
+    for (int64_t b = 0; b < e.B; ++b)  // a sequence's first label is no target
+        check_ids(decoder.head.targets + b * e.S + 1, e.S - 1, decoder.head.V,
+                  decoder.head.ignore_index);
+    std::vector<DecoderLayerGrad> layer_grads;
+    DecoderGrad grad = {};
+    if (grads) {
+        const auto& [inputs, layer_pairs, norm_pair, head_pair] = *grads;
+        for (const auto& [norm1, qkv, out, norm2, fc1, fc2] : layer_pairs)
+            layer_grads.push_back(
+                {{norm_grad_of(norm1), linear_grad_of(qkv), linear_grad_of(out)},
+                 {norm_grad_of(norm2), linear_grad_of(fc1), linear_grad_of(fc2)}});
+        grad = {at<float>(inputs.first), at<float>(inputs.second), layer_grads.data(),
+                norm_grad_of(norm_pair), linear_grad_of(head_pair)};
+    }
+    py::gil_scoped_release release;
+    return kernels->decoder_loss(decoder, grads ? &grad : nullptr, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
@@ -90,6 +233,117 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("set_isa", set_isa, py::arg("isa"));
     m.def("adam_step", adam_step, py::arg("rows"), py::arg("settings"),
           py::arg("decoupled_weight_decay"), py::arg("max_grad_norm"), py::arg("threads"));
+    m.def(
+        "attention_fwd",
+        [](uint64_t out, const PyAttention& attention, int threads) {
+            kernels->attention_fwd(at<float>(out), attention_of(attention), threads);
+        },
+        py::arg("out"), py::arg("attention"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "attention_bwd",
+        [](const std::array<uint64_t, 3>& grads, uint64_t grad_out, const PyAttention& attention,
+           int threads) {
+            kernels->attention_bwd(at<float>(grads[0]), at<float>(grads[1]), at<float>(grads[2]),
+                                   at<const float>(grad_out), attention_of(attention), threads);
+        },
+        py::arg("grads"), py::arg("grad_out"), py::arg("attention"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "multi_head_attention_fwd",
+        [](uint64_t out, const PyMultiHeadAttentionKept& kept, uint64_t x,
+           const PyMultiHeadAttention& attention, int threads) {
+            kernels->multi_head_attention_fwd(at<float>(out), multi_head_attention_kept_of(kept),
+                                              at<const float>(x),
+                                              multi_head_attention_of(attention), threads);
+        },
+        py::arg("out"), py::arg("kept"), py::arg("x"), py::arg("attention"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "multi_head_attention_bwd",
+        [](uint64_t grad_x, const std::array<PyPair, 3>& grads, uint64_t grad_out,
+           const PyMultiHeadAttentionKept& kept, uint64_t x, const PyMultiHeadAttention& attention,
+           int threads) {
+            kernels->multi_head_attention_bwd(
+                at<float>(grad_x),
+                {norm_grad_of(grads[0]), linear_grad_of(grads[1]), linear_grad_of(grads[2])},
+                at<const float>(grad_out), multi_head_attention_kept_of(kept), at<const float>(x),
+                multi_head_attention_of(attention), threads);
+        },
+        py::arg("grad_x"), py::arg("grads"), py::arg("grad_out"), py::arg("kept"), py::arg("x"),
+        py::arg("attention"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "mlp_fwd",
+        [](uint64_t out, const PyMlpKept& kept, uint64_t x, const PyMlp& mlp, int threads) {
+            kernels->mlp_fwd(at<float>(out), mlp_kept_of(kept), at<const float>(x), mlp_of(mlp),
+                             threads);
+        },
+        py::arg("out"), py::arg("kept"), py::arg("x"), py::arg("mlp"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "mlp_bwd",
+        [](uint64_t grad_x, const std::array<PyPair, 3>& grads, uint64_t grad_out,
+           const PyMlpKept& kept, uint64_t x, const PyMlp& mlp, int threads) {
+            kernels->mlp_bwd(
+                at<float>(grad_x),
+                {norm_grad_of(grads[0]), linear_grad_of(grads[1]), linear_grad_of(grads[2])},
+                at<const float>(grad_out), mlp_kept_of(kept), at<const float>(x), mlp_of(mlp),
+                threads);
+        },
+        py::arg("grad_x"), py::arg("grads"), py::arg("grad_out"), py::arg("kept"), py::arg("x"),
+        py::arg("mlp"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "layer_norm_fwd",
+        [](uint64_t out, uint64_t stats, uint64_t sum, uint64_t x, uint64_t residual, int64_t rows,
+           int64_t H, const PyNorm& norm, int threads) {
+            kernels->layer_norm_fwd(at<float>(out), at<float>(stats), at<float>(sum),
+                                    at<const float>(x), at<const float>(residual), rows, H,
+                                    norm_of(norm), threads);
+        },
+        py::arg("out"), py::arg("stats"), py::arg("sum"), py::arg("x"), py::arg("residual"),
+        py::arg("rows"), py::arg("H"), py::arg("norm"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "layer_norm_bwd",
+        [](uint64_t grad_x, const PyPair& grad, uint64_t grad_out, uint64_t sum, uint64_t stats,
+           int64_t rows, int64_t H, const PyNorm& norm, int threads) {
+            kernels->layer_norm_bwd(at<float>(grad_x), norm_grad_of(grad),
+                                    at<const float>(grad_out), at<const float>(sum),
+                                    at<const float>(stats), rows, H, norm_of(norm), threads);
+        },
+        py::arg("grad_x"), py::arg("grad"), py::arg("grad_out"), py::arg("sum"), py::arg("stats"),
+        py::arg("rows"), py::arg("H"), py::arg("norm"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "embedding_fwd",
+        [](uint64_t out, const PyEmbedding& embedding, int threads) {
+            kernels->embedding_fwd(at<float>(out), embedding_of(embedding), threads);
+        },
+        py::arg("out"), py::arg("embedding"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "embedding_bwd",
+        [](uint64_t grad_weight, uint64_t grad_positions, uint64_t grad_out, int64_t padding_idx,
+           const PyEmbedding& embedding, int threads) {
+            kernels->embedding_bwd(at<float>(grad_weight), at<float>(grad_positions),
+                                   at<const float>(grad_out), padding_idx,
+                                   embedding_of(embedding), threads);
+        },
+        py::arg("grad_weight"), py::arg("grad_positions"), py::arg("grad_out"),
+        py::arg("padding_idx"), py::arg("embedding"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "linear_cross_entropy",
+        [](uint64_t grad_x, const PyPair& grad, uint64_t x, const PyLinearCrossEntropy& entropy,
+           int threads) {
+            return kernels->linear_cross_entropy(at<float>(grad_x), linear_grad_of(grad),
+                                                 at<const float>(x),
+                                                 linear_cross_entropy_of(entropy), threads);
+        },
+        py::arg("grad_x"), py::arg("grad"), py::arg("x"), py::arg("entropy"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def("decoder_loss", decoder_loss, py::arg("embedding"), py::arg("layers"), py::arg("norm"),
+          py::arg("head"), py::arg("padding_idx"), py::arg("grads"), py::arg("threads"));
     m.def(
         "dropout",
         [](uint64_t out, uint64_t in, int64_t size, double p, uint64_t seed, uint32_t stream,

@@ -4,12 +4,27 @@
 // might run that lacks the instructions.
 #include "kernels.h"
 
+#include <sched.h>
+#include <stdlib.h>
+
 #include "vec.h"
 
 namespace fastllm {
 
+// What the operations are made of, then the operations.
+#include "gemm.inc"
+#include "scratch.inc"
+#include "linear.inc"
+
 #include "adam.inc"
 #include "dropout.inc"
+#include "layer_norm.inc"
+#include "attention.inc"
+#include "multi_head_attention.inc"
+#include "mlp.inc"
+#include "embedding.inc"
+#include "linear_cross_entropy.inc"
+#include "decoder_loss.inc"
 #include "machine.inc"
 
 #define FASTLLM_JOIN_(a, b) a##b
@@ -20,7 +35,19 @@ namespace fastllm {
 extern const Kernels FASTLLM_JOIN(kernels_, FASTLLM_ISA) = {
     .isa = FASTLLM_STRING(FASTLLM_ISA),
     .adam_step = adam_step,
+    .attention_fwd = attention_fwd,
+    .attention_bwd = attention_bwd,
+    .decoder_loss = decoder_loss,
     .dropout = dropout,
+    .embedding_fwd = embedding_fwd,
+    .embedding_bwd = embedding_bwd,
+    .layer_norm_fwd = layer_norm_fwd,
+    .layer_norm_bwd = layer_norm_bwd,
+    .linear_cross_entropy = linear_cross_entropy,
+    .mlp_fwd = mlp_fwd,
+    .mlp_bwd = mlp_bwd,
+    .multi_head_attention_fwd = multi_head_attention_fwd,
+    .multi_head_attention_bwd = multi_head_attention_bwd,
     .fma_loop = fma_loop,
     .memory_read = memory_read,
     .memory_update = memory_update,

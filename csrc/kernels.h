@@ -1,8 +1,11 @@
 // Every CPU kernel, by name: the contents page of this folder.
 //
 // kernels.cpp is compiled once per instruction set and fills one table of function pointers each
-// time; bindings.cpp picks the best table that the processor can run. Pointers are to fp32 data,
-// sizes count elements, and every kernel gives the same bits for any number of threads.
+// time; bindings.cpp picks the best table that the processor can run. Pointers are to fp32 data
+// without gaps unless strides stand beside them, sizes and strides count elements, and every kernel
+// gives the same bits for any number of threads. The letters are those of the Python side: B
+// sequences, S positions (T of keys), N heads of size D, H = N D, I intermediate size, V
+// vocabulary. Where a pointer may be null, that is said.
 #pragma once
 
 #include <cstdint>
@@ -32,6 +35,144 @@ struct DropoutKey {
     uint32_t stream;
 };
 
+// A layer norm. The weight is null where an operation has none.
+struct Norm {
+    const float* weight;  // [H]
+    const float* bias;    // [H]
+    float eps;
+};
+
+// y = x W^T + b
+struct Linear {
+    const float* weight;  // [outputs, inputs]
+    const float* bias;    // [outputs] or null
+};
+
+// Where gradients go; null where nobody needs them.
+struct NormGrad {
+    float* weight;
+    float* bias;
+};
+struct LinearGrad {
+    float* weight;
+    float* bias;
+};
+
+// [B, N, rows, D], the last dimension without gaps.
+struct Rows {
+    const float* data;
+    int64_t strides[3];
+};
+
+// Boolean [B, N, S, T], true where masked; null for none.
+struct Mask {
+    const uint8_t* data;
+    int64_t strides[4];
+};
+
+struct Attention {
+    int64_t B, N, S, T, D;
+    Rows q, k, v;
+    Mask mask;
+    bool causal;  // with T > S, the queries are the last S positions
+    double p;     // of dropping a weight
+    DropoutKey key;
+};
+
+// [norm ->] qkv -> attention -> out -> dropout [-> residual [-> norm]]; a norm brings the residual.
+struct MultiHeadAttention {
+    int64_t B, S, N, D;
+    Norm norm;
+    bool norm_first;
+    Linear qkv, out;  // rows of qkv ordered q, k, v, each by head
+    Mask mask;
+    bool causal;
+    double weights_p, out_p;
+    DropoutKey weights_key, out_key;
+};
+
+// What the forward leaves for the backward. Null where it is not wanted, but qkv and heads.
+struct MultiHeadAttentionKept {
+    float* stats;  // [B S, 2], of the layer norm
+    float* qkv;    // [B S, 3 H]
+    float* heads;  // [B S, H], what goes into the output projection
+    float* sum;    // [B S, H], what a layer norm behind normalises
+};
+
+struct MultiHeadAttentionGrad {
+    NormGrad norm;
+    LinearGrad qkv, out;
+};
+
+enum class Activation { GELU, GELU_TANH, RELU, SILU, LEAKY_RELU };
+
+// [norm ->] fc1 -> activation -> dropout -> fc2 [-> residual [-> norm]]; likewise.
+struct Mlp {
+    int64_t rows, H, I;
+    Norm norm;
+    bool norm_first;
+    Linear fc1, fc2;
+    Activation activation;
+    double p;
+    DropoutKey key;
+};
+
+// What the forward leaves for the backward; null where it is not wanted.
+struct MlpKept {
+    float* stats;   // [rows, 2], of the layer norm
+    float* hidden;  // [rows, I], before the activation
+    float* sum;     // [rows, H], what a layer norm behind normalises
+};
+
+struct MlpGrad {
+    NormGrad norm;
+    LinearGrad fc1, fc2;
+};
+
+struct Embedding {
+    int64_t B, S, H, V;
+    const int64_t* ids;      // [B, S]
+    const float* weight;     // [V, H]
+    const float* positions;  // [S, H]
+    float scale;
+    double p;
+    DropoutKey key;
+};
+
+struct LinearCrossEntropy {
+    int64_t rows, H, V;
+    const int64_t* targets;  // [rows]
+    int64_t ignore_index;
+    Linear head;
+};
+
+struct DecoderLayer {
+    MultiHeadAttention attention;
+    Mlp mlp;
+};
+
+struct DecoderLayerGrad {
+    MultiHeadAttentionGrad attention;
+    MlpGrad mlp;
+};
+
+struct Decoder {
+    Embedding embedding;
+    const DecoderLayer* layers;
+    int64_t layer_count;
+    Norm norm;                // of the last layer's output; its weight is null for none
+    LinearCrossEntropy head;  // targets are labels [B, S]: each position is scored on the next one
+    int64_t padding_idx;      // neither learnt nor a target; -1 for none
+};
+
+struct DecoderGrad {
+    float* embedding;  // or null
+    float* positions;  // or null
+    const DecoderLayerGrad* layers;
+    NormGrad norm;
+    LinearGrad head;
+};
+
 struct Kernels {
     const char* isa;
 
@@ -42,9 +183,51 @@ struct Kernels {
                         int64_t block_count, bool decoupled_weight_decay, double max_grad_norm,
                         int threads);
 
+    // attention.inc: out [B, N, S, D]; the gradients likewise.
+    void (*attention_fwd)(float* out, const Attention& a, int threads);
+    void (*attention_bwd)(float* grad_q, float* grad_k, float* grad_v, const float* grad_out,
+                          const Attention& a, int threads);
+
+    // decoder_loss.inc: the mean cross-entropy of the next token, and, unless `grad` is null, the
+    // gradients for a gradient of 1 by it.
+    double (*decoder_loss)(const Decoder& d, const DecoderGrad* grad, int threads);
+
     // dropout.inc: out = in * keep / (1 - p), element by element; its own backward.
     void (*dropout)(float* out, const float* in, int64_t size, double p, DropoutKey key,
                     int threads);
+
+    // embedding.inc: out = dropout(weight[ids] * scale + positions). The backward writes the whole
+    // of grad_weight, all but the rows that no id names already being zero; either may be null.
+    void (*embedding_fwd)(float* out, const Embedding& e, int threads);
+    void (*embedding_bwd)(float* grad_weight, float* grad_positions, const float* grad_out,
+                          int64_t padding_idx, const Embedding& e, int threads);
+
+    // layer_norm.inc: out = norm(x + residual), the residual or null; stats [rows, 2] and the sum
+    // [rows, H] for the backward, or null (the sum only without a residual).
+    void (*layer_norm_fwd)(float* out, float* stats, float* sum, const float* x,
+                           const float* residual, int64_t rows, int64_t H, const Norm& norm,
+                           int threads);
+    void (*layer_norm_bwd)(float* grad_x, const NormGrad& grad, const float* grad_out,
+                           const float* sum, const float* stats, int64_t rows, int64_t H,
+                           const Norm& norm, int threads);
+
+    // linear_cross_entropy.inc: the mean of -log softmax(head(x))[target] over the rows that have a
+    // target. With grad_x [rows, H] (or null) or gradients of the head, those as well, for a
+    // gradient of 1 by the mean.
+    double (*linear_cross_entropy)(float* grad_x, const LinearGrad& grad, const float* x,
+                                   const LinearCrossEntropy& c, int threads);
+
+    // mlp.inc
+    void (*mlp_fwd)(float* out, const MlpKept& kept, const float* x, const Mlp& m, int threads);
+    void (*mlp_bwd)(float* grad_x, const MlpGrad& grad, const float* grad_out, const MlpKept& kept,
+                    const float* x, const Mlp& m, int threads);
+
+    // multi_head_attention.inc
+    void (*multi_head_attention_fwd)(float* out, const MultiHeadAttentionKept& kept,
+                                     const float* x, const MultiHeadAttention& m, int threads);
+    void (*multi_head_attention_bwd)(float* grad_x, const MultiHeadAttentionGrad& grad,
+                                     const float* grad_out, const MultiHeadAttentionKept& kept,
+                                     const float* x, const MultiHeadAttention& m, int threads);
 
     // machine.inc: what the processor and the memory can do at best. The first two return the
     // number of floating-point operations done and the sum of what was read.

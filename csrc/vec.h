@@ -1,5 +1,5 @@
 // One vector register of whatever width the instruction set has, through the GCC/Clang vector
-// extensions: arithmetic is written with plain operators.
+// extensions: arithmetic is written with plain operators, choices as `mask ? a : b`.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,13 @@ constexpr int LANES = 4;
 #endif
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t ints __attribute__((vector_size(LANES * sizeof(float))));
+typedef uint32_t words __attribute__((vector_size(LANES * sizeof(float))));
+// The same bits, seen as half as many integers of twice the width.
+typedef uint64_t pairs __attribute__((vector_size(LANES * sizeof(float))));
 
 inline vec splat(float x) { return x - vec{}; }
+inline words splat_word(uint32_t x) { return x - words{}; }
 
 inline vec load(const float* from) {
     vec v;
@@ -29,22 +34,51 @@ inline vec load(const float* from) {
 
 inline void store(float* to, vec v) { __builtin_memcpy(to, &v, sizeof v); }
 
-inline double sum(vec v) {
-    double total = 0;
-    for (int lane = 0; lane < LANES; ++lane) total += v[lane];
-    return total;
+// The first `count` lanes, zeros behind them.
+inline vec load(const float* from, int64_t count) {
+    if (count == LANES) return load(from);
+    vec v = {};
+    __builtin_memcpy(&v, from, count * sizeof(float));
+    return v;
 }
 
-typedef uint32_t words_vec __attribute__((vector_size(LANES * sizeof(uint32_t))));
+inline void store(float* to, vec v, int64_t count) {
+    if (count == LANES) return store(to, v);
+    __builtin_memcpy(to, &v, count * sizeof(float));
+}
 
-// The same integers, seen as the halves of 64-bit ones.
-typedef uint64_t pairs __attribute__((vector_size(LANES * sizeof(float))));
+// The first `count` lanes of v, zeros behind them.
+inline vec first(vec v, int64_t count) { return load(reinterpret_cast<const float*>(&v), count); }
 
-constexpr uint64_t HIGH_HALVES = 0xFFFFFFFF00000000;
+// body(i, count) for the vectors that `size` elements make up; only the last may be short.
+template <typename Body>
+inline void each_vec(int64_t size, Body body) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) body(i, LANES);
+    if (i < size) body(i, size - i);
+}
 
-inline pairs both_halves(uint32_t x) { return (x | uint64_t{x} << 32) - pairs{}; }
+inline vec max(vec a, vec b) { return a > b ? a : b; }
 
-// Products of the low halves. The plain operator would multiply all 64 bits, three times as slow.
+// Lanes are added in pairs, then pairs of pairs: four steps for sixteen lanes.
+inline float sum(vec v) {
+    float lanes[LANES];
+    store(lanes, v);
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+inline float max(vec v) {
+    float largest = v[0];
+    for (int lane = 1; lane < LANES; ++lane) largest = v[lane] > largest ? v[lane] : largest;
+    return largest;
+}
+
+// 64-bit products of the low halves. The plain operator would multiply all 64 bits, three times as
+// slow.
 inline pairs multiply_low_halves(pairs a, pairs b) {
 #if defined(__AVX512F__)
     return (pairs)_mm512_mul_epu32((__m512i)a, (__m512i)b);
@@ -53,8 +87,30 @@ inline pairs multiply_low_halves(pairs a, pairs b) {
 #elif defined(__SSE2__)
     return (pairs)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
-    return (a & ~HIGH_HALVES) * (b & ~HIGH_HALVES);
+    constexpr uint64_t LOW = 0xFFFFFFFF;
+    return (a & LOW) * (b & LOW);
 #endif
+}
+
+// e^x for x <= 0, to 2 units in the last place: Cody and Waite's reduction to |r| <= ln(2) / 2, with
+// the polynomial of the Cephes library's expf. Below the smallest normal number it is 0.
+inline vec exp_negative(vec x) {
+    constexpr float LOWEST = -87.33654f;
+    const vec magic = splat(12582912);  // 1.5 * 2^23: adding it rounds to an integer
+    const vec inside = x < LOWEST ? splat(LOWEST) : x;
+    const vec shifted = inside * 1.44269504f + magic;
+    const vec n = shifted - magic;
+    const vec r = inside - n * 0.693359375f - n * -2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1;
+    // Times 2^n, by its exponent; shifting drops the magic number.
+    const vec scaled = (vec)((ints)p + ((ints)shifted << 23));
+    return x < LOWEST ? vec{} : scaled;
 }
 
 }  // namespace

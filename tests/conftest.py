@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllm import use
 from fastllm.ops import dispatch
 from fastllm.train import prepare
 from fastllm.training.config import TrainConfig, parse_train_config
@@ -35,6 +36,22 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, oracle: Tensor, name: str 
     scale = oracle[finite].abs().max().item() if finite.any() else 0.0
     bound = 2 * plain_error + 1e-6 * scale
     assert error <= bound, f"{name} error {error:.3g} exceeds {bound:.3g} at scale {scale:.3g}"
+
+
+def assert_parity(function: Callable[..., Tensor], *tensors: Tensor) -> None:
+    """The C++ kernel's output and every gradient are as accurate as plain PyTorch's."""
+
+    def run(implementation: str, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        with use(implementation):
+            out = function(*inputs)
+            generator = torch.Generator().manual_seed(0)
+            grad = torch.randn(out.shape, generator=generator).to(dtype)
+            return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    results = (run("cpu", torch.float32), run("ref", torch.float32), run("ref", torch.float64))
+    for i, (actual, plain, oracle) in enumerate(zip(*results, strict=True)):
+        assert_as_accurate(actual, plain, oracle, f"gradient {i}" if i else "output")
 
 
 @pytest.fixture(params=dispatch.kernels.isas() if dispatch.kernels else ["none"])

@@ -31,7 +31,7 @@ def test_demo_corpus_when_no_file_is_given(tmp_path: Path) -> None:
         "parameters ",
         "memory      about ",
         "threads     1",
-        "operations  attention: ref, dropout: ",
+        "operations  embedding: ",
         "validation  loss ",
         "best        loss ",
         "bits per character",
@@ -109,7 +109,8 @@ def test_profile(tmp_path: Path, text: Path) -> None:
     result = train(tmp_path, "--file_path", str(text), "--max_steps", "14", "--profile")
     assert result.returncode == 0, result.stderr
     trace = json.loads((tmp_path / "runs/text/profile.json").read_text())
-    assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
+    names = " ".join(event.get("name", "") for event in trace["traceEvents"])
+    assert "MLPFunction" in names or "addmm" in names  # by the kernels, or without them
 
 
 def test_a_read_only_place_is_named(tmp_path: Path, text: Path) -> None:

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from fastllm.core.attachments import FORWARDS
 from fastllm.ops.dropout import draw_seed, dropout
 
 
@@ -13,6 +14,17 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return input
-        return dropout(input, self.p, draw_seed())
+        p, seed = self.draw()
+        return dropout(input, p, seed)
+
+    def draw(self) -> tuple[float, int]:
+        """The probability that holds now, and a fresh seed where it is not 0."""
+        p = self.active_p()
+        return p, draw_seed() if p else 0
+
+    def active_p(self) -> float:
+        """The probability that holds now: 0 in evaluation."""
+        return self.p if self.training else 0.0
+
+
+FORWARDS[Dropout] = Dropout.forward

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastllm.core.attachments import FORWARDS, plain
 from fastllm.core.positional_encoding import PositionalEncoding
-from fastllm.ops import dispatch
+from fastllm.ops.embedding import Settings, check_token_ids, embedding
 
 
 class EmbeddingLayer(nn.Module):
@@ -65,21 +66,37 @@ class EmbeddingLayer(nn.Module):
             IndexError: an id is outside the vocabulary.
             ValueError: the sequence is too long.
         """
-        if isinstance(
-            self.token_embeddings, nn.Embedding
-        ):  # what stands in its place may know more
+        if self.is_plain():
+            end = self.positional_encoding.check(offset + input_ids.size(1))
+            positions = self.position_table()[offset:end]
+            weight = self.token_embeddings.weight
+            return embedding(input_ids, weight, positions, self.draw_settings())
+        if isinstance(self.token_embeddings, nn.Embedding):  # what stands there may know more
             check_token_ids(input_ids, self.token_embeddings.num_embeddings)
         x = self.token_embeddings(input_ids) * math.sqrt(self.hidden_size)
         if offset == 0:
             return self.positional_encoding(x)
         return self.positional_encoding(x, offset)
 
+    def is_plain(self) -> bool:
+        """Whether one operation may stand for the embeddings, positions and dropout."""
+        tokens, encoding = self.token_embeddings, self.positional_encoding
+        return (
+            plain(tokens, encoding, encoding.dropout)
+            and (not encoding.learned or plain(encoding.pos_embedding))
+            and tokens.max_norm is None
+            and not (tokens.scale_grad_by_freq or tokens.sparse)
+        )
 
-def check_token_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raises an `IndexError` that names an id outside [0, vocab_size), where values can be seen."""
-    if ids.numel() == 0 or ids.is_meta or dispatch.inside_torch_func():
-        return
-    lowest, highest = torch.aminmax(ids)
-    if lowest < 0 or highest >= vocab_size:
-        wrong = int(lowest if lowest < 0 else highest)
-        raise IndexError(f"Token id {wrong} is outside the vocabulary of {vocab_size} tokens")
+    def position_table(self) -> Tensor:
+        """A vector for each position, [max_seq_len, H]."""
+        encoding = self.positional_encoding
+        return encoding.pos_embedding.weight if encoding.learned else encoding.pe[0]
+
+    def draw_settings(self) -> Settings:
+        """The operation's settings, with a fresh seed."""
+        dropout = self.positional_encoding.dropout.draw()
+        return Settings(math.sqrt(self.hidden_size), self.token_embeddings.padding_idx, *dropout)
+
+
+FORWARDS[EmbeddingLayer] = EmbeddingLayer.forward

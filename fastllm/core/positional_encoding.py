@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastllm.core.attachments import FORWARDS
 from fastllm.core.dropout import Dropout
 
 
@@ -62,13 +63,20 @@ class PositionalEncoding(nn.Module):
         Raises:
             ValueError: the positions end beyond `max_seq_len`.
         """
-        end = offset + x.size(1)
-        if end > self.max_seq_len:
-            raise ValueError(
-                f"Sequence length {end} exceeds maximum sequence length {self.max_seq_len}"
-            )
+        end = self.check(offset + x.size(1))
         if self.learned:
             positions = self.pos_embedding(torch.arange(offset, end, device=x.device))
         else:
             positions = self.pe[0, offset:end]
         return self.dropout(x + positions)
+
+    def check(self, end: int) -> int:
+        """`end`, the number of positions, if there are so many; else raises a `ValueError`."""
+        if end > self.max_seq_len:
+            raise ValueError(
+                f"Sequence length {end} exceeds maximum sequence length {self.max_seq_len}"
+            )
+        return end
+
+
+FORWARDS[PositionalEncoding] = PositionalEncoding.forward

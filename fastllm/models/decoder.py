@@ -1,5 +1,6 @@
 """The decoder-only language model."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastllm.core.attachments import FORWARDS, plain, plain_norm
 from fastllm.core.attn.mha import KeyValueCache
-from fastllm.core.embedding import EmbeddingLayer, check_token_ids
+from fastllm.core.embedding import EmbeddingLayer
 from fastllm.core.transformer_block import TransformerBlock
+from fastllm.ops.decoder_loss import Decoder, decoder_loss, why_not
+from fastllm.ops.embedding import check_token_ids
+from fastllm.ops.layer_norm import layer_norm
+from fastllm.ops.linear_cross_entropy import linear_cross_entropy
+from fastllm.ops.parameters import Linear
 
 
 class DecoderModel(nn.Module):
@@ -126,6 +133,15 @@ class DecoderModel(nn.Module):
             IndexError: an id is outside the vocabulary.
             ValueError: the sequence is longer than `max_seq_len`.
         """
+        return self.lm_head(self.hidden_states(input_ids, attn_mask, caches))
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attn_mask: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> Tensor:
+        """What the head takes, [B, S, H]; arguments as for `forward`."""
         if caches is None:
             x = self.embedding_layer(input_ids)
             for block in self.transformer_blocks:
@@ -137,9 +153,10 @@ class DecoderModel(nn.Module):
             x = self.embedding_layer(input_ids, caches[0].length if caches else 0)
             for block, cache in zip(self.transformer_blocks, caches, strict=True):
                 x = block(x, attn_mask, cache=cache)
-        if self.final_norm is not None:
-            x = self.final_norm(x)
-        return self.lm_head(x)
+        if self.final_norm is None:
+            return x
+        norm = plain_norm(self.final_norm, self.hidden_size)
+        return self.final_norm(x) if norm is None else layer_norm(x, norm)
 
     def loss(
         self,
@@ -168,10 +185,42 @@ class DecoderModel(nn.Module):
                 f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} must have "
                 "the same shape: labels are not shifted by the caller"
             )
-        logits = self(input_ids, attn_mask)[:, :-1]
+        decoder = self.fused(input_ids, attn_mask)
+        if decoder is not None and why_not(decoder, input_ids, labels) is None:
+            return decoder_loss(decoder, input_ids, labels, ignore_index)
         targets = self.targets(labels, ignore_index)
+        if plain(self, self.lm_head):
+            # The last position is not scored: a target there that is none costs no copy of x.
+            targets = F.pad(targets, (0, 1), value=ignore_index)
+            x = self.hidden_states(input_ids, attn_mask)
+            head = Linear(self.lm_head.weight, self.lm_head.bias)
+            return linear_cross_entropy(x, head, targets, ignore_index)
+        logits = self(input_ids, attn_mask)[:, :-1]
         check_token_ids(targets[targets != ignore_index], logits.size(-1))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
+
+    def fused(self, input_ids: Tensor, attn_mask: Tensor | None) -> Decoder | None:
+        """Parameters and settings of all layers, where nothing is attached to any of them."""
+        H, table = self.hidden_size, self.embedding_layer
+        blocks = self.transformer_blocks
+        if not plain(self, table, self.lm_head, *blocks) or not table.is_plain():
+            return None
+        norm = None if self.final_norm is None else plain_norm(self.final_norm, H)
+        layers = [block.fused() for block in blocks]  # type: ignore[operator]
+        if None in layers or (norm is None and self.final_norm is not None):
+            return None
+        end = table.positional_encoding.check(input_ids.size(1))
+        return Decoder(
+            table.token_embeddings.weight,
+            table.position_table()[:end],
+            math.sqrt(H),
+            table.token_embeddings.padding_idx,
+            table.positional_encoding.dropout.active_p(),
+            layers,
+            attn_mask,
+            norm,
+            Linear(self.lm_head.weight, self.lm_head.bias),
+        )
 
     def targets(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
         """What `loss` scores, [B, S - 1]: the next labels, `ignore_index` where none is."""
@@ -179,3 +228,6 @@ class DecoderModel(nn.Module):
         if self.padding_idx is not None:
             targets = targets.masked_fill(targets == self.padding_idx, ignore_index)
         return targets
+
+
+FORWARDS[DecoderModel] = DecoderModel.forward

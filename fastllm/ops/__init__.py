@@ -1,11 +1,26 @@
 """The operations, one file each: reference, autograd function, table of implementations."""
 
-from fastllm.ops import adam, attention, dispatch, dropout
+from fastllm.ops import (
+    adam,
+    attention,
+    dispatch,
+    dropout,
+    embedding,
+    layer_norm,
+    linear_cross_entropy,
+    mlp,
+    multi_head_attention,
+)
 
 # Every operation with its table, best implementation first.
 OPERATIONS = {
+    "embedding": embedding.IMPLEMENTATIONS,
+    "multi_head_attention": multi_head_attention.IMPLEMENTATIONS,
     "attention": attention.IMPLEMENTATIONS,
+    "mlp": mlp.IMPLEMENTATIONS,
+    "layer_norm": layer_norm.IMPLEMENTATIONS,
     "dropout": dropout.IMPLEMENTATIONS,
+    "linear_cross_entropy": linear_cross_entropy.IMPLEMENTATIONS,
     "adam": adam.IMPLEMENTATIONS,
 }
 

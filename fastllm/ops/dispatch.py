@@ -128,6 +128,16 @@ def why_not_cpu(*tensors: Tensor) -> str | None:
     return None
 
 
+def why_not_fused(*tensors: Tensor | None) -> str | None:
+    """Why an operation of many steps cannot run as one kernel on these tensors, or None."""
+    reason = why_not_cpu(*[tensor for tensor in tensors if tensor is not None])
+    if reason is None and torch.is_autocast_enabled("cpu"):
+        return "autocast is on; the kernels compute in torch.float32"
+    if reason is None and torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is under way"
+    return reason
+
+
 def inside_torch_func() -> bool:
     """Whether a transform such as `torch.func.vmap` is under way: tensors hide their values."""
     return torch._C._functorch.peek_interpreter_stack() is not None

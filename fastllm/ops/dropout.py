@@ -43,19 +43,27 @@ def philox(counters: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Te
 def keep_mask(shape: torch.Size, p: float, seed: int, stream: int, device: Any) -> Tensor:
     """Which elements survive dropout with probability `p`: bool, of the given shape.
 
-    Element `64 g + 16 w + j` is decided by word `w` of counter `16 g + j`, the order in which
-    a vector of any width has its neighbours side by side.
+    An element takes 16 random bits. Of the 64 that eight counters decide, element
+    `64 g + 16 q + 2 c + w` takes a half of word `2 (q // 2) + w` of counter `8 g + c`, the low
+    one for even `q` and the high one for odd: the order in which a vector of any width has its
+    neighbours side by side.
     """
     size = shape.numel()
-    counters = torch.arange((size + 63) // 64 * 16, device=device)
-    words = torch.stack([word.view(-1, 16) for word in philox(counters, seed, stream)], dim=1)
-    threshold = min(int(p * 2**32 + 0.5), _WORD)
-    return (words >= threshold).flatten()[:size].view(shape)
+    counters = torch.arange((size + 63) // 64 * 8, device=device)
+    w0, w1, w2, w3 = philox(counters.view(-1, 8), seed, stream)
+    pairs = [torch.stack(pair, dim=-1).flatten(1) for pair in ((w0, w1), (w2, w3))]
+    halves = [half for words in pairs for half in (words & 0xFFFF, words >> 16)]
+    return (torch.stack(halves, dim=1) >= _dropped(p)).flatten()[:size].view(shape)
+
+
+def _dropped(p: float) -> int:
+    """How many of the 65,536 values of 16 random bits drop an element."""
+    return min(max(int(p * 65536 + 0.5), 1), 65535)
 
 
 def dropout_ref(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
     keep = keep_mask(x.shape, p, seed, stream, x.device)
-    return torch.where(keep, x * (1 / (1 - p)), 0)
+    return x * (keep * (1 / (1 - _dropped(p) / 65536))).to(x.dtype)
 
 
 class DropoutFunction(torch.autograd.Function):
@@ -95,7 +103,7 @@ def dropout(x: Tensor, p: float, seed: int, stream: int = 0) -> Tensor:
 
     Args:
         x: any shape, contiguous or not; elements are numbered in row-major order.
-        p: in [0, 1].
+        p: in [0, 1]; taken as a multiple of 1 / 65,536.
         seed: names the mask, in [0, 2**63); `draw_seed` gives a fresh one.
         stream: tells masks under one seed apart, in [0, 2**32).
 

@@ -4,9 +4,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastllm.core.attachments import FORWARDS, plain, plain_norm
 from fastllm.core.dropout import Dropout
 from fastllm.ops.attention import attention
 from fastllm.ops.dropout import draw_seed
+from fastllm.ops.multi_head_attention import Settings, multi_head_attention
+from fastllm.ops.parameters import Linear, Norm
 
 
 class KeyValueCache:
@@ -116,6 +119,10 @@ class MultiHeadAttention(nn.Module):
             is_causal: overrides the constructor's.
             cache: holds the earlier positions, and takes these.
         """
+        if cache is None and self.is_plain():
+            norm = None if self.norm is None else plain_norm(self.norm, self.hidden_size)
+            if self.norm is None or norm is not None:
+                return self.fused(hidden_states, attn_mask, is_causal, norm, self.norm_first)
         B, S, H = hidden_states.shape
         x = hidden_states
         if self.norm is not None and self.norm_first:
@@ -125,19 +132,43 @@ class MultiHeadAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, N, S, D]
         if cache is not None:
             k, v = cache.append(k, v)
-        dropout_p = self.p if self.training else 0.0
-        heads = attention(
-            q,
-            k,
-            v,
-            attn_mask,
-            self.is_causal if is_causal is None else is_causal,
-            dropout_p,
-            draw_seed() if dropout_p > 0 else 0,
-        )
+        causal = self.is_causal if is_causal is None else is_causal
+        heads = attention(q, k, v, attn_mask, causal, *self._draw())
         out = self.dropout(self.out_proj(heads.transpose(1, 2).reshape(B, S, H)))
 
         if self.norm is None:
             return out
         out = hidden_states + out
         return out if self.norm_first else self.norm(out)
+
+    def is_plain(self) -> bool:
+        """Whether one operation may stand for the projections and what lies between them."""
+        return plain(self.qkv_proj, self.out_proj, self.dropout)
+
+    def fused(
+        self,
+        hidden_states: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool | None,
+        norm: Norm | None,
+        norm_first: bool,
+    ) -> Tensor:
+        """What `forward` computes, as one operation, with this layer norm."""
+        settings = Settings(
+            self.num_heads,
+            attn_mask,
+            self.is_causal if is_causal is None else is_causal,
+            *self._draw(),
+            *self.dropout.draw(),
+            norm_first,
+        )
+        qkv = Linear(self.qkv_proj.weight, self.qkv_proj.bias)
+        out = Linear(self.out_proj.weight, self.out_proj.bias)
+        return multi_head_attention(hidden_states, qkv, out, settings, norm)
+
+    def _draw(self) -> tuple[float, int]:
+        p = self.p if self.training else 0.0
+        return p, draw_seed() if p else 0
+
+
+FORWARDS[MultiHeadAttention] = MultiHeadAttention.forward

@@ -1,0 +1,50 @@
+"""Whether anything was attached to a module, so that its own forward must run.
+
+A fused operation takes the parameters of several modules and calls none of them. It may do so only
+where each is just what it seems: no subclass, no hook, no `forward` patched on the class or on the
+instance, not compiled by itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from fastllm.ops.parameters import Norm
+
+# The forward of every class that operations can stand for, as it was written.
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    cls: cls.forward
+    for cls in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GELU, nn.ReLU, nn.SiLU, nn.LeakyReLU)
+}
+
+
+def plain(*modules: Any) -> bool:
+    """Whether all of these are plain instances of known classes with nothing attached."""
+    if torch_module._has_any_global_hook():
+        return False
+    for module in modules:
+        cls = type(module)
+        if FORWARDS.get(cls) is not cls.forward:
+            return False
+        attributes = module.__dict__
+        if (
+            "forward" in attributes
+            or attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or module._compiled_call_impl is not None
+        ):
+            return False
+    return True
+
+
+def plain_norm(module: Any, hidden_size: int) -> Norm | None:
+    """The parameters of a plain layer norm over the last `hidden_size` elements, else None."""
+    if not plain(module) or type(module) is not nn.LayerNorm:
+        return None
+    if module.normalized_shape != (hidden_size,) or module.weight is None or module.bias is None:
+        return None
+    return Norm(module.weight, module.bias, module.eps)

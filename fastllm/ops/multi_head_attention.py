@@ -1,0 +1,190 @@
+"""Multi-head self-attention (Vaswani et al. 2017, section 3.2.2) as a whole."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllm.ops import dispatch
+from fastllm.ops.attention import attention, check_mask, mask_description, why_not_mask
+from fastllm.ops.dropout import dropout
+from fastllm.ops.layer_norm import layer_norm_ref
+from fastllm.ops.parameters import (
+    Linear,
+    Norm,
+    address,
+    addresses,
+    check_first_derivative,
+    contiguous,
+    needs_grad,
+    new_grad,
+)
+
+
+class Settings(NamedTuple):
+    """What is no tensor to differentiate by.
+
+    Attributes:
+        dropout_p, seed: of the attention weights.
+        out_dropout_p, out_seed: of the output projection's result.
+        norm_first: `x + f(norm(x))` rather than `norm(x + f(x))`.
+    """
+
+    num_heads: int
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+    dropout_p: float = 0.0
+    seed: int = 0
+    out_dropout_p: float = 0.0
+    out_seed: int = 0
+    norm_first: bool = True
+
+
+def multi_head_attention_ref(
+    x: Tensor, qkv: Linear, out: Linear, settings: Settings, norm: Norm | None
+) -> Tensor:
+    B, S, H = x.shape
+    N = settings.num_heads
+    normed = layer_norm_ref(x, norm, None) if norm and settings.norm_first else x
+    q, k, v = F.linear(normed, *qkv).view(B, S, 3, N, H // N).permute(2, 0, 3, 1, 4)
+    _, attn_mask, is_causal, dropout_p, seed, out_dropout_p, out_seed, norm_first = settings
+    heads = attention(q, k, v, attn_mask, is_causal, dropout_p, seed)
+    y = dropout(F.linear(heads.transpose(1, 2).reshape(B, S, H), *out), out_dropout_p, out_seed)
+    if norm is None:
+        return y
+    return x + y if norm_first else layer_norm_ref(y, norm, x)
+
+
+class MultiHeadAttentionFunction(torch.autograd.Function):
+    """The C++ kernel; keeps the projections and the heads' outputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, settings: Settings, eps: float, keep: bool, *parameters: Tensor | None
+    ) -> Tensor:
+        B, S, H = x.shape
+        N = settings.num_heads
+        normed = parameters[4] is not None
+        out, qkv, heads = torch.empty_like(x), x.new_empty(B, S, 3 * H), torch.empty_like(x)
+        stats = x.new_empty(B, S, 2) if keep and normed else None
+        total = torch.empty_like(x) if keep and normed and not settings.norm_first else None
+        ctx.settings, ctx.eps, ctx.sizes = settings, eps, (B, S, N, H // N)
+        dispatch.kernels.multi_head_attention_fwd(
+            address(out),
+            addresses(stats, qkv, heads, total),
+            address(x),
+            MultiHeadAttentionFunction.description(ctx, parameters),
+            torch.get_num_threads(),
+        )
+        if keep:
+            ctx.save_for_backward(x, stats, qkv, heads, total, *parameters)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
+        x, stats, qkv, heads, total, *parameters = ctx.saved_tensors
+        wanted, wanted_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        wanted_norm = any(wanted_parameters[4:])  # the kernel gives both gradients or neither
+        grad_x = new_grad(x, wanted)
+        grads = [
+            new_grad(p, need) for p, need in zip(parameters[:4], wanted_parameters[:4], strict=True)
+        ]
+        grads += [new_grad(p, wanted_norm) for p in parameters[4:]]
+        grad_out = grad_out.contiguous()
+        qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, norm_bias = addresses(*grads)
+        dispatch.kernels.multi_head_attention_bwd(
+            address(grad_x),
+            [(norm_weight, norm_bias), (qkv_weight, qkv_bias), (out_weight, out_bias)],
+            address(grad_out),
+            addresses(stats, qkv, heads, total),
+            address(x),
+            MultiHeadAttentionFunction.description(ctx, parameters),
+            torch.get_num_threads(),
+        )
+        return grad_x, None, None, None, *grads
+
+    @staticmethod
+    def description(ctx: Any, parameters: Any) -> tuple[Any, ...]:
+        """`MultiHeadAttention` of csrc/kernels.h."""
+        B, S, N, _ = ctx.sizes
+        qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, norm_bias = addresses(*parameters)
+        settings = ctx.settings
+        return (
+            ctx.sizes,
+            (norm_weight, norm_bias, ctx.eps),
+            settings.norm_first,
+            (qkv_weight, qkv_bias),
+            (out_weight, out_bias),
+            mask_description(settings.attn_mask, B, N, S, S),
+            settings.is_causal,
+            (settings.dropout_p, settings.seed),
+            (settings.out_dropout_p, settings.out_seed),
+        )
+
+
+def multi_head_attention_cpu(
+    x: Tensor, qkv: Linear, out: Linear, settings: Settings, norm: Norm | None
+) -> Tensor:
+    weight, bias, eps = norm or (None, None, 0.0)
+    x, parameters = x.contiguous(), contiguous(*qkv, *out, weight, bias)
+    keep = needs_grad(x, *parameters)
+    return MultiHeadAttentionFunction.apply(x, settings, eps, keep, *parameters)
+
+
+def why_not_cpu(
+    x: Tensor | None = None,
+    qkv: Linear | None = None,
+    out: Linear | None = None,
+    settings: Settings | None = None,
+    norm: Norm | None = None,
+) -> str | None:
+    if x is None or qkv is None or out is None or settings is None:
+        return dispatch.why_not_cpu()
+    if x.numel() == 0:
+        return "there are no elements"
+    if 1 in (settings.dropout_p, settings.out_dropout_p):
+        return "everything is dropped"
+    return why_not_mask(settings.attn_mask) or dispatch.why_not_fused(
+        x, *qkv, *out, *(norm[:2] if norm else ())
+    )
+
+
+IMPLEMENTATIONS: list[dispatch.Implementation] = [
+    dispatch.Implementation("cpu", multi_head_attention_cpu, why_not_cpu),
+    dispatch.Implementation("ref", multi_head_attention_ref),
+]
+
+
+def multi_head_attention(
+    x: Tensor, qkv: Linear, out: Linear, settings: Settings, norm: Norm | None = None
+) -> Tensor:
+    """Self-attention over N heads: `dropout(out(attention(qkv(x))))`.
+
+    Args:
+        x: [B, S, H].
+        qkv: weight [3 H, H], rows ordered q, k, v, each by head.
+        out: weight [H, H].
+        settings: see `Settings`; `attn_mask` is boolean, broadcastable to [B, N, S, S], **True
+            means masked**.
+        norm: a layer norm; it brings the residual connection.
+
+    Returns:
+        [B, S, H].
+
+    Raises:
+        TypeError: the mask is not boolean.
+        ValueError: sizes do not fit each other.
+    """
+    check_mask(settings.attn_mask)
+    H = x.size(-1)
+    if x.ndim != 3 or qkv.weight.shape != (3 * H, H) or out.weight.shape != (H, H):
+        raise ValueError(
+            f"x {list(x.shape)}, qkv {list(qkv.weight.shape)} and out {list(out.weight.shape)} do "
+            "not fit: [B, S, H], [3 H, H] and [H, H] are needed"
+        )
+    if H % settings.num_heads:
+        raise ValueError(f"the width {H} must be divisible by num_heads ({settings.num_heads})")
+    arguments = (x, qkv, out, settings, norm)
+    return dispatch.choose("multi_head_attention", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -1,0 +1,57 @@
+"""What layers hand to the operations, and how it is handed to the kernels."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """A layer norm's parameters, each [H]."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class Linear(NamedTuple):
+    """A linear layer's parameters: [outputs, inputs] and [outputs] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's data begins; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(map(address, tensors))
+
+
+def new_grad(tensor: Tensor | None, wanted: bool) -> Tensor | None:
+    """Memory for the gradient by a tensor, where there is one and it is wanted."""
+    return torch.empty_like(tensor) if wanted and tensor is not None else None
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward through what is computed of these may come."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_first_derivative() -> None:
+    """Called in a backward that autograd cannot look into.
+
+    Raises:
+        RuntimeError: a second derivative is asked for.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the C++ kernels give no second derivatives (create_graph=True); compute the forward "
+            'under fastllm.use("ref")'
+        )
