@@ -60,21 +60,56 @@ inline void each_vec(int64_t size, Body body) {
 
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 
-// Lanes are added in pairs, then pairs of pairs: four steps for sixteen lanes.
-inline float sum(vec v) {
+// Lane i is lane from[i] of a and b side by side; `from` is known when this is compiled.
+inline vec shuffle(vec a, vec b, ints from) {
+#if defined(__clang__)
+    vec out = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) out[i] = from[i] < LANES ? a[from[i]] : b[from[i] - LANES];
+    return out;
+#else
+    return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// Lanes are combined in pairs, then pairs of pairs: four steps for sixteen lanes.
+template <typename Combine>
+inline float reduce(vec v, Combine combine) {
     float lanes[LANES];
     store(lanes, v);
 #pragma GCC unroll 4
     for (int half = LANES / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+        for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
     return lanes[0];
 }
 
+inline float sum(vec v) {
+    return reduce(v, [](float a, float b) { return a + b; });
+}
+
 inline float max(vec v) {
-    float largest = v[0];
-    for (int lane = 1; lane < LANES; ++lane) largest = v[lane] > largest ? v[lane] : largest;
-    return largest;
+    return reduce(v, [](float a, float b) { return a > b ? a : b; });
+}
+
+// Rows become columns: in step d, lanes whose number has bit d are exchanged with the rows whose
+// number has it.
+inline void transpose(vec (&rows)[LANES]) {
+#pragma GCC unroll 4
+    for (int d = 1; d < LANES; d *= 2) {
+        ints upper = {}, lower = {};
+        for (int i = 0; i < LANES; ++i) {
+            upper[i] = i & d ? LANES + i - d : i;
+            lower[i] = i & d ? LANES + i : i + d;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) {
+            if (i & d) continue;
+            const vec a = rows[i], b = rows[i + d];
+            rows[i] = shuffle(a, b, upper);
+            rows[i + d] = shuffle(a, b, lower);
+        }
+    }
 }
 
 // 64-bit products of the low halves. The plain operator would multiply all 64 bits, three times as
