@@ -3,7 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <array>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -55,6 +63,43 @@ void set_isa(const std::string& isa) {
     throw std::invalid_argument("this CPU has no kernels for the instruction set '" + isa +
                                 "'; it can run: " + names);
 }
+
+// Memory that stays with the process when it is given up, for the next who wants as much: fresh
+// pages of a large array cost more than filling them. Whoever finds none of his size gives the
+// rest back to the system, so that what lies idle is what the last step used.
+class Memory {
+public:
+    explicit Memory(size_t size) : size_(size) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (const auto found = idle_.find(size); found != idle_.end()) {
+            data_ = found->second;
+            idle_.erase(found);
+            return;
+        }
+        for (const auto& [idle_size, data] : idle_) std::free(data);
+        idle_.clear();
+        data_ = std::aligned_alloc(PAGE, (size + PAGE - 1) / PAGE * PAGE);
+        if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+        madvise(data_, size, MADV_HUGEPAGE);  // a wish: nothing is lost where it is not granted
+#endif
+    }
+    ~Memory() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        idle_.emplace(size_, data_);
+    }
+    Memory(const Memory&) = delete;
+
+    py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), static_cast<ssize_t>(size_)}; }
+
+private:
+    static constexpr size_t PAGE = 2 * 1024 * 1024;  // a large one
+    static inline std::mutex mutex_;
+    static inline std::multimap<size_t, void*> idle_;
+
+    size_t size_;
+    void* data_;
+};
 
 template <typename T>
 T* at(uint64_t address) {
@@ -231,6 +276,10 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("isas", isas, "The instruction sets with kernels that this CPU can run, slowest first.");
     m.def("isa", [] { return kernels->isa; }, "The instruction set in use.");
     m.def("set_isa", set_isa, py::arg("isa"));
+    py::class_<Memory>(m, "Memory", py::buffer_protocol(),
+                       "Bytes whose memory the next of the same size takes over.")
+        .def(py::init<size_t>(), py::arg("size"))
+        .def_buffer(&Memory::buffer);
     m.def("adam_step", adam_step, py::arg("rows"), py::arg("settings"),
           py::arg("decoupled_weight_decay"), py::arg("max_grad_norm"), py::arg("threads"));
     m.def(

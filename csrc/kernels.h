@@ -196,8 +196,7 @@ struct Kernels {
     void (*dropout)(float* out, const float* in, int64_t size, double p, DropoutKey key,
                     int threads);
 
-    // embedding.inc: out = dropout(weight[ids] * scale + positions). The backward writes the whole
-    // of grad_weight, all but the rows that no id names already being zero; either may be null.
+    // embedding.inc: out = dropout(weight[ids] * scale + positions). Either gradient may be null.
     void (*embedding_fwd)(float* out, const Embedding& e, int threads);
     void (*embedding_bwd)(float* grad_weight, float* grad_positions, const float* grad_out,
                           int64_t padding_idx, const Embedding& e, int threads);

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllm.ops import dispatch
 from fastllm.ops.dropout import dropout
-from fastllm.ops.parameters import address, check_first_derivative, contiguous
+from fastllm.ops.parameters import address, check_first_derivative, contiguous, new_grad
 
 
 class Settings(NamedTuple):
@@ -47,8 +47,8 @@ class EmbeddingFunction(torch.autograd.Function):
         check_first_derivative()
         ids, weight, positions = ctx.saved_tensors
         _, for_weight, for_positions, _ = ctx.needs_input_grad
-        grad_weight = torch.zeros_like(weight) if for_weight else None
-        grad_positions = torch.empty_like(positions) if for_positions else None
+        grad_weight = new_grad(weight, for_weight)
+        grad_positions = new_grad(positions, for_positions)
         grad_out = grad_out.contiguous()
         padding_idx = -1 if ctx.settings.padding_idx is None else ctx.settings.padding_idx
         dispatch.kernels.embedding_bwd(

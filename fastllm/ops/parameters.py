@@ -5,6 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastllm.ops import dispatch
+
+# Bytes from which on the C library returns memory to the system whenever it is freed (glibc's
+# largest threshold). Taking it anew costs a page fault for every 4 kB.
+LARGE = 2**25
+
 
 class Norm(NamedTuple):
     """A layer norm's parameters, each [H]."""
@@ -36,7 +42,12 @@ def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
 
 def new_grad(tensor: Tensor | None, wanted: bool) -> Tensor | None:
     """Memory for the gradient by a tensor, where there is one and it is wanted."""
-    return torch.empty_like(tensor) if wanted and tensor is not None else None
+    if tensor is None or not wanted:
+        return None
+    if tensor.nbytes < LARGE:
+        return torch.empty_like(tensor)
+    memory = dispatch.kernels.Memory(tensor.nbytes)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
