@@ -6,6 +6,9 @@
 
 #include <sched.h>
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "vec.h"
 
