@@ -47,8 +47,12 @@ inline void store(float* to, vec v, int64_t count) {
     __builtin_memcpy(to, &v, count * sizeof(float));
 }
 
-// The first `count` lanes of v, zeros behind them.
-inline vec first(vec v, int64_t count) { return load(reinterpret_cast<const float*>(&v), count); }
+// The first `count` lanes of v, `rest` behind them.
+inline vec first(vec v, int32_t count, float rest = 0) {
+    ints lane = {};
+    for (int i = 0; i < LANES; ++i) lane[i] = i;
+    return lane < count ? v : splat(rest);
+}
 
 // body(i, count) for the vectors that `size` elements make up; only the last may be short.
 template <typename Body>

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, plain
+from fastllm.core.attachments import FORWARDS, parts, plain
 from fastllm.core.positional_encoding import PositionalEncoding
 from fastllm.ops.embedding import Settings, check_token_ids, embedding
 
@@ -80,9 +80,9 @@ class EmbeddingLayer(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether one operation may stand for the embeddings, positions and dropout."""
-        tokens, encoding = self.token_embeddings, self.positional_encoding
+        tokens, encoding = parts(self, "token_embeddings", "positional_encoding")
         return (
-            plain(tokens, encoding, encoding.dropout)
+            plain(tokens, encoding, *parts(encoding, "dropout"))
             and (not encoding.learned or plain(encoding.pos_embedding))
             and tokens.max_norm is None
             and not (tokens.scale_grad_by_freq or tokens.sparse)
@@ -90,8 +90,8 @@ class EmbeddingLayer(nn.Module):
 
     def position_table(self) -> Tensor:
         """A vector for each position, [max_seq_len, H]."""
-        encoding = self.positional_encoding
-        return encoding.pos_embedding.weight if encoding.learned else encoding.pe[0]
+        encoding = self._modules["positional_encoding"]
+        return encoding.pos_embedding.weight if encoding.learned else encoding._buffers["pe"][0]
 
     def draw_settings(self) -> Settings:
         """The operation's settings, with a fresh seed."""

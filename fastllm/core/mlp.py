@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, plain, plain_norm
+from fastllm.core.attachments import FORWARDS, parts, plain, plain_norm, weight_and_bias
 from fastllm.core.dropout import Dropout
 from fastllm.ops.mlp import mlp
 from fastllm.ops.parameters import Linear, Norm
@@ -88,11 +88,11 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Maps every vector of `hidden_states` [..., H] by itself; gives [..., H]."""
-        activation = self.fused_activation()
-        if activation is not None:
+        layers = self.plain_layers()
+        if layers is not None:
             norm = None if self.norm is None else plain_norm(self.norm, self.hidden_size)
             if self.norm is None or norm is not None:
-                return self.fused(hidden_states, activation, norm, self.norm_first)
+                return self.fused(hidden_states, *layers, norm, self.norm_first)
         x = hidden_states
         if self.norm is not None and self.norm_first:
             x = self.norm(x)
@@ -102,29 +102,36 @@ class MLP(nn.Module):
         out = hidden_states + out
         return out if self.norm_first else self.norm(out)
 
-    def fused_activation(self) -> str | None:
-        """The operation's name of the activation, where one operation may stand for all layers."""
-        if not plain(self.fc1, self.activation, self.dropout, self.fc2):
+    def plain_layers(self) -> tuple[Linear, Linear, str] | None:
+        """fc1, fc2 and the activation's name, where one operation may stand for all of them."""
+        fc1, activation, dropout, fc2 = parts(self, "fc1", "activation", "dropout", "fc2")
+        if not plain(fc1, activation, dropout, fc2):
             return None
-        match self.activation:
+        match activation:
             case nn.GELU(approximate="none"):
-                return "gelu"
+                name = "gelu"
             case nn.GELU(approximate="tanh"):
-                return "gelu_tanh"
+                name = "gelu_tanh"
             case nn.ReLU():
-                return "relu"
+                name = "relu"
             case nn.SiLU():
-                return "silu"
+                name = "silu"
             case nn.LeakyReLU(negative_slope=0.01):
-                return "leaky_relu"
-        return None
+                name = "leaky_relu"
+            case _:
+                return None
+        return Linear(*weight_and_bias(fc1)), Linear(*weight_and_bias(fc2)), name
 
     def fused(
-        self, hidden_states: Tensor, activation: str, norm: Norm | None, norm_first: bool
+        self,
+        hidden_states: Tensor,
+        fc1: Linear,
+        fc2: Linear,
+        activation: str,
+        norm: Norm | None,
+        norm_first: bool,
     ) -> Tensor:
-        """What `forward` computes, as one operation, with this layer norm."""
-        fc1 = Linear(self.fc1.weight, self.fc1.bias)
-        fc2 = Linear(self.fc2.weight, self.fc2.bias)
+        """What `forward` computes, as one operation, with these layers and layer norm."""
         return mlp(hidden_states, fc1, fc2, activation, *self.dropout.draw(), norm, norm_first)
 
 

@@ -4,11 +4,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, plain, plain_norm
+from fastllm.core.attachments import FORWARDS, parts, plain, plain_norm
 from fastllm.core.attn.mha import KeyValueCache, MultiHeadAttention
 from fastllm.core.mlp import MLP
 from fastllm.ops.decoder_loss import Layer
-from fastllm.ops.parameters import Linear
 
 
 class TransformerBlock(nn.Module):
@@ -82,10 +81,11 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """One layer over `hidden_states` [B, S, H]; arguments as for the attention."""
         if cache is None and (layer := self.fused()) is not None:
+            norm1, qkv, out, norm2, fc1, fc2 = layer[:6]
             x = self.self_attn.fused(
-                hidden_states, attn_mask, is_causal, layer.norm1, self.norm_first
+                hidden_states, attn_mask, is_causal, qkv, out, norm1, self.norm_first
             )
-            return self.mlp.fused(x, layer.activation, layer.norm2, self.norm_first)
+            return self.mlp.fused(x, fc1, fc2, layer.activation, norm2, self.norm_first)
         # A module in place of ours need not know of caches.
         extra = {} if cache is None else {"cache": cache}
         x = hidden_states
@@ -97,28 +97,28 @@ class TransformerBlock(nn.Module):
 
     def fused(self) -> Layer | None:
         """Parameters and settings, where fused operations may stand for all of the layer."""
-        attention, mlp, H = self.self_attn, self.mlp, self.hidden_size
+        norm1, attention, norm2, mlp = parts(self, "norm1", "self_attn", "norm2", "mlp")
         if not plain(attention, mlp) or attention.norm is not None or mlp.norm is not None:
             return None
-        norm1, norm2 = plain_norm(self.norm1, H), plain_norm(self.norm2, H)
-        activation = mlp.fused_activation() if attention.is_plain() else None
-        if norm1 is None or norm2 is None or activation is None:
+        plain_norm1, plain_norm2 = (plain_norm(n, self.hidden_size) for n in (norm1, norm2))
+        projections, layers = attention.plain_projections(), mlp.plain_layers()
+        if plain_norm1 is None or plain_norm2 is None or projections is None or layers is None:
             return None
+        fc1, fc2, activation = layers
         return Layer(
-            norm1,
-            Linear(attention.qkv_proj.weight, attention.qkv_proj.bias),
-            Linear(attention.out_proj.weight, attention.out_proj.bias),
-            norm2,
-            Linear(mlp.fc1.weight, mlp.fc1.bias),
-            Linear(mlp.fc2.weight, mlp.fc2.bias),
+            plain_norm1,
+            *projections,
+            plain_norm2,
+            fc1,
+            fc2,
             attention.num_heads,
             attention.is_causal,
             self.norm_first,
             activation,
             (
                 attention.p if attention.training else 0.0,
-                attention.dropout.active_p(),
-                mlp.dropout.active_p(),
+                attention._modules["dropout"].active_p(),
+                mlp._modules["dropout"].active_p(),
             ),
         )
 

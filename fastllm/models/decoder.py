@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastllm.core.attachments import FORWARDS, plain, plain_norm
+from fastllm.core.attachments import FORWARDS, parts, plain, plain_norm, weight_and_bias
 from fastllm.core.attn.mha import KeyValueCache
 from fastllm.core.embedding import EmbeddingLayer
 from fastllm.core.transformer_block import TransformerBlock
@@ -201,25 +201,27 @@ class DecoderModel(nn.Module):
 
     def fused(self, input_ids: Tensor, attn_mask: Tensor | None) -> Decoder | None:
         """Parameters and settings of all layers, where nothing is attached to any of them."""
-        H, table = self.hidden_size, self.embedding_layer
-        blocks = self.transformer_blocks
-        if not plain(self, table, self.lm_head, *blocks) or not table.is_plain():
+        table, blocks, head = parts(self, "embedding_layer", "transformer_blocks", "lm_head")
+        final_norm = self.final_norm  # None in a Post-LN model
+        blocks = blocks._modules.values()
+        if not plain(self, table, head, *blocks) or not table.is_plain():
             return None
-        norm = None if self.final_norm is None else plain_norm(self.final_norm, H)
-        layers = [block.fused() for block in blocks]  # type: ignore[operator]
-        if None in layers or (norm is None and self.final_norm is not None):
+        norm = None if final_norm is None else plain_norm(final_norm, self.hidden_size)
+        layers = [block.fused() for block in blocks]
+        if None in layers or (norm is None and final_norm is not None):
             return None
-        end = table.positional_encoding.check(input_ids.size(1))
+        tokens, encoding = parts(table, "token_embeddings", "positional_encoding")
+        end = encoding.check(input_ids.size(1))
         return Decoder(
-            table.token_embeddings.weight,
+            tokens._parameters["weight"],
             table.position_table()[:end],
-            math.sqrt(H),
-            table.token_embeddings.padding_idx,
-            table.positional_encoding.dropout.active_p(),
+            math.sqrt(self.hidden_size),
+            tokens.padding_idx,
+            encoding._modules["dropout"].active_p(),
             layers,
             attn_mask,
             norm,
-            Linear(self.lm_head.weight, self.lm_head.bias),
+            Linear(*weight_and_bias(head)),
         )
 
     def targets(self, labels: Tensor, ignore_index: int = -100) -> Tensor:

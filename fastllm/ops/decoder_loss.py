@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastllm.ops import dispatch
 from fastllm.ops.attention import check_mask, mask_description, why_not_mask
-from fastllm.ops.dropout import draw_seed
+from fastllm.ops.dropout import draw_seeds
 from fastllm.ops.mlp import ACTIVATIONS
 from fastllm.ops.parameters import (
     Linear,
@@ -101,13 +101,13 @@ class DecoderLossFunction(torch.autograd.Function):
             torch.get_num_threads(),
         )
         ctx.save_for_backward(*grads)
-        return decoder.tokens.new_tensor(loss)
+        return torch.tensor(loss, dtype=decoder.tokens.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
         grads = ctx.saved_tensors
-        if grad_out != 1:
+        if grad_out.item() != 1:
             grads = [None if grad is None else grad * grad_out for grad in grads]
         return None, None, None, None, None, None, *grads
 
@@ -215,5 +215,7 @@ def decoder_loss(decoder: Decoder, ids: Tensor, labels: Tensor, ignore_index: in
     parameters = decoder.parameters()
     keep = needs_grad(*parameters)
     ids, labels = ids.long().contiguous(), labels.long().contiguous()
-    seeds = [draw_seed() if p else 0 for p in decoder.dropout_ps()]
+    dropout_ps = decoder.dropout_ps()
+    drawn = iter(draw_seeds(sum(p > 0 for p in dropout_ps)))
+    seeds = [next(drawn) if p else 0 for p in dropout_ps]
     return DecoderLossFunction.apply(decoder, ids, labels, ignore_index, seeds, keep, *parameters)

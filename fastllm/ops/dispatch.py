@@ -116,13 +116,14 @@ def why_not_cpu(*tensors: Tensor) -> str | None:
     """Why the C++ kernels cannot take these tensors: the reason that all of them share."""
     if kernels is None:
         return extension_problem
-    for tensor in tensors:
-        if not tensor.is_cpu:
-            return f"a tensor is on {tensor.device}"
-        if tensor.dtype is not torch.float32:
-            return f"a tensor is {tensor.dtype}; the kernels compute in torch.float32"
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return f"a tensor is a {type(tensor).__name__}, whose memory may not be plain"
+    # Kinds are few where tensors are many, and a small model's step checks hundreds of them.
+    for cls, dtype, is_cpu in {(type(t), t.dtype, t.is_cpu) for t in tensors}:
+        if not is_cpu:
+            return f"a tensor is on {next(t.device for t in tensors if not t.is_cpu)}"
+        if dtype is not torch.float32:
+            return f"a tensor is {dtype}; the kernels compute in torch.float32"
+        if cls is not Tensor and cls is not torch.nn.Parameter:
+            return f"a tensor is a {cls.__name__}, whose memory may not be plain"
     if inside_torch_func():
         return "a torch.func transform is under way"
     return None

@@ -20,6 +20,11 @@ def draw_seed() -> int:
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
+def draw_seeds(count: int) -> list[int]:
+    """The next `count` seeds, in the order in which `draw_seed` would give them."""
+    return torch.empty(count, dtype=torch.int64, device="cpu").random_().tolist()
+
+
 def philox(counters: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit words of Philox 4x32-10 for each counter, as non-negative int64.
 

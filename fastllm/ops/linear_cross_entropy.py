@@ -50,13 +50,13 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             torch.get_num_threads(),
         )
         ctx.save_for_backward(*grads)
-        return x.new_tensor(loss)
+        return torch.tensor(loss, dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
         grads = ctx.saved_tensors
-        if grad_out != 1:
+        if grad_out.item() != 1:
             grads = [None if grad is None else grad * grad_out for grad in grads]
         return *grads, None, None, None
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, plain, plain_norm
+from fastllm.core.attachments import FORWARDS, parts, plain, plain_norm, weight_and_bias
 from fastllm.core.dropout import Dropout
 from fastllm.ops.attention import attention
 from fastllm.ops.dropout import draw_seed
@@ -119,10 +119,12 @@ class MultiHeadAttention(nn.Module):
             is_causal: overrides the constructor's.
             cache: holds the earlier positions, and takes these.
         """
-        if cache is None and self.is_plain():
+        if cache is None and (projections := self.plain_projections()) is not None:
             norm = None if self.norm is None else plain_norm(self.norm, self.hidden_size)
             if self.norm is None or norm is not None:
-                return self.fused(hidden_states, attn_mask, is_causal, norm, self.norm_first)
+                return self.fused(
+                    hidden_states, attn_mask, is_causal, *projections, norm, self.norm_first
+                )
         B, S, H = hidden_states.shape
         x = hidden_states
         if self.norm is not None and self.norm_first:
@@ -141,19 +143,24 @@ class MultiHeadAttention(nn.Module):
         out = hidden_states + out
         return out if self.norm_first else self.norm(out)
 
-    def is_plain(self) -> bool:
-        """Whether one operation may stand for the projections and what lies between them."""
-        return plain(self.qkv_proj, self.out_proj, self.dropout)
+    def plain_projections(self) -> tuple[Linear, Linear] | None:
+        """Those of q, k, v and of the output, where one operation may stand for all between them."""
+        qkv_proj, out_proj, dropout = parts(self, "qkv_proj", "out_proj", "dropout")
+        if not plain(qkv_proj, out_proj, dropout):
+            return None
+        return Linear(*weight_and_bias(qkv_proj)), Linear(*weight_and_bias(out_proj))
 
     def fused(
         self,
         hidden_states: Tensor,
         attn_mask: Tensor | None,
         is_causal: bool | None,
+        qkv: Linear,
+        out: Linear,
         norm: Norm | None,
         norm_first: bool,
     ) -> Tensor:
-        """What `forward` computes, as one operation, with this layer norm."""
+        """What `forward` computes, as one operation, with these projections and layer norm."""
         settings = Settings(
             self.num_heads,
             attn_mask,
@@ -162,8 +169,6 @@ class MultiHeadAttention(nn.Module):
             *self.dropout.draw(),
             norm_first,
         )
-        qkv = Linear(self.qkv_proj.weight, self.qkv_proj.bias)
-        out = Linear(self.out_proj.weight, self.out_proj.bias)
         return multi_head_attention(hidden_states, qkv, out, settings, norm)
 
     def _draw(self) -> tuple[float, int]:
