@@ -90,7 +90,7 @@ class EmbeddingLayer(nn.Module):
 
     def position_table(self) -> Tensor:
         """A vector for each position, [max_seq_len, H]."""
-        encoding = self._modules["positional_encoding"]
+        (encoding,) = parts(self, "positional_encoding")
         return encoding.pos_embedding.weight if encoding.learned else encoding._buffers["pe"][0]
 
     def draw_settings(self) -> Settings:

@@ -104,10 +104,12 @@ class TransformerBlock(nn.Module):
         projections, layers = attention.plain_projections(), mlp.plain_layers()
         if plain_norm1 is None or plain_norm2 is None or projections is None or layers is None:
             return None
+        qkv, out = projections
         fc1, fc2, activation = layers
         return Layer(
             plain_norm1,
-            *projections,
+            qkv,
+            out,
             plain_norm2,
             fc1,
             fc2,

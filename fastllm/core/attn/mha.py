@@ -144,7 +144,7 @@ class MultiHeadAttention(nn.Module):
         return out if self.norm_first else self.norm(out)
 
     def plain_projections(self) -> tuple[Linear, Linear] | None:
-        """Those of q, k, v and of the output, where one operation may stand for all between them."""
+        """Of q, k, v and of the output, where one operation may stand for all between them."""
         qkv_proj, out_proj, dropout = parts(self, "qkv_proj", "out_proj", "dropout")
         if not plain(qkv_proj, out_proj, dropout):
             return None
