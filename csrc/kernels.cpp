@@ -4,8 +4,11 @@
 // might run that lacks the instructions.
 #include "kernels.h"
 
-#include <sched.h>
 #include <stdlib.h>
+#include <time.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -17,6 +20,7 @@ namespace fastllm {
 // What the operations are made of, then the operations.
 #include "gemm.inc"
 #include "scratch.inc"
+#include "threads.inc"
 #include "linear.inc"
 
 #include "adam.inc"
