@@ -1,5 +1,6 @@
-"""Causal attention, forward and backward, against PyTorch's `scaled_dot_product_attention`."""
+"""Causal attention of all heads, and multi-head attention as a whole."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -7,48 +8,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.bench import CONFIGS
-from fastllm.ops.attention import attention, attention_ref
+from fastllm.bench import CONFIGS, Letter
+from fastllm.ops.attention import attention
 from fastllm.ops.dropout import draw_seed
-
-SHAPES = {  # [B, N, S, D] of the configurations
-    f"B{c.B}-N{c.N}-S{c.S}-D{c.H // c.N}": (c.B, c.N, c.S, c.H // c.N) for c in CONFIGS.values()
-}
+from fastllm.ops.multi_head_attention import Settings, multi_head_attention
+from fastllm.ops.parameters import Linear
 
 
-def run_fastllm(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    return attention(q, k, v, is_causal=True, dropout_p=p, seed=draw_seed() if p else 0)
+def explicit(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Attention as somebody without a fused call writes it."""
+    S = q.size(2)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    hidden = torch.ones(S, S, dtype=torch.bool).triu(1)
+    return F.dropout(scores.masked_fill(hidden, -math.inf).softmax(-1), p) @ v
 
 
-def run_sdpa(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
 
 
-def check_parity(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, p: float) -> None:
-    """Outputs and gradients agree with PyTorch's; with dropout, under one mask, the reference's."""
-    ours = attention(q, k, v, is_causal=True, dropout_p=p, seed=7)
-    expected = attention_ref(q, k, v, None, True, p, 7) if p else run_sdpa(q, k, v, p)
-    our_grads = torch.autograd.grad(ours, (q, k, v), grad)
-    grads = torch.autograd.grad(expected, (q, k, v), grad)
-    pairs = zip((ours, *our_grads), (expected, *grads), strict=True)
-    for actual, wanted in pairs:
-        assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
+def seed(p: float) -> int:
+    return draw_seed() if p else 0
 
 
-# pytest benchmarks/bench_attention.py --benchmark-only
-@pytest.mark.parametrize("by", ["fastllm", "sdpa"])
-@pytest.mark.parametrize("p", [0.0, 0.1], ids=["p0", "p0.1"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_attention(time_it: Callable[..., None], shape: str, p: float, by: str) -> None:
-    torch.manual_seed(0)
-    B, N, S, D = SHAPES[shape]
-    q, k, v = (torch.randn(B, N, S, D, requires_grad=True) for _ in range(3))
-    grad = torch.randn(B, N, S, D)
-    check_parity(q, k, v, grad, p)
-    forward = run_fastllm if by == "fastllm" else run_sdpa
+# pytest benchmarks/bench_attention.py --benchmark-only -k core
+@pytest.mark.parametrize("letter", CONFIGS)
+def test_core(race_operation: Callable[..., None], letter: Letter) -> None:
+    c = CONFIGS[letter]
+    D = c.H // c.N
+    q, k, v = (torch.randn(c.B, c.N, c.S, D, requires_grad=True) for _ in range(3))
+    race_operation(
+        f"attention {letter}",
+        lambda p: attention(q, k, v, is_causal=True, dropout_p=p, seed=seed(p)),
+        {"eager": lambda p: explicit(q, k, v, p), "call": lambda p: sdpa(q, k, v, p)},
+        (q, k, v),
+        c.dropout,
+        flops=4 * c.B * c.N * c.S * c.S * D,  # two products, not halved for causality
+    )
 
-    def run() -> None:
-        torch.autograd.grad(forward(q, k, v, p), (q, k, v), grad)
 
-    # Two products, not halved for causality; the backward counts as two forwards.
-    time_it(f"attention {shape} p={p}", run, flops=3 * 4 * B * N * S * S * D)
+# pytest benchmarks/bench_attention.py --benchmark-only -k whole
+@pytest.mark.parametrize("letter", CONFIGS)
+def test_whole(race_operation: Callable[..., None], letter: Letter) -> None:
+    c = CONFIGS[letter]
+    B, S, H = c.B, c.S, c.H
+    x, qkv, out = torch.randn(B, S, H), torch.randn(3 * H, H), torch.randn(H, H)
+    b_qkv, b_out = torch.randn(3 * H), torch.randn(H)
+    inputs = [x, qkv / H**0.5, out / H**0.5, b_qkv, b_out]
+    x, qkv, out, b_qkv, b_out = (t.requires_grad_() for t in inputs)
+
+    def ours(p: float) -> Tensor:
+        settings = Settings(c.N, None, True, p, seed(p), p, seed(p))
+        return multi_head_attention(x, Linear(qkv, b_qkv), Linear(out, b_out), settings)
+
+    def stock(attend: Callable[..., Tensor], p: float) -> Tensor:
+        parts = F.linear(x, qkv, b_qkv).view(B, S, 3, c.N, H // c.N).permute(2, 0, 3, 1, 4)
+        heads = attend(*parts, p).transpose(1, 2).reshape(B, S, H)
+        return F.dropout(F.linear(heads, out, b_out), p)
+
+    race_operation(
+        f"multi_head_attention {letter}",
+        ours,
+        {"eager": lambda p: stock(explicit, p), "call": lambda p: stock(sdpa, p)},
+        (x, qkv, out, b_qkv, b_out),
+        c.dropout,
+        flops=2 * B * S * 4 * H * H + 4 * B * S * S * H,
+    )

@@ -1,14 +1,15 @@
-"""Whole training steps against stock PyTorch; `python -m fastllm.bench` takes them in turns."""
+"""Whole training steps; `python -m fastllm.bench` has all configurations against more of PyTorch.
+
+The growth benchmarks vary one size of config B at a time: tokens/s should hardly depend on it.
+"""
 
 from collections.abc import Callable
-from typing import Literal
 
 import pytest
-import torch
 
 from fastllm.bench import (
     CONFIGS,
-    Letter,
+    StepConfig,
     build_fastllm,
     build_stock,
     check_parity,
@@ -16,27 +17,28 @@ from fastllm.bench import (
     stock_step,
 )
 
-BY_NAME_ONLY = ("C", "D", "E")  # together they take minutes
+B = CONFIGS["B"]
+STEPS = {
+    "A": CONFIGS["A"],
+    "B": B,
+    **{f"B with B={batch}": B._replace(B=batch) for batch in (8, 128)},
+    **{f"B with S={S}": B._replace(S=S, B=2048 // S) for S in (16, 256, 1024)},
+    **{f"B with H={H}": B._replace(H=H, N=H // 32) for H in (64, 256)},
+    **{f"B with L={L}": B._replace(L=L) for L in (1, 12)},
+}
 
 
 # pytest benchmarks/bench_step.py --benchmark-only
-# pytest benchmarks/bench_step.py --benchmark-only -k "C- or D-"
-@pytest.mark.parametrize("by", ["fastllm", "eager", "tuned"])
-@pytest.mark.parametrize("letter", CONFIGS)
-def test_step(
-    request: pytest.FixtureRequest,
-    time_it: Callable[..., None],
-    letter: Letter,
-    by: Literal["fastllm", "eager", "tuned"],
-) -> None:
-    by_name = request.config.getoption("keyword") or any("::" in a for a in request.config.args)
-    if letter in BY_NAME_ONLY and not by_name:
-        pytest.skip(f'takes long; choose it with -k "{letter}-"')
-    torch.manual_seed(0)
-    config = CONFIGS[letter]
+@pytest.mark.parametrize("name", STEPS)
+def test_step(race: Callable[..., None], name: str) -> None:
+    config: StepConfig = STEPS[name]
     model, ids = build_fastllm(config), config.random_ids()
-    stock = build_stock(config, "tuned" if by == "fastllm" else by, model)
+    stock = build_stock(config, "tuned", model)
     check_parity(model, stock, ids)
-    step = fastllm_step(model) if by == "fastllm" else stock_step(stock, by)
-    step(ids)  # makes the optimizer's state
-    time_it(f"step {letter}", lambda: step(ids), flops=config.flops)
+    ours, theirs = fastllm_step(model), stock_step(stock, "tuned")
+    race(
+        f"step {name}",
+        lambda: ours(ids),
+        {"call": lambda: theirs(ids)},
+        flops=config.flops,
+    )

@@ -12,6 +12,8 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -112,13 +114,14 @@ def measure_peak(threads: int) -> float:
     return flops / median(runs) / 1e9
 
 
-def measure_bandwidth(threads: int, update: bool = False) -> float:
-    """GB/s between 256 MiB of memory and the processor: median of nine passes.
+def measure_bandwidth(threads: int, update: bool = False, size: int = 2**26) -> float:
+    """GB/s between an array and the processor: median of nine passes.
 
     Args:
         update: every element is read and written back, and counts twice, instead of only read.
+        size: elements of the array; 256 MiB of them unless given, beyond any cache.
     """
-    data = torch.ones(2**26)  # written, because untouched zeros all share one page
+    data = torch.ones(size)  # written, because untouched zeros all share one page
     walk = dispatch.kernels.memory_update if update else dispatch.kernels.memory_read
     runs = [_seconds(walk, data.data_ptr(), data.numel(), threads) for _ in range(9)]
     return data.nbytes * (2 if update else 1) / median(runs) / 1e9
@@ -314,6 +317,45 @@ def _compiles(letter: Letter, step: Step, ids: Tensor) -> bool:
     return True
 
 
+def measure_memory(letter: Letter, rivals: list[Rival]) -> dict[str, float]:
+    """Peak memory of training steps, in MiB, over weights, gradients and moments of the optimizer.
+
+    Each contestant makes three steps in a process of its own.
+    """
+    peaks = {}
+    for name in ("fastllm", *rivals):
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            arguments = letter, name, torch.get_num_threads()
+            peaks[name] = process.submit(_peak_memory, *arguments).result()
+    return peaks
+
+
+def _peak_memory(letter: Letter, name: Any, threads: int) -> float:
+    torch.set_num_threads(threads)
+    config = CONFIGS[letter]
+    before = _status_mb("VmRSS")
+    model = build_fastllm(config)
+    if name == "fastllm":
+        step = fastllm_step(model)
+    else:
+        stock = build_stock(config, name, model)
+        step = stock_step(stock, name)
+    state = 4 * 4 * sum(p.numel() for p in model.parameters()) / 2**20
+    if name != "fastllm":
+        del model
+    for _ in range(3):
+        step(config.random_ids())
+    return _status_mb("VmHWM") - before - state
+
+
+def _status_mb(field: str) -> float:
+    # Not `ru_maxrss`: a new process begins with that of the one that started it.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
 def report(
     letter: Letter, milliseconds: dict[str, float], peak_gflops: float | None
 ) -> dict[str, Any]:
@@ -364,6 +406,8 @@ class BenchConfig(CommandSettings):
     and fused Adam), compile (tuned under torch.compile, which warms up for half a minute)."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 15
     """Time for each configuration, after warming up; three rounds are made at least."""
+    memory: bool = False
+    """Measure peak memory instead of time (Linux alone)."""
     json_: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of a table."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -380,6 +424,17 @@ def main(arguments: list[str]) -> None:
         if not settings.json_:
             print(line, flush=True)
 
+    if settings.memory:
+        if not sys.platform.startswith("linux"):
+            raise SystemExit("error: --memory reads /proc, which only Linux has")
+        show("Peak MiB of a step over weights, gradients and the optimizer's moments:")
+        peaks = {each: measure_memory(each, settings.compare) for each in settings.config}
+        show(_line("config", "fastllm", *settings.compare))
+        for letter, row_of_peaks in peaks.items():
+            show(_line(letter, *row_of_peaks.values()))
+        if settings.json_:
+            print(json.dumps({"memory_mb": peaks}))
+        return
     # FASTLLM_IMPL speaks where the flag is silent.
     chosen = contextlib.nullcontext() if settings.impl == "auto" else dispatch.use(settings.impl)
     with chosen:
