@@ -13,8 +13,9 @@ from fastllm.data.loader import TextDataset
 from fastllm.data.text import clean_lines, read_text
 from fastllm.files import replace_file
 from fastllm.models.decoder import DecoderModel
-from fastllm.ops import implementation_line
+from fastllm.ops import decoder_loss, dispatch, implementation_line
 from fastllm.ops.dispatch import ImplementationError, use
+from fastllm.ops.parameters import LARGE
 from fastllm.threads import set_threads
 from fastllm.tokenization import (
     SimpleCharacterTokenizer,
@@ -102,7 +103,7 @@ def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
         train_set, val_set = dataset.split(config.val_fraction)
     with torch.device("meta"):
         sketch = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
-    memory = at_start + estimate_memory_mb(sketch, config)
+    memory = at_start + estimate_memory_mb(sketch, config, torch.get_num_threads())
     tell(
         f"data        {text}: {len(dataset.tokens):,} tokens of {tokenizer.vocab_size:,} kinds, "
         f"{len(train_set):,} training sequences"
@@ -155,32 +156,62 @@ def choose_device(config: TrainConfig) -> str:
     return config.device
 
 
-def estimate_memory_mb(model: DecoderModel, config: TrainConfig) -> float:
-    """What training by the reference adds to the resident memory, in MiB, to about 15 %.
+def estimate_memory_mb(model: DecoderModel, config: TrainConfig, threads: int) -> float:
+    """What training adds to the resident memory, in MiB, to about 10 % on a CPU.
 
-    The peak is either where the backward begins, with weights, two moments, all activations and the
-    logits there, or where it ends, with all gradients. A layer keeps 30 H + 3 N S floats a token
-    with dropout and 27 H + 2 N S without (measured). Under gradient checkpointing every layer keeps
-    its input, one has all of that, and a third of it stays behind in the allocator for each of the
-    others.
+    The peak is either where the backward begins, with weights, two moments and all activations
+    there, or where it ends, with all gradients.
 
     Args:
         model: may be on the meta device.
     """
-    B, S, N, L, H, V = (
+    B, S, L, H, V = (
+        config.batch_size,
+        config.max_seq_len,
+        config.num_layers,
+        config.hidden_size,
+        model.vocab_size,
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    if dispatch.kernels is None or dispatch.requested() == "ref":
+        activations = _reference_floats(config, V)
+        floats = max(3 * parameters + activations, 4 * parameters)
+    elif decoder_loss.why_not_shape(B, S, V) is None:
+        # A group of sequences goes through all layers in each thread; weights are packed twice.
+        rows = -(-decoder_loss.GROUP_ROWS // S) * S
+        per_row = (10 * L + 16) * H + V
+        floats = 6 * parameters + threads * rows * per_row
+    else:
+        # A layer keeps 10 H floats a token, its backward works on as many. Under gradient
+        # checkpointing a third of it stays behind in the allocator.
+        layers = 1 + L // 3 if config.gradient_checkpointing else L
+        activations = B * S * H * (10 * layers + L + 10)
+        logits = min(B * S * V, 2**24)
+        floats = max(3 * parameters + V * H + activations, 4 * parameters) + logits
+        # A checkpoint's copies of weights find room where gradients were, but for those that keep
+        # their memory.
+        floats += sum(p.numel() for p in model.parameters() if p.nbytes >= LARGE)
+    libraries = 125  # loaded on the way: kernels of PyTorch's own, matplotlib
+    return libraries + 4 * floats / 2**20
+
+
+def _reference_floats(config: TrainConfig, V: int) -> int:
+    """Activations and logits of the reference.
+
+    A layer keeps 30 H + 3 N S floats a token with dropout and 27 H + 2 N S without (measured).
+    Under gradient checkpointing every layer keeps its input, one has all of that, and a third of it
+    stays behind in the allocator for each of the others.
+    """
+    B, S, N, L, H = (
         config.batch_size,
         config.max_seq_len,
         config.num_heads,
         config.num_layers,
         config.hidden_size,
-        model.vocab_size,
     )
     layer = B * S * (30 * H + 3 * N * S if config.dropout else 27 * H + 2 * N * S)
     kept = layer + L * (B * S * H + layer // 3) if config.gradient_checkpointing else L * layer
-    parameters = sum(p.numel() for p in model.parameters())
-    floats = max(3 * parameters + kept + 3 * B * S * V, 4 * parameters)
-    libraries = 100  # loaded on the way: MKL's kernels, matplotlib
-    return libraries + 4 * floats / 2**20
+    return kept + 3 * B * S * V
 
 
 def report(trainer: Trainer, run_dir: Path, tell: Tell) -> None:

@@ -27,7 +27,9 @@ from fastllm.ops.parameters import (
 
 # A larger vocabulary's logits would leave the caches.
 LARGEST_VOCABULARY = 4096
-# With fewer groups of sequences, threads share out the rows of each operation instead.
+# Sequences are taken together until they have so many positions; see csrc/decoder_loss.inc.
+GROUP_ROWS = 64
+# With fewer groups of them, threads share out the rows of each operation instead.
 FEWEST_GROUPS = 4
 
 
@@ -177,18 +179,25 @@ def grad_description(grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return pairs[0], layers, pairs[-2], pairs[-1]
 
 
+def why_not_shape(B: int, S: int, V: int) -> str | None:
+    """The same by the shape alone: which threads there are must not change a bit of the result."""
+    if V > LARGEST_VOCABULARY:
+        return "the logits are too many to stay in the caches"
+    if -(-B // -(-GROUP_ROWS // S)) < FEWEST_GROUPS:
+        return "the sequences are too few to be shared out among threads"
+    return None
+
+
 def why_not(decoder: Decoder, ids: Tensor, labels: Tensor) -> str | None:
     """Why this operation cannot, or should not, stand for the others; None if it can."""
     if dispatch.requested() == "ref":
         return "the reference was asked for"
     if ids.numel() == 0 or type(ids) is not Tensor or type(labels) is not Tensor:
         return "there are no ids, or they are no plain tensors"
-    if decoder.head.weight.size(0) > LARGEST_VOCABULARY:
-        return "the logits are too many to stay in the caches"
     B, S = ids.shape
-    # By the shape alone: which threads there are must not change a bit of the result.
-    if -(-B // -(-64 // S)) < FEWEST_GROUPS:
-        return "the sequences are too few to be shared out among threads"
+    reason = why_not_shape(B, S, decoder.head.weight.size(0))
+    if reason is not None:
+        return reason
     parameters = decoder.parameters()
     if any(p is not None and not p.is_contiguous() for p in parameters):
         return "a parameter is not contiguous"

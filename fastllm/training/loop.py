@@ -330,7 +330,7 @@ class Trainer:
         """
         progress = self.progress
         for name, parameter in self.model.named_parameters():
-            self._check_finite(f"sum of {name}", float(parameter.detach().double().sum()))
+            self._check_finite(f"sum of {name}", float(parameter.detach().sum(dtype=torch.float64)))
         save_checkpoint(
             self.run_dir,
             self.config,
