@@ -14,6 +14,7 @@ from torch import Tensor
 from fastllm.ops import dispatch
 from fastllm.ops.attention import check_mask, mask_description, why_not_mask
 from fastllm.ops.dropout import draw_seeds
+from fastllm.ops.embedding import why_not_ids
 from fastllm.ops.mlp import ACTIVATIONS
 from fastllm.ops.parameters import (
     Linear,
@@ -61,6 +62,23 @@ class Decoder(NamedTuple):
     attn_mask: Tensor | None
     norm: Norm | None
     head: Linear
+
+    def fits(self, S: int) -> bool:
+        """Whether all sizes are what the kernel takes them to be for sequences of length S."""
+        H = self.tokens.size(1)
+        for layer in self.layers:
+            I = layer.fc1.weight.size(0)
+            if (
+                H % layer.num_heads
+                or not (layer.norm1.fits(H) and layer.qkv.fits(3 * H, H) and layer.out.fits(H, H))
+                or not (layer.norm2.fits(H) and layer.fc1.fits(I, H) and layer.fc2.fits(H, I))
+            ):
+                return False
+        return (
+            self.positions.shape == (S, H)
+            and (self.norm is None or self.norm.fits(H))
+            and self.head.fits(self.head.weight.size(0), H)
+        )
 
     def parameters(self) -> list[Tensor | None]:
         """Every tensor, pairs of weight and bias side by side."""
@@ -192,12 +210,15 @@ def why_not(decoder: Decoder, ids: Tensor, labels: Tensor) -> str | None:
     """Why this operation cannot, or should not, stand for the others; None if it can."""
     if dispatch.requested() == "ref":
         return "the reference was asked for"
-    if ids.numel() == 0 or type(ids) is not Tensor or type(labels) is not Tensor:
-        return "there are no ids, or they are no plain tensors"
-    B, S = ids.shape
-    reason = why_not_shape(B, S, decoder.head.weight.size(0))
-    if reason is not None:
+    if ids.numel() == 0 or ids.ndim != 2:
+        return "the ids are not [B, S], or none"
+    if (reason := why_not_ids(ids) or why_not_ids(labels)) is not None:
         return reason
+    B, S = ids.shape
+    if (reason := why_not_shape(B, S, decoder.head.weight.size(0))) is not None:
+        return reason
+    if not decoder.fits(S):
+        return "sizes do not fit each other"
     parameters = decoder.parameters()
     if any(p is not None and not p.is_contiguous() for p in parameters):
         return "a parameter is not contiguous"

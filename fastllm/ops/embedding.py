@@ -77,6 +77,15 @@ def embedding_cpu(ids: Tensor, weight: Tensor, positions: Tensor, settings: Sett
     return EmbeddingFunction.apply(*contiguous(ids.long(), weight, positions), settings)
 
 
+def why_not_ids(ids: Tensor) -> str | None:
+    """Why the kernels cannot read these ids or targets, or None."""
+    if type(ids) is not Tensor or not ids.is_cpu:
+        return f"the ids are a {type(ids).__name__} on {ids.device}"
+    if ids.is_floating_point() or ids.dtype is torch.bool:
+        return f"the ids are {ids.dtype}, which is no integer"
+    return None
+
+
 def why_not_cpu(
     ids: Tensor | None = None,
     weight: Tensor | None = None,
@@ -89,8 +98,10 @@ def why_not_cpu(
         return "the ids are not [B, S], or none"
     if settings.dropout_p == 1:
         return "everything is dropped"
-    if type(ids) is not Tensor or not ids.is_cpu:
-        return f"the ids are a {type(ids).__name__} on {ids.device}"
+    if (reason := why_not_ids(ids)) is not None:
+        return reason
+    if positions.shape != (ids.size(1), weight.size(1)):
+        return "the positions do not fit the ids and the embeddings"
     return dispatch.why_not_fused(weight, positions)
 
 

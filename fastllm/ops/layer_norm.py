@@ -81,6 +81,8 @@ def why_not_cpu(
         return "the residual is broadcast"
     if x.numel() == 0:
         return "there are no elements"
+    if not norm.fits(x.size(-1)):
+        return "the norm is not one over the last dimension"
     return dispatch.why_not_fused(x, norm.weight, norm.bias, residual)
 
 

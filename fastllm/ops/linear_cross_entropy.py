@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm.ops import dispatch
-from fastllm.ops.embedding import check_token_ids
+from fastllm.ops.embedding import check_token_ids, why_not_ids
 from fastllm.ops.parameters import (
     Linear,
     address,
@@ -77,8 +77,10 @@ def why_not_cpu(
         return dispatch.why_not_cpu()
     if x.numel() == 0:
         return "there are no elements"
-    if type(targets) is not Tensor or not targets.is_cpu:
-        return f"the targets are a {type(targets).__name__} on {targets.device}"
+    if (reason := why_not_ids(targets)) is not None:
+        return reason
+    if not head.fits(head.weight.size(0), x.size(-1)):
+        return "the head does not fit x"
     return dispatch.why_not_fused(x, *head)
 
 

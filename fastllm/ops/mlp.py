@@ -157,6 +157,9 @@ def why_not_cpu(
         return "there are no elements"
     if dropout_p == 1:
         return "everything is dropped"
+    I, H = fc1.weight.shape
+    if not (fc1.fits(I, H) and fc2.fits(H, I) and (norm is None or norm.fits(H))):
+        return "a bias or a norm does not fit the weights"
     return dispatch.why_not_fused(x, *fc1, *fc2, *(norm[:2] if norm else ()))
 
 

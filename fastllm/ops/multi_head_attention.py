@@ -146,6 +146,9 @@ def why_not_cpu(
         return "there are no elements"
     if 1 in (settings.dropout_p, settings.out_dropout_p):
         return "everything is dropped"
+    H = x.size(-1)
+    if not (qkv.fits(3 * H, H) and out.fits(H, H) and (norm is None or norm.fits(H))):
+        return "a bias or a norm does not fit the weights"
     return why_not_mask(settings.attn_mask) or dispatch.why_not_fused(
         x, *qkv, *out, *(norm[:2] if norm else ())
     )

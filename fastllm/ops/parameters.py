@@ -19,12 +19,21 @@ class Norm(NamedTuple):
     bias: Tensor
     eps: float
 
+    def fits(self, size: int) -> bool:
+        """Whether it is one over `size` elements: the kernels read so much without looking."""
+        return self.weight.shape == (size,) and self.bias.shape == (size,)
+
 
 class Linear(NamedTuple):
     """A linear layer's parameters: [outputs, inputs] and [outputs] or None."""
 
     weight: Tensor
     bias: Tensor | None
+
+    def fits(self, outputs: int, inputs: int) -> bool:
+        """Whether its sizes are these: the kernels read so much without looking."""
+        weight, bias = self
+        return weight.shape == (outputs, inputs) and (bias is None or bias.shape == (outputs,))
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
