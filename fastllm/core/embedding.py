@@ -91,7 +91,7 @@ class EmbeddingLayer(nn.Module):
     def position_table(self) -> Tensor:
         """A vector for each position, [max_seq_len, H]."""
         (encoding,) = parts(self, "positional_encoding")
-        return encoding.pos_embedding.weight if encoding.learned else encoding._buffers["pe"][0]
+        return encoding.pos_embedding.weight if encoding.learned else encoding.pe[0]
 
     def draw_settings(self) -> Settings:
         """The operation's settings, with a fresh seed."""

@@ -201,19 +201,23 @@ class DecoderModel(nn.Module):
 
     def fused(self, input_ids: Tensor, attn_mask: Tensor | None) -> Decoder | None:
         """Parameters and settings of all layers, where nothing is attached to any of them."""
-        table, blocks, head = parts(self, "embedding_layer", "transformer_blocks", "lm_head")
+        table, container, head = parts(self, "embedding_layer", "transformer_blocks", "lm_head")
         final_norm = self.final_norm  # None in a Post-LN model
-        blocks = blocks._modules.values()
+        blocks: list[Any] = list(container._modules.values())
         if not plain(self, table, head, *blocks) or not table.is_plain():
+            return None
+        if type(container) is not nn.ModuleList:  # it may go through its blocks in its own way
             return None
         norm = None if final_norm is None else plain_norm(final_norm, self.hidden_size)
         layers = [block.fused() for block in blocks]
         if None in layers or (norm is None and final_norm is not None):
             return None
         tokens, encoding = parts(table, "token_embeddings", "positional_encoding")
+        if tokens.padding_idx != self.padding_idx:  # the operation knows only one
+            return None
         end = encoding.check(input_ids.size(1))
         return Decoder(
-            tokens._parameters["weight"],
+            tokens.weight,
             table.position_table()[:end],
             math.sqrt(self.hidden_size),
             tokens.padding_idx,
