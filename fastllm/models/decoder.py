@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastllm.core.attn.mha import KeyValueCache
 from fastllm.core.embedding import EmbeddingLayer
 from fastllm.core.transformer_block import TransformerBlock
 from fastllm.ops.decoder_loss import Decoder, decoder_loss, why_not
+from fastllm.ops.dispatch import requested, use
 from fastllm.ops.embedding import check_token_ids
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
@@ -146,7 +148,9 @@ class DecoderModel(nn.Module):
             x = self.embedding_layer(input_ids)
             for block in self.transformer_blocks:
                 if self.gradient_checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, attn_mask, use_reentrant=False)
+                    x = checkpoint(
+                        block, x, attn_mask, use_reentrant=False, context_fn=same_implementation
+                    )
                 else:
                     x = block(x, attn_mask)
         else:
@@ -191,7 +195,8 @@ class DecoderModel(nn.Module):
         targets = self.targets(labels, ignore_index)
         if plain(self, self.lm_head):
             # The last position is not scored: a target there that is none costs no copy of x.
-            targets = F.pad(targets, (0, 1), value=ignore_index)
+            unscored = labels.size(1) - targets.size(1)
+            targets = F.pad(targets, (0, unscored), value=ignore_index)
             x = self.hidden_states(input_ids, attn_mask)
             head = Linear(self.lm_head.weight, self.lm_head.bias)
             return linear_cross_entropy(x, head, targets, ignore_index)
@@ -234,6 +239,11 @@ class DecoderModel(nn.Module):
         if self.padding_idx is not None:
             targets = targets.masked_fill(targets == self.padding_idx, ignore_index)
         return targets
+
+
+def same_implementation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `checkpoint`: what was asked for in the forward holds when it runs again."""
+    return nullcontext(), use(requested())
 
 
 FORWARDS[DecoderModel] = DecoderModel.forward

@@ -69,13 +69,14 @@ class AttentionFunction(torch.autograd.Function):
             AttentionFunction.description(ctx, q, k, v),
             torch.get_num_threads(),
         )
-        ctx.save_for_backward(q, k, v)
+        # The mask as well, so that a change to it before the backward is noticed.
+        ctx.save_for_backward(settings.attn_mask, q, k, v)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        q, k, v = ctx.saved_tensors
+        _, q, k, v = ctx.saved_tensors
         grad_out = grad_out.contiguous()
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         dispatch.kernels.attention_bwd(

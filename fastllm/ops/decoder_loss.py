@@ -24,6 +24,7 @@ from fastllm.ops.parameters import (
     check_first_derivative,
     needs_grad,
     new_grad,
+    times,
 )
 
 # A larger vocabulary's logits would leave the caches.
@@ -121,14 +122,12 @@ class DecoderLossFunction(torch.autograd.Function):
             torch.get_num_threads(),
         )
         ctx.save_for_backward(*grads)
-        return torch.tensor(loss, dtype=decoder.tokens.dtype)
+        return torch.tensor(loss, dtype=decoder.tokens.dtype, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        grads = ctx.saved_tensors
-        if grad_out.item() != 1:
-            grads = [None if grad is None else grad * grad_out for grad in grads]
+        grads = times(ctx.saved_tensors, grad_out)
         return None, None, None, None, None, None, *grads
 
 

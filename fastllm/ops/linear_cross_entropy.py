@@ -16,6 +16,7 @@ from fastllm.ops.parameters import (
     contiguous,
     needs_grad,
     new_grad,
+    times,
 )
 
 
@@ -50,14 +51,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             torch.get_num_threads(),
         )
         ctx.save_for_backward(*grads)
-        return torch.tensor(loss, dtype=x.dtype)
+        return torch.tensor(loss, dtype=x.dtype, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        grads = ctx.saved_tensors
-        if grad_out.item() != 1:
-            grads = [None if grad is None else grad * grad_out for grad in grads]
+        grads = times(ctx.saved_tensors, grad_out)
         return *grads, None, None, None
 
 

@@ -78,13 +78,14 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
             torch.get_num_threads(),
         )
         if keep:
-            ctx.save_for_backward(x, stats, qkv, heads, total, *parameters)
+            # The mask as well, so that a change to it before the backward is noticed.
+            ctx.save_for_backward(settings.attn_mask, x, stats, qkv, heads, total, *parameters)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        x, stats, qkv, heads, total, *parameters = ctx.saved_tensors
+        _, x, stats, qkv, heads, total, *parameters = ctx.saved_tensors
         wanted, wanted_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         wanted_norm = any(wanted_parameters[4:])  # the kernel gives both gradients or neither
         grad_x = new_grad(x, wanted)

@@ -1,5 +1,6 @@
 """What layers hand to the operations, and how it is handed to the kernels."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,3 +76,13 @@ def check_first_derivative() -> None:
             "the C++ kernels give no second derivatives (create_graph=True); compute the forward "
             'under fastllm.use("ref")'
         )
+
+
+def times(grads: Sequence[Tensor | None], grad_out: Tensor) -> Sequence[Tensor | None]:
+    """What a backward hands out that had its gradients since the forward."""
+    if grad_out.item() != 1:
+        return [None if grad is None else grad * grad_out for grad in grads]
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        # They are needed again, whatever becomes of those handed out.
+        return [None if grad is None else grad.clone() for grad in grads]
+    return grads
