@@ -45,6 +45,8 @@ def philox(counters: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Te
     return x0, x1, x2, x3
 
 
+# Inductor (of torch 2.13) turns these integers into floats, which do not even compile.
+@torch._disable_dynamo
 def keep_mask(shape: torch.Size, p: float, seed: int, stream: int, device: Any) -> Tensor:
     """Which elements survive dropout with probability `p`: bool, of the given shape.
 

@@ -1,0 +1,168 @@
+"""What is dropped into other people's code: each module with an input, and what it must equal."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastllm
+from fastllm import MLP, DecoderModel, MultiHeadAttention, TransformerBlock
+from fastllm.ops import dispatch
+from tests.conftest import assert_as_accurate
+
+
+class Kind(NamedTuple):
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]  # of the input: hidden states, or ids [B, S]
+    kernels: set[str]  # those that a step of training calls
+
+
+def model() -> DecoderModel:
+    return DecoderModel(11, 16, 2, 2, 12, 24, pos_encoding_learned=True, padding_idx=3)
+
+
+KINDS = {
+    "mlp": Kind(lambda: MLP(16, 24), (2, 5, 16), {"mlp_fwd", "mlp_bwd"}),
+    "attention": Kind(
+        lambda: MultiHeadAttention(16, 2, bias=True, is_causal=True),
+        (2, 5, 16),
+        {"multi_head_attention_fwd", "multi_head_attention_bwd"},
+    ),
+    "block": Kind(
+        lambda: TransformerBlock(16, 2, 24, norm_first=False),
+        (2, 5, 16),
+        {"mlp_fwd", "mlp_bwd", "multi_head_attention_fwd", "multi_head_attention_bwd"},
+    ),
+    # Twenty-four sequences are enough for the whole model as one operation, three are not.
+    "model-whole": Kind(model, (24, 12), {"decoder_loss"}),
+    "model-by-operation": Kind(
+        model,
+        (3, 12),
+        {
+            "embedding_fwd",
+            "embedding_bwd",
+            "mlp_fwd",
+            "mlp_bwd",
+            "multi_head_attention_fwd",
+            "multi_head_attention_bwd",
+            "layer_norm_fwd",
+            "layer_norm_bwd",
+            "linear_cross_entropy",
+        },
+    ),
+}
+MODELS = ["model-whole", "model-by-operation"]
+LAYERS = [name for name in KINDS if name not in MODELS]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_model = pytest.mark.parametrize("kind", MODELS)
+each_layer = pytest.mark.parametrize("kind", LAYERS)
+
+
+class Case:
+    """A module with dropout and an input for it: the same ones for every dtype."""
+
+    def __init__(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
+        build, shape, self.kernels = KINDS[kind]
+        torch.manual_seed(0)
+        self.module = build()
+        with torch.no_grad():  # zeros and ones would hide mistakes
+            for parameter in self.module.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        self.module.to(dtype)
+        self.is_model = len(shape) == 2
+        if self.is_model:
+            self.x = torch.randint(0, 11, shape)
+        else:
+            self.x = torch.randn(shape).to(dtype).requires_grad_()
+
+    def loss(self, seed: int = 0, module: Callable[..., Tensor] | None = None) -> Tensor:
+        """A scalar; the seed names the dropout masks."""
+        torch.manual_seed(seed)
+        if isinstance(self.module, DecoderModel):
+            return self.module.loss(self.x, self.x)
+        run = self.module if module is None else module
+        return run(self.x).square().mean()
+
+    def grads(self) -> dict[str, Tensor | None]:
+        grads = {name: p.grad for name, p in self.module.named_parameters()}
+        return grads if self.is_model else {**grads, "input": self.x.grad}
+
+
+Scenario = Callable[[Case], dict[str, Tensor | None]]
+
+
+def assert_like_reference(kind: str, scenario: Scenario, calls: "Calls") -> None:
+    """The kernels are used without being asked for, and give what the reference gives."""
+    results = []
+    for implementation, dtype in (
+        ("auto", torch.float32),
+        ("ref", torch.float32),
+        ("ref", torch.float64),
+    ):
+        case = Case(kind, dtype)
+        calls.clear()
+        with fastllm.use(implementation):
+            results.append(scenario(case))
+        assert calls.names() == (case.kernels if implementation == "auto" else set())
+    actual, plain, oracle = results
+    assert list(actual) == list(oracle)
+    for name, expected in oracle.items():
+        tensors = actual[name], plain[name]
+        if expected is None:
+            assert tensors == (None, None), name
+        else:
+            assert tensors[0] is not None and tensors[1] is not None, name
+            assert_as_accurate(tensors[0], tensors[1], expected, name)
+
+
+class Calls(list[tuple[str, tuple]]):
+    """Every call of a kernel since the last `clear`: its name and its arguments."""
+
+    def names(self) -> set[str]:
+        return {name for name, _ in self}
+
+    def grad_addresses(self) -> list[int]:
+        """Where kernels were told to write gradients; nothing is computed for those left out."""
+        written: list[int] = []
+        for name, arguments in self:
+            if name == "decoder_loss":
+                written += flat(arguments[5])
+            elif name.endswith("_bwd") or name == "linear_cross_entropy":
+                written += flat(arguments[:2])
+        return [address for address in written if address]
+
+    def kept_addresses(self) -> list[int]:
+        """Where kernels were told to keep something for a backward."""
+        written: list[int] = []
+        for name, arguments in self:
+            if name == "mlp_fwd":
+                written += arguments[1]
+            elif name == "multi_head_attention_fwd":  # the others are its workspace as well
+                stats, _, _, total = arguments[1]
+                written += stats, total
+        return [address for address in written if address]
+
+
+def flat(value: object) -> list[int]:
+    if isinstance(value, list | tuple):
+        return [number for each in value for number in flat(each)]
+    return [value] if isinstance(value, int) else []
+
+
+class Spy:
+    """Stands in for the extension and notes what is called."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+        self.kernels = dispatch.kernels
+
+    def __getattr__(self, name: str) -> object:
+        function = getattr(self.kernels, name)
+
+        def call(*arguments: object) -> object:
+            self.calls.append((name, arguments))
+            return function(*arguments)
+
+        return call
