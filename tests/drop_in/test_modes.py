@@ -143,13 +143,13 @@ def test_state_dict_does_not_depend_on_what_ran(kind: str) -> None:
     assert torch.equal(by_reference.loss(), case.loss())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_block(backend: str) -> None:
-    """Between the graphs that PyTorch compiles, in about ten seconds, the kernels run."""
+@pytest.mark.filterwarnings("ignore")  # of what Dynamo cannot trace, which is as it should be
+def test_compiled_block() -> None:
+    """With dropout, by PyTorch's default compiler, which takes about ten seconds for it."""
     results = []
     for compile_ in (False, True):
         case = Case("block")
-        module = torch.compile(case.module, backend=backend) if compile_ else None
+        module = torch.compile(case.module) if compile_ else None
         case.loss(module=module).backward()
         results.append(case.grads())
     for name, grad in results[0].items():
