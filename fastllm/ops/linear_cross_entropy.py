@@ -22,7 +22,8 @@ from fastllm.ops.parameters import (
 
 def linear_cross_entropy_ref(x: Tensor, head: Linear, targets: Tensor, ignore_index: int) -> Tensor:
     logits = F.linear(x, *head)
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index)
+    targets = targets.flatten().long()  # the only integers that PyTorch takes here
+    return F.cross_entropy(logits.flatten(0, -2), targets, ignore_index=ignore_index)
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
