@@ -1,7 +1,10 @@
 """What the tests share: the parity rule, instruction sets, texts, and a small run to start from."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,12 +41,41 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, oracle: Tensor, name: str 
     assert error <= bound, f"{name} error {error:.3g} exceeds {bound:.3g} at scale {scale:.3g}"
 
 
-def assert_parity(function: Callable[..., Tensor], *tensors: Tensor) -> None:
-    """The C++ kernel's output and every gradient are as accurate as plain PyTorch's."""
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Whatever the operations allocate is not a number until somebody writes it."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*arguments: Any, **keywords: Any) -> Tensor:
+            memory = make(*arguments, **keywords)
+            return memory.fill_(math.nan) if memory.is_floating_point() else memory
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "frombuffer"),
+            (Tensor, "new_empty"),
+        ):
+            patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        yield
+
+
+def assert_parity(
+    function: Callable[..., Tensor], *tensors: Tensor, kinds_of_gradients: bool = True
+) -> None:
+    """The C++ kernel's output and every gradient are as accurate as plain PyTorch's.
+
+    An element that the kernel does not write fails as well. Infinite inputs make a gradient a sum
+    of infinities, which is one of them or not a number by the order in which it is taken: without
+    `kinds_of_gradients` one may stand for the other, but for nothing finite.
+    """
 
     def run(implementation: str, dtype: torch.dtype) -> list[Tensor]:
         inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
-        with use(implementation):
+        with use(implementation), poisoned_memory() if implementation == "cpu" else nullcontext():
             out = function(*inputs)
             generator = torch.Generator().manual_seed(0)
             grad = torch.randn(out.shape, generator=generator).to(dtype)
@@ -51,7 +83,78 @@ def assert_parity(function: Callable[..., Tensor], *tensors: Tensor) -> None:
 
     results = (run("cpu", torch.float32), run("ref", torch.float32), run("ref", torch.float64))
     for i, (actual, plain, oracle) in enumerate(zip(*results, strict=True)):
+        if i and not kinds_of_gradients:
+            actual, plain, oracle = (
+                result.where(result.isfinite(), math.nan) for result in (actual, plain, oracle)
+            )
         assert_as_accurate(actual, plain, oracle, f"gradient {i}" if i else "output")
+
+
+def with_others_fixed(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: int
+) -> Callable[[Tensor], Tensor]:
+    """A function of one of its tensors, while no gradient by the others is wanted."""
+
+    def run(alone: Tensor) -> Tensor:
+        return function(
+            *(alone if i == wanted else t.to(alone.dtype) for i, t in enumerate(tensors))
+        )
+
+    return run
+
+
+def assert_same_bits(run: Callable[[], Sequence[Tensor]]) -> None:
+    """`run` gives the same bits for any number of threads, and whenever it is repeated."""
+    expected = None
+    # A hundred in all; threads that wait for a core to run on make them slow.
+    for count, repeats in ((1, 70), (2, 20), (3, 4), (4, 3), (8, 3)):
+        torch.set_num_threads(count)
+        for _ in range(repeats):
+            results = [result.detach().clone() for result in run()]
+            expected = expected or results
+            for i, (result, first) in enumerate(zip(results, expected, strict=True)):
+                assert not result.isnan().any()
+                assert torch.equal(result, first), f"result {i} differs with {count} threads"
+
+
+def bits(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], Sequence[Tensor]]:
+    """For `assert_same_bits`: the output of the C++ kernel, and every gradient."""
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+
+    def run() -> Sequence[Tensor]:
+        with use("cpu"):
+            out = function(*inputs)
+            # Not the same for all elements, and a function of the bits alone.
+            return [out, *torch.autograd.grad(out, inputs, out.detach().cos())]
+
+    return run
+
+
+# What no computation should turn into a number.
+BAD = (math.nan, math.inf, -math.inf)
+
+# Ways in which the elements of a tensor can lie in memory.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
+    "stepped": lambda t: torch.stack((t, torch.zeros_like(t)), -1).flatten(-2)[..., ::2],
+    "sliced": lambda t: torch.cat((t, t), -1)[..., t.size(-1) :],
+    # In the middle of a storage, at an address that is no multiple of anything but 4.
+    "offset": lambda t: torch.cat((torch.zeros(5), t.flatten()))[5:].view(t.shape),
+}
+
+
+# Shapes of masks that can be broadcast to [B, N, S, T].
+MASKS = "T ST 1T S1 NST 1ST N11 BNST B11T B1ST 1NST 11ST BN1T BNS1 1111".split()
+
+
+def named_sizes(letters: str, **sizes: int) -> list[int]:
+    """The shape that `letters` stand for, each a size of that name, or 1."""
+    return [1 if letter == "1" else sizes[letter] for letter in letters]
+
+
+def shape_name(letters: str) -> Callable[[tuple[int, ...]], str]:
+    """Makes a test's id of the sizes it is run with: `B1-N2-S63-D64`."""
+    return lambda sizes: "-".join(f"{l}{size}" for l, size in zip(letters, sizes, strict=True))
 
 
 @pytest.fixture(params=dispatch.kernels.isas() if dispatch.kernels else ["none"])

@@ -5,9 +5,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from torch import Tensor
 
+import fastllm
 from fastllm.ops.attention import attention
 from fastllm.ops.dropout import keep_mask
+from tests.conftest import (
+    BAD,
+    LAYOUTS,
+    MASKS,
+    assert_parity,
+    assert_same_bits,
+    bits,
+    named_sizes,
+    shape_name,
+    with_others_fixed,
+)
 
 
 def random_qkv(B: int, N: int, S: int, D: int, dtype: torch.dtype = torch.float32) -> list:
@@ -87,13 +100,155 @@ def test_dropout_is_on_the_weights() -> None:
     assert torch.allclose(attention(q, k, v, dropout_p=0.5, seed=42), expected, atol=1e-6)
 
 
+# B, N, S, D
+SHAPES = [
+    (1, 1, 1, 8),
+    (1, 2, 1, 128),
+    (2, 1, 2, 16),
+    (1, 2, 2, 96),
+    (1, 3, 7, 32),
+    (2, 1, 7, 5),
+    (1, 2, 31, 64),
+    (1, 1, 31, 20),
+    (1, 2, 63, 64),
+    (2, 1, 63, 80),
+    (1, 2, 64, 16),
+    (1, 1, 64, 96),
+    (2, 2, 65, 8),
+    (1, 1, 65, 128),
+    (1, 2, 130, 32),
+    (1, 1, 130, 80),
+    (1, 2, 257, 64),
+    (1, 1, 257, 8),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name("BNSD"))
+@pytest.mark.parametrize("is_causal", [False, True], ids=["open", "causal"])
+def test_parity(isa: str, shape: tuple[int, int, int, int], is_causal: bool) -> None:
+    qkv = random_qkv(*shape)
+    B, N, S, _ = shape
+    mask = torch.rand(B, N, S, S, generator=torch.Generator().manual_seed(S)) < 0.3
+    for some_mask, p in ((None, 0.0), (None, 0.25), (mask, 0.1)):
+        assert_parity(
+            lambda *t, mask=some_mask, p=p: attention(*t, mask, is_causal, p, 2**62 + 1), *qkv
+        )
+
+
+@pytest.mark.parametrize("shape", MASKS)
+@pytest.mark.parametrize(
+    "sizes", [(2, 3, 7, 7), (2, 3, 66, 66), (2, 3, 5, 70)], ids=shape_name("BNST")
+)
+def test_parity_of_masks(isa: str, shape: str, sizes: tuple[int, int, int, int]) -> None:
+    """Of every shape that can be broadcast: a letter stands for a size."""
+    B, N, S, T = sizes
+    generator = torch.Generator().manual_seed(S)
+    mask = torch.rand(named_sizes(shape, B=B, N=N, S=S, T=T), generator=generator) < 0.4
+    q = torch.randn(B, N, S, 16, generator=generator)
+    k, v = torch.randn(2, B, N, T, 16, generator=generator)
+    for is_causal in (False, True):
+        assert_parity(lambda *t, causal=is_causal: attention(*t, mask, causal, 0.2, 5), q, k, v)
+
+
+def test_parity_of_masks_of_any_layout(isa: str) -> None:
+    qkv = random_qkv(2, 3, 37, 16)
+    mask = torch.rand(2, 3, 37, 74, generator=torch.Generator().manual_seed(0)) < 0.4
+    for some_mask in (
+        mask[..., ::2],
+        mask[..., 37:],
+        mask[..., :37].mT,
+        mask[:1, :, :, :37].expand(2, 3, 37, 37),
+        mask[..., :37].transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        assert_parity(lambda *t, mask=some_mask: attention(*t, mask, True, 0.2, 5), *qkv)
+
+
+@pytest.mark.parametrize("S", [1, 2, 9, 65])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_parity_of_fully_masked_rows(isa: str, S: int, p: float) -> None:
+    qkv = random_qkv(2, 2, S, 24)
+    masked = torch.ones(2, 1, S, S, dtype=torch.bool)
+    all_but_one = masked.clone()
+    all_but_one[0, 0, S // 2, 0] = False
+    ahead = masked[0].triu()  # together with causality, nothing at all is left
+    for mask, is_causal in ((masked, False), (all_but_one, False), (ahead, True), (masked, True)):
+
+        def run(*t: Tensor, mask: Tensor = mask, causal: bool = is_causal) -> Tensor:
+            return attention(*t, mask, causal, p, 5)
+
+        assert_parity(run, *qkv)
+        with fastllm.use("cpu"):
+            out = run(*qkv)
+        seen = ~mask & (masked.tril() if is_causal else masked)
+        nothing = ~seen.any(-1).expand(2, 2, S)
+        assert nothing.any() and torch.equal(out[nothing], torch.zeros_like(out[nothing]))
+
+
+@pytest.mark.parametrize("S", [1, 5, 64])
+@pytest.mark.parametrize("T", [64, 70, 130])
+def test_parity_of_queries_at_the_end_of_more_keys(isa: str, S: int, T: int) -> None:
+    q, k, v = random_qkv(2, 2, T, 32)
+    assert_parity(lambda *t: attention(*t, None, True, 0.1, 9), q[:, :, T - S :], k, v)
+    assert_parity(lambda *t: attention(*t), q[:, :, T - S :], k, v)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("D", [20, 64])
+def test_parity_of_any_layout(isa: str, layout: str, D: int) -> None:
+    inputs = [LAYOUTS[layout](tensor) for tensor in random_qkv(2, 3, 19, D)]
+    assert_parity(lambda *t: attention(*t, None, True, 0.2, 5), *inputs)
+    assert_parity(lambda *t: attention(*t).mT, *inputs)  # and of the gradient that comes
+    # As a projection leaves them: q, k and v of each head side by side.
+    side_by_side = torch.stack(random_qkv(2, 3, 19, D), 2).permute(0, 3, 2, 1, 4).contiguous()
+    assert_parity(lambda x: attention(*x.permute(2, 0, 3, 1, 4), None, True, 0.2, 5), side_by_side)
+
+
+@pytest.mark.parametrize("S", [9, 65])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["open", "causal"])
+def test_parity_of_large_scores(isa: str, S: int, is_causal: bool) -> None:
+    """Beyond 1e4. All products of these are exact: what is left is the softmax."""
+    q, k, v = random_qkv(1, 2, S, 16)
+    q, k = (q * 500).round(), (k * 20).round()
+    q[:, :, ::3] /= 2**13  # some rows whose weights are neither 0 nor 1
+    scores = q @ k.mT / 4
+    assert scores.max() > 1e4 and scores.min() < -1e4
+    assert_parity(lambda *t: attention(*t, None, is_causal, 0.1, 3), q, k, v)
+
+
 @pytest.mark.parametrize("scale", [1e4, 1e-30])
-def test_extreme_logits(scale: float) -> None:
+def test_extreme_logits(isa: str, scale: float) -> None:
     q, k, v = random_qkv(1, 2, 9, 8)
-    out = attention(q * scale, k, v, is_causal=True)
+    with fastllm.use("cpu"):
+        out = attention(q * scale, k, v, is_causal=True)
     expected = attention((q * scale).double(), k.double(), v.double(), is_causal=True)
     assert out.isfinite().all()
     assert torch.allclose(out.double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("which", range(3), ids=["q", "k", "v"])
+@pytest.mark.parametrize("S", [7, 64])
+def test_not_a_number_and_infinity_as_in_the_reference(
+    isa: str, bad: float, which: int, S: int
+) -> None:
+    qkv = random_qkv(1, 2, S, 16)
+    qkv[which][0, 1, 3, 5] = bad
+    for p in (0.0, 0.2):
+        assert_parity(
+            lambda *t, p=p: attention(*t, None, False, p, 5), *qkv, kinds_of_gradients=False
+        )
+
+
+@pytest.mark.parametrize("wanted", range(3), ids=["q", "k", "v"])
+def test_one_gradient_alone(isa: str, wanted: int) -> None:
+    qkv = random_qkv(1, 2, 19, 16)
+    run = with_others_fixed(lambda *t: attention(*t, None, True, 0.2, 5), qkv, wanted)
+    assert_parity(run, qkv[wanted])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 33, 16), (5, 1, 9, 20)], ids=shape_name("BNSD"))
+def test_same_bits(isa: str, threads: None, shape: tuple[int, int, int, int]) -> None:
+    assert_same_bits(bits(lambda *t: attention(*t, None, True, 0.2, 5), *random_qkv(*shape)))
 
 
 def test_gradients() -> None:

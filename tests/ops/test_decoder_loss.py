@@ -1,3 +1,8 @@
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -5,55 +10,144 @@ from torch import Tensor
 import fastllm
 from fastllm import DecoderModel
 from fastllm.models import decoder
-from tests.conftest import assert_as_accurate, needs_extension
+from tests.conftest import (
+    MASKS,
+    assert_as_accurate,
+    assert_same_bits,
+    named_sizes,
+    needs_extension,
+    poisoned_memory,
+    shape_name,
+)
+
+# B, S, N, D, V; at least four groups of sequences with 64 positions
+SHAPES = [
+    (100, 2, 1, 8, 2),
+    (37, 7, 3, 7, 66),
+    (13, 31, 2, 16, 17),
+    (8, 33, 3, 16, 66),
+    (7, 63, 1, 32, 66),
+    (5, 64, 2, 20, 66),
+    (4, 65, 1, 64, 300),
+    (4, 130, 1, 40, 66),
+    (13, 16, 1, 96, 4096),
+]
 
 
-def results(model: DecoderModel, ids: Tensor, implementation: str) -> list[Tensor]:
+def results(model: DecoderModel, implementation: str, *arguments: Any) -> list[Tensor]:
+    """The loss, and its gradients by all parameters that want one."""
     torch.manual_seed(3)
-    with fastllm.use(implementation):
-        loss = model.loss(ids, ids)
-    loss.backward()
-    grads = [p.grad for p in model.parameters()]
-    model.zero_grad()
-    return [loss.detach(), *grads]  # type: ignore[list-item]
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    poison = poisoned_memory() if implementation == "cpu" else nullcontext()
+    with fastllm.use(implementation), poison:
+        loss = model.loss(*arguments)
+        return [loss.detach(), *torch.autograd.grad(loss, wanted)]
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by-operation"])
-@pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
-@pytest.mark.parametrize("learned", [True, False], ids=["learned", "sinusoidal"])
-def test_parity_with_dropout(
-    isa: str, whole: bool, norm_first: bool, learned: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def assert_parity(model: DecoderModel, *arguments: Any) -> None:
+    """With the reference in float64, which takes a copy of the model."""
+    double = copy.deepcopy(model).double()
+    names = ["loss", *(name for name, p in model.named_parameters() if p.requires_grad)]
+    runs = ((model, "cpu"), (model, "ref"), (double, "ref"))
+    actual, plain, oracle = (results(*run, *arguments) for run in runs)
+    for name, *three in zip(names, actual, plain, oracle, strict=True):
+        assert_as_accurate(*three, name)
+
+
+@pytest.fixture(params=[True, False], ids=["whole", "by-operation"])
+def whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Runs the test with this operation and with those that it stands for."""
     taken = []
     original = decoder.decoder_loss
     monkeypatch.setattr(decoder, "decoder_loss", lambda *a: taken.append(1) or original(*a))
-    if not whole:
+    if not request.param:
         monkeypatch.setattr(decoder, "why_not", lambda *arguments: "by operation")
+    yield request.param
+    assert bool(taken) == request.param
+
+
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "sinusoidal"])
+def test_parity_with_dropout(isa: str, whole: bool, norm_first: bool, learned: bool) -> None:
     torch.manual_seed(0)
     settings = {"pos_encoding_learned": learned, "norm_first": norm_first, "padding_idx": 5}
     model = DecoderModel(66, 48, 2, 3, 40, **settings)
-    double = DecoderModel(66, 48, 2, 3, 40, **settings).double()
-    double.load_state_dict(model.state_dict())
     ids = torch.randint(0, 66, (8, 33))
-    oracle, plain = results(double, ids, "ref"), results(model, ids, "ref")
-    actual = results(model, ids, "cpu")
-    assert bool(taken) == whole
-    names = ["loss", *(name for name, _ in model.named_parameters())]
-    for name, a, b, c in zip(names, actual, plain, oracle, strict=True):
-        assert_as_accurate(a, b, c, name)
+    assert_parity(model, ids, ids)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name("BSNDV"))
+def test_parity_of_shapes(isa: str, whole: bool, shape: tuple[int, ...]) -> None:
+    B, S, N, D, V = shape
+    torch.manual_seed(1)
+    model = DecoderModel(V, N * D, 1, N, S + 3, 50, True, qkv_bias=False, lm_head_bias=False)
+    ids, labels = torch.randint(0, V, (2, B, S))
+    labels[:, 1::5] = -100
+    assert_parity(model, ids, labels)
+    assert_parity(model, ids.t().contiguous().t().int(), labels.repeat(1, 2)[:, :S])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_parity_of_masks(isa: str, mask: str) -> None:
+    """Of every shape that can be broadcast: a letter stands for a size."""
+    B, N, S = 24, 3, 10
+    torch.manual_seed(2)
+    model = DecoderModel(20, 24, 1, N, S, 40)
+    ids = torch.randint(0, 20, (B, S))
+    attn_mask = torch.rand(named_sizes(mask, B=B, N=N, S=S, T=S)) < 0.4
+    assert_parity(model, ids, ids, attn_mask)
+
+
+@pytest.mark.parametrize(
+    "trained",
+    ["token_embeddings", "blocks.0.self_attn", "blocks.1.mlp.fc2.bias", "final_norm", "lm_head"],
+)
+def test_parity_where_a_part_is_trained(isa: str, whole: bool, trained: str) -> None:
+    torch.manual_seed(3)
+    model = DecoderModel(20, 24, 2, 3, 10, 40)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    ids = torch.randint(0, 20, (24, 10))
+    assert_parity(model, ids, ids)
+
+
+def test_parity_where_a_parameter_is_not_a_number(isa: str, whole: bool) -> None:
+    torch.manual_seed(4)
+    model = DecoderModel(20, 24, 1, 3, 10, 40)
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = float("nan")
+    ids = torch.randint(0, 20, (24, 10))
+    assert_parity(model, ids, ids)
+
+
+@pytest.mark.parametrize("S", [1, 8])
+def test_nothing_to_score_gives_what_pytorch_gives(isa: str, whole: bool, S: int) -> None:
+    model = DecoderModel(20, 24, 1, 3, 8, 40)
+    ids = torch.randint(0, 20, (4 * 64, S))
+    loss, *gradients = results(model, "cpu", ids, torch.full_like(ids, -100))
+    assert loss.isnan()
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
+
+
+def test_same_bits(isa: str, threads: None) -> None:
+    torch.manual_seed(0)
+    model = DecoderModel(66, 24, 1, 3, 20, 40)
+    ids = torch.randint(0, 66, (23, 20))
+    assert_same_bits(lambda: results(model, "cpu", ids, ids))
 
 
 @needs_extension
-def test_same_bits_for_any_thread_count(threads: None) -> None:
-    torch.manual_seed(0)
-    model = DecoderModel(66, 48, 2, 3, 40)
-    ids = torch.randint(0, 66, (24, 40))
-    runs = []
-    for count in (1, 2, 3, 4, 8):
-        torch.set_num_threads(count)
-        runs.append(results(model, ids, "cpu"))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+def test_backwards_of_several_graphs_and_again() -> None:
+    """Gradients that one backward gave are no other's memory."""
+    model = DecoderModel(20, 16, 1, 2, 8)
+    ids = torch.randint(0, 20, (8, 8))
+    loss = model.loss(ids, ids)
+    parameters = list(model.parameters())
+    once = [g.clone() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    for parameter, gradient in zip(parameters, once, strict=True):
+        assert torch.allclose(parameter.grad, 3 * gradient)  # type: ignore[arg-type]
 
 
 @needs_extension

@@ -1,33 +1,136 @@
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from fastllm.ops.mlp import ACTIVATIONS, mlp
 from fastllm.ops.parameters import Linear, Norm
-from tests.conftest import assert_parity
+from tests.conftest import (
+    BAD,
+    LAYOUTS,
+    assert_parity,
+    assert_same_bits,
+    bits,
+    shape_name,
+    with_others_fixed,
+)
 
-SIZES = [(1, 20, 36), (21, 64, 100), (130, 96, 256)]  # rows, H, I
+# The inner dimensions end in whole and in broken vectors.
+SIZES = [
+    (1, 8, 32),
+    (1, 20, 36),
+    (2, 5, 17),
+    (7, 30, 120),
+    (31, 64, 100),
+    (63, 24, 96),
+    (64, 32, 128),
+    (65, 40, 33),
+    (130, 96, 256),
+    (257, 48, 192),
+]
+LONG_SUMS = [(3, 384, 1536), (300, 16, 1537), (2, 256, 3072), (3, 3072, 20)]
+NORMS = ["none", "pre", "post"]
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: "R{}-H{}-I{}".format(*size))
+def problem(
+    size: tuple[int, int, int],
+    norm: str = "pre",
+    biases: bool = True,
+    activation: str = "gelu",
+    p: float = 0.3,
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The operation as a function of tensors, and random tensors for it."""
+    rows, H, I = size
+    generator = torch.Generator().manual_seed(rows * 10_000 + H * 100 + I)
+    sizes = ((rows, H), (I, H), (H, I), (I,), (H,), (H,), (H,))
+    x, w1, w2, b1, b2, *affine = (torch.randn(size, generator=generator) for size in sizes)
+    tensors = [x, w1 / H**0.5, w2 / I**0.5]
+    tensors += [b1, b2] if biases else []
+    tensors += affine if norm != "none" else []
+
+    def run(x: Tensor, w1: Tensor, w2: Tensor, *vectors: Tensor) -> Tensor:
+        b1, b2 = vectors[:2] if biases else (None, None)
+        layer_norm = None if norm == "none" else Norm(*vectors[-2:], 1e-5)
+        return mlp(x, Linear(w1, b1), Linear(w2, b2), activation, p, 7, layer_norm, norm == "pre")
+
+    return run, tensors
+
+
+@pytest.mark.parametrize("size", SIZES, ids=shape_name("RHI"))
+@pytest.mark.parametrize("norm", NORMS)
+def test_parity(isa: str, size: tuple[int, int, int], norm: str) -> None:
+    for biases, p in ((True, 0.3), (False, 0.0)):
+        run, tensors = problem(size, norm, biases, p=p)
+        assert_parity(run, *tensors)
+
+
+@pytest.mark.parametrize("size", LONG_SUMS, ids=shape_name("RHI"))
+def test_parity_of_long_sums(isa: str, size: tuple[int, int, int]) -> None:
+    run, tensors = problem(size)
+    assert_parity(run, *tensors)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_parity(isa: str, size: tuple[int, int, int], activation: str, p: float) -> None:
-    torch.manual_seed(1)
-    rows, H, I = size
-    x, w1, w2 = torch.randn(rows, H), torch.randn(I, H) / H**0.5, torch.randn(H, I) / I**0.5
-    b1, b2, weight, bias = torch.randn(I), torch.randn(H), torch.randn(H), torch.randn(H)
-    assert_parity(
-        lambda x, w1, b1, w2, b2: mlp(x, Linear(w1, b1), Linear(w2, b2), activation, p, 7),
-        *(x, w1, b1, w2, b2),
-    )
-    for norm_first in (True, False):
-        assert_parity(
-            lambda x, w1, w2, weight, bias, norm_first=norm_first: mlp(
-                x, Linear(w1, None), Linear(w2, None), activation, p, 7,
-                Norm(weight, bias, 1e-5), norm_first,
-            ),
-            *(x, w1, w2, weight, bias),
-        )  # fmt: skip
+def test_parity_of_activations(isa: str, activation: str, p: float) -> None:
+    for norm in NORMS:
+        run, tensors = problem((21, 40, 100), norm, False, activation, p)
+        assert_parity(run, *tensors)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("scale", [1e-20, 100.0, 1e4])
+def test_parity_far_from_one(isa: str, activation: str, scale: float) -> None:
+    """Where an activation is flat, or straight, or rounds to zero."""
+    run, (x, *parameters) = problem((7, 24, 100), "none", False, activation)
+    assert_parity(run, x * scale, *parameters)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_parity_of_any_layout(isa: str, layout: str, norm: str) -> None:
+    run, tensors = problem((9, 21, 38), norm)
+    inputs = [LAYOUTS[layout](tensor) for tensor in tensors]
+    assert_parity(run, *inputs)
+    assert_parity(lambda *tensors: run(*tensors).mT, *inputs)  # and of the gradient that comes
+
+
+def test_parity_of_more_dimensions(isa: str) -> None:
+    run, (x, *parameters) = problem((30, 24, 50))
+    assert_parity(run, x.view(2, 3, 5, 24), *parameters)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("which", range(7), ids=["x", "w1", "w2", "b1", "b2", "weight", "bias"])
+def test_not_a_number_and_infinity_as_in_the_reference(isa: str, bad: float, which: int) -> None:
+    for norm in ("pre", "post"):
+        run, tensors = problem((7, 21, 37), norm)
+        tensors[which].view(-1)[20] = bad
+        assert_parity(run, *tensors, kinds_of_gradients=False)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_what_is_no_number(isa: str, activation: str, bad: float) -> None:
+    def run(x: Tensor) -> Tensor:
+        same = Linear(torch.ones(1, 1, dtype=x.dtype), None)
+        return mlp(x, same, same, activation)
+
+    assert_parity(run, torch.tensor([[bad], [1.0]]), kinds_of_gradients=False)
+
+
+@pytest.mark.parametrize("wanted", range(7))
+def test_one_gradient_alone(isa: str, wanted: int) -> None:
+    for norm in ("pre", "post"):
+        run, tensors = problem((7, 21, 37), norm)
+        assert_parity(with_others_fixed(run, tensors, wanted), tensors[wanted])
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_same_bits(isa: str, threads: None, norm: str) -> None:
+    run, tensors = problem((75, 40, 100), norm)
+    assert_same_bits(bits(run, *tensors))
 
 
 def test_wrong_sizes_and_names_are_refused() -> None:

@@ -1,77 +1,162 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from fastllm.ops.attention import attention
+import fastllm
 from fastllm.ops.multi_head_attention import Settings, multi_head_attention
 from fastllm.ops.parameters import Linear, Norm
-from tests.conftest import assert_parity
+from tests.conftest import (
+    BAD,
+    LAYOUTS,
+    MASKS,
+    assert_parity,
+    assert_same_bits,
+    bits,
+    named_sizes,
+    shape_name,
+    with_others_fixed,
+)
 
-SHAPES = [(1, 2, 2, 8), (2, 3, 7, 16), (2, 2, 65, 32), (1, 1, 130, 80)]  # B, N, S, D
+# B, N, S, D
+SHAPES = [
+    (1, 1, 1, 8),
+    (2, 3, 1, 16),
+    (1, 2, 2, 8),
+    (2, 3, 7, 16),
+    (1, 3, 7, 5),
+    (2, 2, 31, 32),
+    (1, 1, 63, 96),
+    (2, 3, 64, 8),
+    (1, 2, 65, 64),
+    (1, 1, 65, 128),
+    (1, 1, 130, 80),
+    (1, 2, 257, 8),
+]
+NORMS = ["none", "pre", "post"]
 
 
-def name(shape: tuple[int, ...]) -> str:
-    return "B{}-N{}-S{}-D{}".format(*shape)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
-@pytest.mark.parametrize("is_causal", [False, True], ids=["open", "causal"])
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_parity(isa: str, shape: tuple[int, int, int, int], is_causal: bool, p: float) -> None:
-    torch.manual_seed(2)
+def problem(
+    shape: tuple[int, int, int, int],
+    norm: str = "pre",
+    biases: bool = True,
+    p: float = 0.2,
+    **settings: Any,
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The operation as a function of tensors, and random tensors for it."""
     B, N, S, D = shape
     H = N * D
-    x, qkv, out = torch.randn(B, S, H), torch.randn(3 * H, H), torch.randn(H, H)
-    qkv, out = qkv / H**0.5, out / H**0.5
-    vectors = torch.randn(3 * H), torch.randn(H), torch.randn(H), torch.randn(H)
-    mask = torch.rand(B, 1, S, S) < 0.3
-    for norm_first in (True, False):
-        settings = Settings(N, mask, is_causal, p, 3, p, 5, norm_first)
+    generator = torch.Generator().manual_seed(B * 10_000 + N * 1000 + S * 10 + D)
+    sizes = ((B, S, H), (3 * H, H), (H, H), (3 * H,), (H,), (H,), (H,))
+    x, qkv, out, b1, b2, *affine = (torch.randn(size, generator=generator) for size in sizes)
+    tensors = [x, qkv / H**0.5, out / H**0.5]
+    tensors += [b1, b2] if biases else []
+    tensors += affine if norm != "none" else []
+    chosen = {"seed": 3, "out_seed": 5, "dropout_p": p, "out_dropout_p": p, **settings}
 
-        def run(
-            x: Tensor, qkv: Tensor, out: Tensor, b1: Tensor, b2: Tensor, w: Tensor, b: Tensor,
-            settings: Settings = settings,
-        ) -> Tensor:  # fmt: skip
-            norm = Norm(w, b, 1e-5)
-            return multi_head_attention(x, Linear(qkv, b1), Linear(out, b2), settings, norm)
+    def run(x: Tensor, qkv: Tensor, out: Tensor, *vectors: Tensor) -> Tensor:
+        b1, b2 = vectors[:2] if biases else (None, None)
+        layer_norm = None if norm == "none" else Norm(*vectors[-2:], 1e-5)
+        all_settings = Settings(N, norm_first=norm == "pre", **chosen)
+        return multi_head_attention(x, Linear(qkv, b1), Linear(out, b2), all_settings, layer_norm)
 
-        assert_parity(run, x, qkv, out, *vectors)
-    plain = Settings(N, None, is_causal, p, 3, p, 5)
-    assert_parity(
-        lambda x, qkv, out: multi_head_attention(x, Linear(qkv, None), Linear(out, None), plain),
-        *(x, qkv, out),
-    )
+    return run, tensors
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 1, 8), (1, 2, 257, 64)], ids=name)
-@pytest.mark.parametrize("p", [0.0, 0.25])
-def test_parity_of_the_core(isa: str, shape: tuple[int, int, int, int], p: float) -> None:
-    torch.manual_seed(3)
-    B, N, S, D = shape
-    q, k, v = torch.randn(3, B, S, N, D).transpose(2, 3)  # not contiguous
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name("BNSD"))
+@pytest.mark.parametrize("norm", NORMS)
+def test_parity(isa: str, shape: tuple[int, int, int, int], norm: str) -> None:
+    B, _, S, _ = shape
+    mask = torch.rand(B, 1, S, S, generator=torch.Generator().manual_seed(S)) < 0.3
+    for biases, p, is_causal, attn_mask in (
+        (True, 0.2, True, None),
+        (False, 0.0, True, mask),
+        (True, 0.1, False, mask),
+    ):
+        run, tensors = problem(shape, norm, biases, p, is_causal=is_causal, attn_mask=attn_mask)
+        assert_parity(run, *tensors)
+
+
+@pytest.mark.parametrize("p", [(0.3, 0.0), (0.0, 0.3)], ids=["weights", "output"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_parity_of_one_dropout_alone(isa: str, p: tuple[float, float], norm: str) -> None:
+    run, tensors = problem((2, 3, 17, 8), norm, dropout_p=p[0], out_dropout_p=p[1])
+    assert_parity(run, *tensors)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_parity_of_masks(isa: str, mask: str) -> None:
+    """Of every shape that can be broadcast: a letter stands for a size."""
+    B, N, S = 2, 3, 18
+    sizes = named_sizes(mask, B=B, N=N, S=S, T=S)
+    attn_mask = torch.rand(sizes, generator=torch.Generator().manual_seed(1)) < 0.4
     for is_causal in (False, True):
-        for mask in (None, torch.rand(S) < 0.5, torch.rand(B, N, S, S) < 0.3):
-            assert_parity(
-                lambda q, k, v, mask=mask, causal=is_causal: attention(q, k, v, mask, causal, p, 1),
-                *(q, k, v),
-            )
+        run, tensors = problem((B, N, S, 8), attn_mask=attn_mask, is_causal=is_causal)
+        assert_parity(run, *tensors)
 
 
-def test_queries_at_the_end_of_more_keys(isa: str) -> None:
-    torch.manual_seed(4)
-    q, k, v = torch.randn(2, 1, 5, 64), torch.randn(2, 1, 9, 64), torch.randn(2, 1, 9, 64)
-    assert_parity(lambda q, k, v: attention(q, k, v, None, True, 0.1, 9), q, k, v)
+@pytest.mark.parametrize("norm", NORMS)
+def test_parity_of_fully_masked_rows(isa: str, norm: str) -> None:
+    mask = torch.zeros(2, 1, 18, 18, dtype=torch.bool)
+    mask[0] = True
+    mask[1, 0, 4:7] = True
+    run, tensors = problem((2, 3, 18, 8), norm, attn_mask=mask, is_causal=True)
+    assert_parity(run, *tensors)
+    if norm == "none":
+        with fastllm.use("cpu"):
+            x, qkv, out, b1, _ = tensors
+            nothing = run(x, qkv, out, b1, torch.zeros(24))
+        assert torch.equal(nothing[0], torch.zeros(18, 24))
+        assert torch.equal(nothing[1, 4:7], torch.zeros(3, 24))
 
 
-def test_same_bits_for_any_thread_count(isa: str, threads: None) -> None:
-    torch.manual_seed(5)
-    x = torch.randn(5, 33, 48, requires_grad=True)
-    qkv, out = Linear(torch.randn(144, 48) / 7, None), Linear(torch.randn(48, 48) / 7, None)
-    settings = Settings(3, None, True, 0.1, 1, 0.1, 2)
-    results = []
-    for count in (1, 2, 3, 4, 8):
-        torch.set_num_threads(count)
-        y = multi_head_attention(x, qkv, out, settings)
-        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_parity_of_any_layout(isa: str, layout: str, norm: str) -> None:
+    run, tensors = problem((2, 3, 9, 7), norm, is_causal=True)
+    inputs = [LAYOUTS[layout](tensor) for tensor in tensors]
+    assert_parity(run, *inputs)
+    assert_parity(lambda *tensors: run(*tensors).mT, *inputs)  # and of the gradient that comes
+
+
+def test_parity_of_long_sums(isa: str) -> None:
+    run, tensors = problem((1, 6, 3, 128), is_causal=True)
+    assert_parity(run, *tensors)
+
+
+def test_parity_of_large_scores(isa: str) -> None:
+    """Beyond 1e4. All products of these are exact: what is left is the softmax."""
+    run, (x, qkv, *rest) = problem((1, 2, 40, 16), "none", False, is_causal=True)
+    x, qkv = (x * 8).round(), (qkv * 8).round()
+    qkv[:64] *= 4
+    x[:, ::3] /= 2**13  # some rows whose weights are neither 0 nor 1
+    q, k = (x @ qkv[:64].T).view(40, 2, 2, 16).permute(1, 2, 0, 3)
+    assert (q @ k.mT / 4).max() > 1e4
+    assert_parity(run, x, qkv, *rest)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("which", range(7), ids=["x", "qkv", "out", "b1", "b2", "weight", "bias"])
+def test_not_a_number_and_infinity_as_in_the_reference(isa: str, bad: float, which: int) -> None:
+    for norm in ("pre", "post"):
+        run, tensors = problem((2, 3, 9, 7), norm)
+        tensors[which].view(-1)[20] = bad
+        assert_parity(run, *tensors, kinds_of_gradients=False)
+
+
+@pytest.mark.parametrize("wanted", range(7))
+def test_one_gradient_alone(isa: str, wanted: int) -> None:
+    for norm in ("pre", "post"):
+        run, tensors = problem((2, 3, 9, 7), norm)
+        assert_parity(with_others_fixed(run, tensors, wanted), tensors[wanted])
+
+
+# One sequence is shared out among threads, several go to a thread each.
+@pytest.mark.parametrize(
+    ("shape", "norm"), [((1, 3, 33, 8), "pre"), ((5, 2, 17, 20), "post")], ids=["B1", "B5"]
+)
+def test_same_bits(isa: str, threads: None, shape: tuple[int, int, int, int], norm: str) -> None:
+    run, tensors = problem(shape, norm, is_causal=True)
+    assert_same_bits(bits(run, *tensors))

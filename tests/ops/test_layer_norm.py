@@ -1,0 +1,109 @@
+import pytest
+import torch
+from torch import Tensor
+
+import fastllm
+from fastllm.ops.layer_norm import layer_norm
+from fastllm.ops.parameters import Norm
+from tests.conftest import (
+    BAD,
+    LAYOUTS,
+    assert_parity,
+    assert_same_bits,
+    bits,
+    shape_name,
+    with_others_fixed,
+)
+
+SIZES = [
+    (1, 3),
+    (1, 64),
+    (2, 5),
+    (7, 15),
+    (31, 16),
+    (63, 17),
+    (64, 64),
+    (65, 100),
+    (130, 257),
+    (257, 40),
+    (3, 1536),
+    (2, 3072),
+]
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    return layer_norm(x, Norm(weight, bias, 1e-5), residual)
+
+
+def random_inputs(rows: int, H: int) -> list[Tensor]:
+    """x, weight, bias, residual."""
+    generator = torch.Generator().manual_seed(1000 * rows + H)
+    sizes = ((rows, H), (H,), (H,), (rows, H))
+    return [torch.randn(size, generator=generator) for size in sizes]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=shape_name("RH"))
+def test_parity(isa: str, size: tuple[int, int]) -> None:
+    x, weight, bias, residual = random_inputs(*size)
+    assert_parity(norm, x, weight, bias)
+    assert_parity(norm, x, weight, bias, residual)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parity_of_any_layout(isa: str, layout: str) -> None:
+    inputs = [LAYOUTS[layout](t) for t in random_inputs(9, 21)]
+    assert_parity(norm, *inputs)
+    assert_parity(lambda *tensors: norm(*tensors).mT, *inputs)  # and of the gradient that comes
+
+
+def test_parity_of_more_dimensions(isa: str) -> None:
+    x, weight, bias, residual = random_inputs(30, 24)
+    assert_parity(norm, x.view(2, 3, 5, 24), weight, bias, residual.view(2, 3, 5, 24))
+
+
+@pytest.mark.parametrize("mean", [0.1, 1e3, 1e6])
+def test_parity_where_the_mean_is_large(isa: str, mean: float) -> None:
+    x, weight, bias, _ = random_inputs(5, 100)
+    assert_parity(norm, x + mean, weight, bias)
+    assert_parity(norm, torch.full((3, 100), mean), weight, bias)  # without any variance
+
+
+def test_no_variance_is_rounded_to_less_than_none(isa: str) -> None:
+    _, weight, bias, _ = random_inputs(5, 100)
+    x = torch.logspace(-20, 18, 400)[:, None].expand(400, 100)
+    with fastllm.use("cpu"):
+        out = norm(x, weight, bias)
+    assert torch.allclose(out[:150], bias.expand(150, 100))  # as long as eps is larger
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e4, 1e15])
+def test_parity_of_extreme_scales(isa: str, scale: float) -> None:
+    x, weight, bias, _ = random_inputs(5, 100)
+    assert_parity(norm, x * scale, weight, bias)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("which", range(4), ids=["x", "weight", "bias", "residual"])
+def test_not_a_number_and_infinity_as_in_the_reference(isa: str, bad: float, which: int) -> None:
+    inputs = random_inputs(7, 37)
+    inputs[which].view(-1)[36] = bad
+    assert_parity(norm, *inputs, kinds_of_gradients=False)
+
+
+@pytest.mark.parametrize("wanted", range(4), ids=["x", "weight", "bias", "residual"])
+def test_one_gradient_alone(isa: str, wanted: int) -> None:
+    tensors = random_inputs(7, 37)
+    assert_parity(with_others_fixed(norm, tensors, wanted), tensors[wanted])
+
+
+def test_same_bits(isa: str, threads: None) -> None:
+    assert_same_bits(bits(norm, *random_inputs(67, 130)))
+
+
+def test_a_broadcast_residual_is_left_to_the_reference() -> None:
+    x, weight, bias, residual = random_inputs(3, 8)
+    expected = norm(x, weight, bias, residual[:1].expand(3, 8))
+    assert torch.allclose(norm(x, weight, bias, residual[:1]), expected)
+    with fastllm.use("cpu"), pytest.raises(RuntimeError, match=r"broadcast|extension"):
+        norm(x, weight, bias, residual[:1])
