@@ -58,6 +58,15 @@ def test_parity(isa: str, size: tuple[int, int, int]) -> None:
     assert_parity(lambda *t: loss(*t, targets), *inputs[:2])
 
 
+@pytest.mark.parametrize(
+    "size", [(5, 3072, 66), (6000, 8, 30), (2, 8, 20_000)], ids=shape_name("RHV")
+)
+def test_parity_of_long_sums_of_one_sign(isa: str, size: tuple[int, int, int]) -> None:
+    """Where small numbers meet large sums."""
+    targets, (x, *parameters) = random_inputs(*size)
+    assert_parity(lambda *t: loss(*t, targets), x.abs(), *(t.abs() for t in parameters))
+
+
 @needs_extension
 def test_parity_of_more_logits_than_are_taken_at_once() -> None:
     """The kernel holds 16 M of them, whatever the instruction set."""

@@ -29,7 +29,7 @@ SIZES = [
     (130, 96, 256),
     (257, 48, 192),
 ]
-LONG_SUMS = [(3, 384, 1536), (300, 16, 1537), (2, 256, 3072), (3, 3072, 20)]
+LONG_SUMS = [(3, 384, 1536), (300, 16, 1537), (2, 256, 3072), (3, 3072, 20), (6000, 8, 20)]
 NORMS = ["none", "pre", "post"]
 
 
@@ -69,6 +69,9 @@ def test_parity(isa: str, size: tuple[int, int, int], norm: str) -> None:
 def test_parity_of_long_sums(isa: str, size: tuple[int, int, int]) -> None:
     run, tensors = problem(size)
     assert_parity(run, *tensors)
+    # Of one sign: small numbers meet large sums.
+    run, tensors = problem(size, "none", activation="relu")
+    assert_parity(run, *(tensor.abs() for tensor in tensors))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
