@@ -1,4 +1,4 @@
-"""Builds the extension: kernels.cpp once per instruction set, bindings.cpp once.
+"""Builds the extension: kernels.cpp once per instruction set, the rest once.
 
 Everything else about the package stands in pyproject.toml. Without a working C++ compiler the
 package is installed all the same and runs on its plain-PyTorch reference.
@@ -12,12 +12,11 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 # Square roots need not set errno, and nothing of the exceptions' machinery may be exported. The
 # warnings are false alarms in GCC's own headers.
 KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-fno-exceptions"]
 KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
 
 ISAS: dict[str, list[str]] = {"base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -44,7 +43,7 @@ class BuildKernels(build_ext):
                     ["csrc/kernels.cpp"],
                     output_dir=f"{self.build_temp}/{isa}",
                     macros=[("FASTLLM_ISA", isa)],
-                    extra_postargs=[*KERNEL_FLAGS, *OPENMP, *flags],
+                    extra_postargs=[*KERNEL_FLAGS, *flags],
                     depends=ext.depends,
                 )
             super().build_extension(ext)
@@ -56,12 +55,12 @@ setup(
     ext_modules=[
         Extension(
             "fastllm._kernels",
-            ["csrc/bindings.cpp"],
+            ["csrc/bindings.cpp", "csrc/threads.cpp"],
             optional=True,
             include_dirs=[pybind11.get_include()],
             define_macros=[("FASTLLM_X86_TABLES", "1")] if "avx2" in ISAS else [],
             extra_compile_args=FLAGS,
-            extra_link_args=OPENMP,
+            extra_link_args=["-pthread"],
             depends=sorted(str(path) for path in Path("csrc").iterdir()),
         )
     ],

@@ -6,13 +6,11 @@
 
 #include <stdlib.h>
 #include <time.h>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include "threads.h"
 #include "vec.h"
 
 namespace fastllm {

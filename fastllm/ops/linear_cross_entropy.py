@@ -22,8 +22,9 @@ from fastllm.ops.parameters import (
 
 def linear_cross_entropy_ref(x: Tensor, head: Linear, targets: Tensor, ignore_index: int) -> Tensor:
     logits = F.linear(x, *head)
-    targets = targets.flatten().long()  # the only integers that PyTorch takes here
-    return F.cross_entropy(logits.flatten(0, -2), targets, ignore_index=ignore_index)
+    if not targets.is_floating_point() and targets.dtype is not torch.bool:
+        targets = targets.long()  # the only integers that PyTorch takes; others it refuses itself
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index)
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
