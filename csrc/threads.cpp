@@ -87,7 +87,7 @@ private:
     void work() {
         for (uint64_t seen = 0;;) {
             // Between two kernels there is often only a little Python.
-            spin(std::chrono::microseconds(200),
+            spin(std::chrono::microseconds(1000),
                  [&] { return news_.load(std::memory_order_acquire) != seen; });
             std::unique_lock lock(mutex_);
             ++asleep_;
