@@ -1,0 +1,360 @@
+// Every kernel from several threads and from several callers at once, for ThreadSanitizer (make
+// sanitize). What the kernels compute is held against the reference by the Python tests; here it
+// must be the same bits for any number of threads.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/kernels.h"
+
+using namespace fastllm;
+
+namespace {
+
+const Kernels& k = kernels_base;
+
+using Floats = std::vector<float>;
+using Ids = std::vector<int64_t>;
+using Outputs = std::vector<Floats>;
+
+constexpr double P = 0.1;
+constexpr DropoutKey KEY = {7, 0};
+// Not a number, so that what a kernel forgets to write shows.
+Floats empty(int64_t size) { return Floats(size, __builtin_nanf("")); }
+
+// Inputs, the same in every run: numbers in [-0.5, 0.5), ids, masks.
+class Source {
+public:
+    Floats floats(int64_t size) {
+        Floats numbers(size);
+        for (float& x : numbers) x = next() / 16777216.0f - 0.5f;
+        return numbers;
+    }
+    Ids ids(int64_t size, int64_t vocabulary) {
+        Ids numbers(size);
+        for (int64_t& id : numbers) id = next() % vocabulary;
+        return numbers;
+    }
+    std::vector<uint8_t> mask(int64_t size) {
+        std::vector<uint8_t> masked(size);
+        for (uint8_t& m : masked) m = next() % 4 == 0;
+        return masked;
+    }
+
+private:
+    uint32_t state_ = 1;
+    uint32_t next() { return (state_ = state_ * 1664525 + 1013904223) >> 8; }
+};
+
+// Parameters or gradients of a layer.
+struct Pair {
+    Floats weight, bias;
+    Linear linear() const { return {weight.data(), bias.data()}; }
+    Norm norm() const { return {weight.data(), bias.data(), 1e-5f}; }
+    LinearGrad linear_grad() { return {weight.data(), bias.data()}; }
+    NormGrad norm_grad() { return {weight.data(), bias.data()}; }
+    void append_to(Outputs& outputs) const {
+        outputs.push_back(weight);
+        outputs.push_back(bias);
+    }
+};
+
+Pair parameters(Source& source, int64_t outputs, int64_t inputs) {
+    return {source.floats(outputs * inputs), source.floats(outputs)};
+}
+Pair gradients(int64_t outputs, int64_t inputs) {
+    return {empty(outputs * inputs), empty(outputs)};
+}
+
+enum class Place { NONE, BEFORE, BEHIND };  // of the layer norm
+constexpr Place PLACES[] = {Place::NONE, Place::BEFORE, Place::BEHIND};
+
+Outputs adam(bool decoupled, double max_grad_norm, int threads) {
+    Source source;
+    std::vector<int64_t> sizes = {1, 40000, 77, ADAM_BLOCK};
+    Outputs arrays;
+    std::vector<AdamTensor> tensors;
+    int64_t blocks = 0;
+    arrays.reserve(5 * sizes.size());
+    for (const int64_t size : sizes) {
+        float* pointers[5];
+        for (int i = 0; i < 4; ++i) {
+            arrays.push_back(source.floats(size));
+            for (float& x : arrays.back()) x = i == 3 ? x * x : x;
+            pointers[i] = arrays.back().data();
+        }
+        arrays.push_back({3});
+        pointers[4] = arrays.back().data();
+        tensors.push_back({pointers[0], pointers[1], pointers[2], pointers[3], pointers[4], size,
+                           blocks, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0, 0});
+        blocks += (size + ADAM_BLOCK - 1) / ADAM_BLOCK;
+    }
+    std::vector<double> sums(blocks);
+    const double norm = k.adam_step(tensors.data(), tensors.size(), sums.data(), blocks, decoupled,
+                                    max_grad_norm, threads);
+    arrays.push_back({float(norm)});
+    return arrays;
+}
+
+Outputs attention(int64_t S, int64_t T, int64_t D, bool causal, bool masked, double p,
+                  int threads) {
+    constexpr int64_t B = 2, N = 3;
+    Source source;
+    const Floats q = source.floats(B * N * S * D), key = source.floats(B * N * T * D),
+                 v = source.floats(B * N * T * D), grad_out = source.floats(B * N * S * D);
+    const std::vector<uint8_t> mask = source.mask(S * T);
+    const Attention a = {B, N, S, T, D, {q.data(), {N * S * D, S * D, D}},
+                         {key.data(), {N * T * D, T * D, D}}, {v.data(), {N * T * D, T * D, D}},
+                         {masked ? mask.data() : nullptr, {0, 0, T, 1}}, causal, p, KEY};
+    Floats out = empty(q.size()), grad_q = empty(q.size()), grad_k = empty(v.size()),
+           grad_v = empty(v.size());
+    k.attention_fwd(out.data(), a, threads);
+    k.attention_bwd(grad_q.data(), grad_k.data(), grad_v.data(), grad_out.data(), a, threads);
+    return {out, grad_q, grad_k, grad_v};
+}
+
+Outputs multi_head_attention(int64_t B, int64_t S, int64_t N, int64_t D, Place place, double p,
+                             int threads) {
+    Source source;
+    const int64_t H = N * D, rows = B * S;
+    const Pair norm = parameters(source, H, 1), qkv = parameters(source, 3 * H, H),
+               projection = parameters(source, H, H);
+    const Floats x = source.floats(rows * H), grad_out = source.floats(rows * H);
+    const MultiHeadAttention m = {B, S, N, D, place == Place::NONE ? Norm{} : norm.norm(),
+                                  place == Place::BEFORE, qkv.linear(), projection.linear(),
+                                  {}, true, p, p, KEY, KEY};
+    Floats stats = empty(2 * rows), projected = empty(3 * rows * H), heads = empty(rows * H),
+           sum = empty(rows * H);
+    const MultiHeadAttentionKept kept = {place == Place::NONE ? nullptr : stats.data(),
+                                         projected.data(), heads.data(),
+                                         place == Place::BEHIND ? sum.data() : nullptr};
+    Outputs outputs = {empty(rows * H), empty(rows * H)};
+    Pair grad_norm = gradients(H, 1), grad_qkv = gradients(3 * H, H),
+         grad_projection = gradients(H, H);
+    k.multi_head_attention_fwd(outputs[0].data(), kept, x.data(), m, threads);
+    k.multi_head_attention_bwd(
+        outputs[1].data(),
+        {place == Place::NONE ? NormGrad{} : grad_norm.norm_grad(), grad_qkv.linear_grad(),
+         grad_projection.linear_grad()},
+        grad_out.data(), kept, x.data(), m, threads);
+    if (place != Place::NONE) grad_norm.append_to(outputs);
+    grad_qkv.append_to(outputs);
+    grad_projection.append_to(outputs);
+    return outputs;
+}
+
+Outputs mlp(int64_t rows, int64_t H, int64_t I, Place place, Activation activation, double p,
+            int threads) {
+    Source source;
+    const Pair norm = parameters(source, H, 1), fc1 = parameters(source, I, H),
+               fc2 = parameters(source, H, I);
+    const Floats x = source.floats(rows * H), grad_out = source.floats(rows * H);
+    const Mlp m = {rows, H, I, place == Place::NONE ? Norm{} : norm.norm(), place == Place::BEFORE,
+                   fc1.linear(), fc2.linear(), activation, p, KEY};
+    Floats stats = empty(2 * rows), hidden = empty(rows * I), sum = empty(rows * H);
+    const MlpKept kept = {place == Place::NONE ? nullptr : stats.data(), hidden.data(),
+                          place == Place::BEHIND ? sum.data() : nullptr};
+    Outputs outputs = {empty(rows * H), empty(rows * H)};
+    Pair grad_norm = gradients(H, 1), grad_fc1 = gradients(I, H), grad_fc2 = gradients(H, I);
+    k.mlp_fwd(outputs[0].data(), kept, x.data(), m, threads);
+    k.mlp_bwd(outputs[1].data(),
+              {place == Place::NONE ? NormGrad{} : grad_norm.norm_grad(), grad_fc1.linear_grad(),
+               grad_fc2.linear_grad()},
+              grad_out.data(), kept, x.data(), m, threads);
+    if (place != Place::NONE) grad_norm.append_to(outputs);
+    grad_fc1.append_to(outputs);
+    grad_fc2.append_to(outputs);
+    return outputs;
+}
+
+Outputs layer_norm(int64_t rows, int64_t H, bool with_residual, int threads) {
+    Source source;
+    const Pair norm = parameters(source, H, 1);
+    const Floats x = source.floats(rows * H), residual = source.floats(rows * H),
+                 grad_out = source.floats(rows * H);
+    Floats out = empty(rows * H), stats = empty(2 * rows), sum = empty(rows * H),
+           grad_x = empty(rows * H);
+    Pair grad = gradients(H, 1);
+    k.layer_norm_fwd(out.data(), stats.data(), with_residual ? sum.data() : nullptr, x.data(),
+                     with_residual ? residual.data() : nullptr, rows, H, norm.norm(), threads);
+    k.layer_norm_bwd(grad_x.data(), grad.norm_grad(), grad_out.data(),
+                     with_residual ? sum.data() : x.data(), stats.data(), rows, H, norm.norm(),
+                     threads);
+    return {out, stats, grad_x, grad.weight, grad.bias};
+}
+
+Outputs embedding(int64_t B, int64_t S, int64_t H, double p, int threads) {
+    constexpr int64_t V = 150;
+    Source source;
+    const Ids ids = source.ids(B * S, V);
+    const Floats weight = source.floats(V * H), positions = source.floats(S * H),
+                 grad_out = source.floats(B * S * H);
+    const Embedding e = {B, S, H, V, ids.data(), weight.data(), positions.data(), 2, p, KEY};
+    Floats out = empty(B * S * H), grad_weight = empty(V * H), grad_positions = empty(S * H);
+    k.embedding_fwd(out.data(), e, threads);
+    k.embedding_bwd(grad_weight.data(), grad_positions.data(), grad_out.data(), 3, e, threads);
+    return {out, grad_weight, grad_positions};
+}
+
+Outputs linear_cross_entropy(int64_t rows, int64_t H, int64_t V, int threads) {
+    Source source;
+    const Ids targets = source.ids(rows, V);
+    const Pair head = parameters(source, V, H);
+    const Floats x = source.floats(rows * H);
+    Floats grad_x = empty(rows * H);
+    Pair grad = gradients(V, H);
+    const float loss = k.linear_cross_entropy(grad_x.data(), grad.linear_grad(), x.data(),
+                                              {rows, H, V, targets.data(), 5, head.linear()},
+                                              threads);
+    return {{loss}, grad_x, grad.weight, grad.bias};
+}
+
+Outputs dropout(int64_t size, int threads) {
+    Source source;
+    const Floats in = source.floats(size);
+    Floats out = empty(size);
+    k.dropout(out.data(), in.data(), size, P, KEY, threads);
+    return {out};
+}
+
+Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first, bool backward,
+                     int threads) {
+    constexpr int64_t V = 66, L = 2;
+    constexpr int PAIRS = 6;  // of a layer: norm, qkv, out, norm, fc1, fc2
+    Source source;
+    const int64_t H = N * D, I = 2 * H;
+    const Ids ids = source.ids(B * S, V);
+    const Floats tokens = source.floats(V * H), positions = source.floats(S * H);
+    const int64_t sizes[PAIRS][2] = {{H, 1}, {3 * H, H}, {H, H}, {H, 1}, {I, H}, {H, I}};
+    std::vector<Pair> pairs, grads;
+    std::vector<DecoderLayer> layers;
+    std::vector<DecoderLayerGrad> layer_grads;
+    for (int64_t i = 0; i < L * PAIRS; ++i) {
+        const auto [outputs, inputs] = sizes[i % PAIRS];
+        pairs.push_back(parameters(source, outputs, inputs));
+        grads.push_back(gradients(outputs, inputs));
+    }
+    for (int64_t l = 0; l < L; ++l) {
+        const Pair* p = &pairs[l * PAIRS];
+        Pair* g = &grads[l * PAIRS];
+        layers.push_back({{B, S, N, D, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
+                           true, P, P, KEY, KEY},
+                          {B * S, H, I, p[3].norm(), norm_first, p[4].linear(), p[5].linear(),
+                           Activation::GELU, P, KEY}});
+        layer_grads.push_back({{g[0].norm_grad(), g[1].linear_grad(), g[2].linear_grad()},
+                               {g[3].norm_grad(), g[4].linear_grad(), g[5].linear_grad()}});
+    }
+    const Pair norm = parameters(source, H, 1), head = parameters(source, V, H);
+    Pair grad_norm = gradients(H, 1), grad_head = gradients(V, H);
+    Floats grad_tokens = empty(V * H), grad_positions = empty(S * H);
+    const Decoder d = {{B, S, H, V, ids.data(), tokens.data(), positions.data(), 1, P, KEY},
+                       layers.data(), L, norm.norm(),
+                       {B * S, H, V, ids.data(), -100, head.linear()}, 5};
+    const DecoderGrad grad = {grad_tokens.data(), grad_positions.data(), layer_grads.data(),
+                              grad_norm.norm_grad(), grad_head.linear_grad()};
+    Outputs outputs = {{float(k.decoder_loss(d, backward ? &grad : nullptr, threads))}};
+    if (!backward) return outputs;
+    outputs.push_back(grad_tokens);
+    outputs.push_back(grad_positions);
+    for (const Pair& pair : grads) pair.append_to(outputs);
+    grad_norm.append_to(outputs);
+    grad_head.append_to(outputs);
+    return outputs;
+}
+
+struct Case {
+    const char* name;
+    std::function<Outputs(int threads)> run;
+};
+
+// Each kernel on both sides of its decisions: who shares out what, packed or in place, whole
+// vectors or not, with and without dropout.
+std::vector<Case> cases() {
+    std::vector<Case> all;
+    const auto add = [&](const char* name, auto run) { all.push_back({name, run}); };
+    for (const bool decoupled : {false, true})
+        for (const double norm : {-1.0, 1.0})
+            add("adam", [=](int threads) { return adam(decoupled, norm, threads); });
+    for (const double p : {0.0, P}) {
+        add("attention", [=](int n) { return attention(9, 9, 5, true, false, p, n); });
+        add("attention", [=](int n) { return attention(20, 75, 32, false, true, p, n); });
+        add("embedding", [=](int threads) { return embedding(4, 30, 72, p, threads); });
+        add("embedding", [=](int threads) { return embedding(3, 7, 35, p, threads); });
+        for (const Place place : PLACES) {
+            // B >= 4 threads: by sequence; else by rows and heads.
+            const auto mha = [=](int64_t B, int64_t S, int64_t N, int64_t D) {
+                return [=](int threads) {
+                    return multi_head_attention(B, S, N, D, place, p, threads);
+                };
+            };
+            add("multi_head_attention", mha(16, 6, 3, 16));
+            add("multi_head_attention", mha(3, 40, 4, 32));
+            add("multi_head_attention", mha(1, 67, 3, 11));
+            for (const auto activation : {Activation::GELU, Activation::SILU}) {
+                add("mlp", [=](int n) { return mlp(120, 64, 520, place, activation, p, n); });
+                add("mlp", [=](int n) { return mlp(45, 33, 130, place, activation, p, n); });
+            }
+        }
+    }
+    for (const bool residual : {false, true}) {
+        add("layer_norm", [=](int threads) { return layer_norm(100, 200, residual, threads); });
+        add("layer_norm", [=](int threads) { return layer_norm(37, 67, residual, threads); });
+    }
+    add("linear_cross_entropy", [](int n) { return linear_cross_entropy(70, 48, 301, n); });
+    add("linear_cross_entropy", [](int n) { return linear_cross_entropy(20, 17, 2100, n); });
+    add("dropout", [](int threads) { return dropout(30001, threads); });
+    for (const bool norm_first : {false, true})
+        for (const bool backward : {true, false}) {
+            const auto loss = [=](int64_t B, int64_t S, int64_t N, int64_t D) {
+                return [=](int threads) {
+                    return decoder_loss(B, S, N, D, norm_first, backward, threads);
+                };
+            };
+            add("decoder_loss", loss(13, 33, 3, 16));
+            add("decoder_loss", loss(9, 70, 2, 7));
+        }
+    return all;
+}
+
+void check_same(const char* name, const Outputs& actual, const Outputs& expected) {
+    for (size_t i = 0; i < expected.size(); ++i) {
+        const Floats &a = actual[i], &b = expected[i];
+        for (const float x : a)
+            if (!__builtin_isfinite(x)) {
+                std::fprintf(stderr, "%s: output %zu holds what is not a number\n", name, i);
+                std::exit(1);
+            }
+        if (std::memcmp(a.data(), b.data(), b.size() * sizeof(float)) != 0) {
+            std::fprintf(stderr, "%s: output %zu depends on the threads\n", name, i);
+            std::exit(1);
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    const std::vector<Case> all = cases();
+    std::vector<Outputs> expected;
+    for (const auto& [name, run] : all) {
+        expected.push_back(run(1));
+        check_same(name, run(4), expected.back());
+    }
+    // Several callers at once, each at another case.
+    constexpr size_t CALLERS = 3;
+    std::vector<std::thread> callers;
+    for (size_t caller = 0; caller < CALLERS; ++caller)
+        callers.emplace_back([&, caller] {
+            for (size_t i = 0; i < all.size(); ++i) {
+                const size_t at = (i + caller * all.size() / CALLERS) % all.size();
+                check_same(all[at].name, all[at].run(2), expected[at]);
+            }
+        });
+    for (std::thread& caller : callers) caller.join();
+    std::printf("%zu cases: the same bits from 1 thread, 4 threads and %zu callers at once\n",
+                all.size(), CALLERS);
+}
