@@ -1,4 +1,4 @@
-"""Builds the extension: kernels.cpp once per instruction set, the rest once.
+"""Builds the extension: kernels.cpp once per instruction set, bindings.cpp once.
 
 Everything else about the package stands in pyproject.toml. Without a working C++ compiler the
 package is installed all the same and runs on its plain-PyTorch reference.
@@ -13,7 +13,7 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # For make sanitize: what GCC's -fsanitize takes. Unwritten memory that is read shows as well, and
 # so do integers that overflow, although Python has its extensions built with -fwrapv.
 SANITIZE: list[str] = []
@@ -24,6 +24,8 @@ if sanitizers := os.environ.get("FASTLLM_SANITIZE"):
 # warnings are false alarms in GCC's own headers.
 KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-fno-exceptions"]
 KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
 
 ISAS: dict[str, list[str]] = {"base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -50,7 +52,7 @@ class BuildKernels(build_ext):
                     ["csrc/kernels.cpp"],
                     output_dir=f"{self.build_temp}/{isa}",
                     macros=[("FASTLLM_ISA", isa)],
-                    extra_postargs=[*KERNEL_FLAGS, *flags],
+                    extra_postargs=[*KERNEL_FLAGS, *OPENMP, *flags],
                     depends=ext.depends,
                 )
             super().build_extension(ext)
@@ -64,12 +66,12 @@ setup(
     ext_modules=[
         Extension(
             "fastllm._kernels",
-            ["csrc/bindings.cpp", "csrc/threads.cpp"],
+            ["csrc/bindings.cpp"],
             optional=not SANITIZE,
             include_dirs=[pybind11.get_include()],
             define_macros=[("FASTLLM_X86_TABLES", "1")] if "avx2" in ISAS else [],
             extra_compile_args=FLAGS,
-            extra_link_args=["-pthread", *SANITIZE],
+            extra_link_args=[*OPENMP, *SANITIZE],
             depends=sorted(str(path) for path in Path("csrc").iterdir()),
         )
     ],

@@ -7,13 +7,18 @@
 #include <stdlib.h>
 #include <time.h>
 #if defined(__linux__)
+#include <linux/futex.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
 
-#include "threads.h"
 #include "vec.h"
 
 namespace fastllm {
