@@ -1,7 +1,7 @@
 """The chart of the README: how much of the machine's peak a training step reaches.
 
-    python -m fastllm.bench --json > bench.json
-    python benchmarks/chart.py bench.json docs/fraction-of-peak.png
+python -m fastllm.bench --json > bench.json
+python benchmarks/chart.py bench.json docs/fraction-of-peak.png
 """
 
 import json

@@ -11,7 +11,7 @@ import fastllm
 from fastllm import bench
 from fastllm.bench import CONFIGS, ParityError
 from fastllm.ops import dispatch
-from tests.conftest import needs_extension
+from tests.conftest import REPOSITORY, needs_extension
 
 CONFIG = CONFIGS["A"]
 
@@ -160,3 +160,31 @@ def test_peak_is_the_processors_whatever_the_cap() -> None:
         assert dispatch.kernels.isa() == "base"
     finally:
         dispatch.kernels.set_isa(before)
+
+
+@needs_extension
+def test_fma_loop_is_counted_for_every_thread() -> None:
+    assert dispatch.kernels.fma_loop(100, 2) == 2 * dispatch.kernels.fma_loop(100, 1) > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
+def test_memory() -> None:
+    result = run("--memory", "--config", "A", "--compare", "eager", "--json")
+    assert result.returncode == 0, result.stderr
+    (peaks,) = json.loads(result.stdout)["memory_mb"].values()
+    assert 0 < peaks["fastllm"] < peaks["eager"] < 1000
+
+
+def test_benchmarks_run() -> None:
+    """Once each and untimed, at the smallest shape; they hold fastllm against PyTorch."""
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "benchmarks", "--benchmark-disable", "-q",
+            "-k", "[forward-A] or [backward-A] or test_adam and A-clip or test_step and [A]",
+            "-p", "no:cacheprovider",
+        ],
+        capture_output=True, text=True, timeout=200, cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert "16 passed" in result.stdout
