@@ -1,11 +1,14 @@
 """Adam and AdamW with gradient clipping, all parameters in one pass over memory."""
 
 from collections.abc import Callable
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 
-from fastllm.ops.adam import AdamSettings, AdamTensors, adam
+from fastllm.ops.adam import AdamGroup, adam
+
+_is_sparse = attrgetter("is_sparse")
 
 
 class Adam(torch.optim.Optimizer):
@@ -91,32 +94,41 @@ class Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rows = []
+        groups = []
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            settings = AdamSettings(
-                float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"]
-            )
-            for param in group["params"]:
-                grad = param.grad
-                if grad is None:
-                    continue
-                if grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients, "
-                        "please consider torch.optim.SparseAdam instead"
-                    )
-                state = self.state[param]
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            if any(map(_is_sparse, grads)):
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients, "
+                    "please consider torch.optim.SparseAdam instead"
+                )
+            states = [self.state[p] for p in params]
+            for param, state in zip(params, states, strict=True):
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32)
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
-                tensors = AdamTensors(
-                    param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
+            exp_avgs, exp_avg_sqs, steps = (
+                list(map(itemgetter(name), states)) for name in ("exp_avg", "exp_avg_sq", "step")
+            )
+            groups.append(
+                AdamGroup(
+                    params,
+                    grads,
+                    exp_avgs,
+                    exp_avg_sqs,
+                    steps,
+                    float(group["lr"]),
+                    beta1,
+                    beta2,
+                    group["eps"],
+                    group["weight_decay"],
                 )
-                rows.append((tensors, settings))
+            )
         max_grad_norm = -1.0 if self.max_grad_norm is None else self.max_grad_norm
-        norm = adam(rows, self._decoupled_weight_decay, max_grad_norm)
+        norm = adam(groups, self._decoupled_weight_decay, max_grad_norm)
         self.grad_norm = None if self.max_grad_norm is None else norm
         return loss
 

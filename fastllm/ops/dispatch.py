@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -112,16 +113,20 @@ def choose(operation: str, table: Sequence[Implementation], *arguments: Any) -> 
     raise ImplementationError(f"'{name}' was asked for and cannot run '{operation}' ({reasons})")
 
 
+_is_cpu, _dtype = attrgetter("is_cpu"), attrgetter("dtype")
+
+
 def why_not_cpu(*tensors: Tensor) -> str | None:
     """Why the C++ kernels cannot take these tensors: the reason that all of them share."""
     if kernels is None:
         return extension_problem
-    # Kinds are few where tensors are many, and a small model's step checks hundreds of them.
-    for cls, dtype, is_cpu in {(type(t), t.dtype, t.is_cpu) for t in tensors}:
-        if not is_cpu:
-            return f"a tensor is on {next(t.device for t in tensors if not t.is_cpu)}"
+    # A small model's step checks hundreds of tensors: `map` goes through them in C.
+    if not all(map(_is_cpu, tensors)):
+        return f"a tensor is on {next(t.device for t in tensors if not t.is_cpu)}"
+    for dtype in set(map(_dtype, tensors)):
         if dtype is not torch.float32:
             return f"a tensor is {dtype}; the kernels compute in torch.float32"
+    for cls in set(map(type, tensors)):
         if cls is not Tensor and cls is not torch.nn.Parameter:
             return f"a tensor is a {cls.__name__}, whose memory may not be plain"
     if inside_torch_func():
