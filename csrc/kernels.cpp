@@ -4,6 +4,7 @@
 // might run that lacks the instructions.
 #include "kernels.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
 #if defined(__linux__)
@@ -13,7 +14,7 @@
 #include <unistd.h>
 #endif
 #if defined(_OPENMP)
-#include <omp.h>
+extern "C" int omp_get_num_threads(void);  // of omp.h, which would bring code of its own
 #endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

@@ -149,7 +149,8 @@ inline vec exp_negative(vec x) {
     p = p * (r * r) + r + 1;
     // Times 2^n, by its exponent; shifting drops the magic number.
     const vec scaled = (vec)((ints)p + ((ints)shifted << 23));
-    return x < LOWEST ? vec{} : scaled;
+    const vec bounded = x < LOWEST ? vec{} : scaled;
+    return x == x ? bounded : x;  // of what is no number, the last bits may have become one
 }
 
 }  // namespace

@@ -167,6 +167,7 @@ def test_fma_loop_is_counted_for_every_thread() -> None:
     assert dispatch.kernels.fma_loop(100, 2) == 2 * dispatch.kernels.fma_loop(100, 1) > 0
 
 
+@needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
 def test_memory() -> None:
     result = run("--memory", "--config", "A", "--compare", "eager", "--json")

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,6 +8,7 @@ import torch
 
 from fastllm import threads as module
 from fastllm.threads import available_cores, set_threads
+from tests.conftest import needs_extension
 
 
 @pytest.fixture
@@ -68,3 +72,30 @@ def test_what_was_asked_for_comes_first(threads: None, monkeypatch: pytest.Monke
     assert set_threads(1) == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert set_threads() == 2
+
+
+def run_kernel(threads: int, **variables: str) -> str:
+    """How many threads the process has once a kernel ran, before PyTorch starts any."""
+    code = f"""
+import os, torch
+from fastllm.ops.dropout import dropout
+torch.set_num_threads({threads})
+before = len(os.listdir("/proc/self/task"))
+for _ in range(3):
+    out = dropout(torch.ones(2**14), 0.5, seed=1)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **variables},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return result.stdout.strip()
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
+def test_kernels_use_as_many_threads_as_they_are_told_or_given() -> None:
+    assert run_kernel(4) == "3"
+    # The runtime gives fewer than were asked for, and nobody waits for those that are not there.
+    assert run_kernel(4, OMP_THREAD_LIMIT="2") == "1"
+    assert run_kernel(4, OMP_THREAD_LIMIT="1") == "0"

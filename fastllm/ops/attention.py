@@ -130,8 +130,8 @@ def why_not_cpu(
         return "q, k and v are not [B, N, S, D] and twice [B, N, T, D]"
     if q.numel() == 0 or k.numel() == 0:
         return "there are no elements"
-    if dropout_p == 1:
-        return "everything is dropped"
+    if not 0 <= dropout_p < 1:
+        return "everything is dropped, or the probability is none"
     return why_not_mask(attn_mask) or dispatch.why_not_fused(q, k, v)
 
 

@@ -221,8 +221,8 @@ def why_not(decoder: Decoder, ids: Tensor, labels: Tensor) -> str | None:
     parameters = decoder.parameters()
     if any(p is not None and not p.is_contiguous() for p in parameters):
         return "a parameter is not contiguous"
-    if 1 in decoder.dropout_ps():
-        return "everything is dropped"
+    if not all(0 <= p < 1 for p in decoder.dropout_ps()):
+        return "everything is dropped, or the probability is none"
     return why_not_mask(decoder.attn_mask) or dispatch.why_not_fused(*parameters)
 
 

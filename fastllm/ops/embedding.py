@@ -96,8 +96,8 @@ def why_not_cpu(
         return dispatch.why_not_cpu()
     if ids.ndim != 2 or ids.numel() == 0:
         return "the ids are not [B, S], or none"
-    if settings.dropout_p == 1:
-        return "everything is dropped"
+    if not 0 <= settings.dropout_p < 1:
+        return "everything is dropped, or the probability is none"
     if (reason := why_not_ids(ids)) is not None:
         return reason
     if positions.shape != (ids.size(1), weight.size(1)):

@@ -27,7 +27,7 @@ class LayerNormFunction(torch.autograd.Function):
         rows = x.numel() // H
         out, stats = torch.empty_like(x), x.new_empty(rows, 2)
         total = x if residual is None else torch.empty_like(x)
-        ctx.norm, ctx.rows, ctx.H = (*addresses(weight, bias), eps), rows, H
+        ctx.eps, ctx.rows, ctx.H = eps, rows, H
         dispatch.kernels.layer_norm_fwd(
             address(out),
             address(stats),
@@ -36,7 +36,7 @@ class LayerNormFunction(torch.autograd.Function):
             address(residual),
             rows,
             H,
-            ctx.norm,
+            (*addresses(weight, bias), eps),
             torch.get_num_threads(),
         )
         ctx.save_for_backward(total, stats, weight, bias)
@@ -60,7 +60,7 @@ class LayerNormFunction(torch.autograd.Function):
             address(stats),
             ctx.rows,
             ctx.H,
-            (*addresses(weight, bias), ctx.norm[2]),
+            (*addresses(weight, bias), ctx.eps),
             torch.get_num_threads(),
         )
         return grad_x, grad_weight, grad_bias, None, grad_x if for_residual else None

@@ -155,8 +155,8 @@ def why_not_cpu(
         return dispatch.why_not_cpu()
     if x.numel() == 0:
         return "there are no elements"
-    if dropout_p == 1:
-        return "everything is dropped"
+    if not 0 <= dropout_p < 1:
+        return "everything is dropped, or the probability is none"
     I, H = fc1.weight.shape
     if not (fc1.fits(I, H) and fc2.fits(H, I) and (norm is None or norm.fits(H))):
         return "a bias or a norm does not fit the weights"

@@ -145,8 +145,8 @@ def why_not_cpu(
         return dispatch.why_not_cpu()
     if x.numel() == 0:
         return "there are no elements"
-    if 1 in (settings.dropout_p, settings.out_dropout_p):
-        return "everything is dropped"
+    if not (0 <= settings.dropout_p < 1 and 0 <= settings.out_dropout_p < 1):
+        return "everything is dropped, or the probability is none"
     H = x.size(-1)
     if not (qkv.fits(3 * H, H) and out.fits(H, H) and (norm is None or norm.fits(H))):
         return "a bias or a norm does not fit the weights"

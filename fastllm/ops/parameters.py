@@ -69,12 +69,12 @@ def check_first_derivative() -> None:
     """Called in a backward that autograd cannot look into.
 
     Raises:
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative is asked for, or many gradients at once.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or dispatch.inside_torch_func():
         raise RuntimeError(
-            "the C++ kernels give no second derivatives (create_graph=True); compute the forward "
-            'under fastllm.use("ref")'
+            "the C++ kernels give no second derivatives (create_graph=True) and no batched ones "
+            '(is_grads_batched=True); compute the forward under fastllm.use("ref")'
         )
 
 

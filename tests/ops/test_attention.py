@@ -260,3 +260,20 @@ def test_additive_mask_is_refused_with_the_remedy() -> None:
     q, k, v = random_qkv(1, 1, 3, 4)
     with pytest.raises(TypeError, match=r"must be boolean.*`mask < 0`"):
         attention(q, k, v, torch.zeros(3, 3))
+
+
+def test_not_a_number_of_any_bits_stays_so(isa: str) -> None:
+    q, k, v = random_qkv(1, 1, 5, 8)
+    for payload in (-1, 0x7F800001, 0x7FC00001):
+        bad = k.clone()
+        bad[0, 0, 2, 0] = torch.tensor(payload, dtype=torch.int32).view(torch.float32)
+        with fastllm.use("cpu"):
+            out = attention(q, bad, v)
+        assert out.isnan().all()
+
+
+def test_a_probability_that_is_none_is_refused() -> None:
+    q, k, v = random_qkv(1, 1, 5, 8)
+    for p in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            attention(q, k, v, dropout_p=p)

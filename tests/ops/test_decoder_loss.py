@@ -88,7 +88,7 @@ def test_parity_of_shapes(isa: str, whole: bool, shape: tuple[int, ...]) -> None
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_parity_of_masks(isa: str, mask: str) -> None:
+def test_parity_of_masks(isa: str, whole: bool, mask: str) -> None:
     """Of every shape that can be broadcast: a letter stands for a size."""
     B, N, S = 24, 3, 10
     torch.manual_seed(2)
