@@ -22,6 +22,7 @@ from fastllm.ops.parameters import (
     address,
     addresses,
     check_first_derivative,
+    graph_is_kept,
     needs_grad,
     new_grad,
     times,
@@ -121,13 +122,19 @@ class DecoderLossFunction(torch.autograd.Function):
             grad_description(grads) if keep else None,
             torch.get_num_threads(),
         )
-        ctx.save_for_backward(*grads)
+        # Saving the gradients would take a microsecond each. What is saved instead tells a second
+        # backward that it comes too late.
+        ctx.save_for_backward(torch.empty(0))
+        ctx.grads = grads
         return torch.tensor(loss, dtype=decoder.tokens.dtype, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        grads = times(ctx.saved_tensors, grad_out)
+        _ = ctx.saved_tensors
+        grads = times(ctx.grads, grad_out)
+        if not graph_is_kept():
+            ctx.grads = None
         return None, None, None, None, None, None, *grads
 
 

@@ -78,11 +78,16 @@ def check_first_derivative() -> None:
         )
 
 
+def graph_is_kept() -> bool:
+    """Whether the backward under way may come again (retain_graph=True)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def times(grads: Sequence[Tensor | None], grad_out: Tensor) -> Sequence[Tensor | None]:
     """What a backward hands out that had its gradients since the forward."""
     if grad_out.item() != 1:
         return [None if grad is None else grad * grad_out for grad in grads]
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    if graph_is_kept():
         # They are needed again, whatever becomes of those handed out.
         return [None if grad is None else grad.clone() for grad in grads]
     return grads
