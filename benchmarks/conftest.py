@@ -18,7 +18,7 @@ from fastllm.bench import measure_bandwidth, measure_peak
 from fastllm.ops import dispatch
 from fastllm.threads import set_threads
 
-SECONDS = 1.0  # for all contestants of one line together
+SECONDS = 0.6  # for all contestants of one line together
 RIVALS = ("eager", "call", "compile")
 
 
