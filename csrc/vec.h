@@ -148,7 +148,7 @@ inline vec exp_negative(vec x) {
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1;
     // Times 2^n, by its exponent; shifting drops the magic number.
-    const vec scaled = (vec)((ints)p + ((ints)shifted << 23));
+    const vec scaled = (vec)((words)p + ((words)shifted << 23));
     const vec bounded = x < LOWEST ? vec{} : scaled;
     return x == x ? bounded : x;  // of what is no number, the last bits may have become one
 }
