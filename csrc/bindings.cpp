@@ -168,15 +168,18 @@ Attention attention_of(const PyAttention& attention) {
             causal, dropout.first, {dropout.second, 0}};
 }
 
-// B, S, N, D; norm, norm_first; qkv, out; mask, causal; dropout of the weights and of the output
+// B, S, N, D; norm, norm_first; qkv, out; mask, causal; dropout of the weights and of the output;
+// precision
 using PyMultiHeadAttention = std::tuple<std::array<int64_t, 4>, PyNorm, bool, PyPair, PyPair,
-                                        PyMask, bool, PyDropout, PyDropout>;
+                                        PyMask, bool, PyDropout, PyDropout, int>;
 
 MultiHeadAttention multi_head_attention_of(const PyMultiHeadAttention& attention) {
-    const auto& [sizes, norm, norm_first, qkv, out, mask, causal, weights, output] = attention;
+    const auto& [sizes, norm, norm_first, qkv, out, mask, causal, weights, output, precision] =
+        attention;
     const auto& [B, S, N, D] = sizes;
     return {B, S, N, D, norm_of(norm), norm_first, linear_of(qkv), linear_of(out), mask_of(mask),
-            causal, weights.first, output.first, {weights.second, 0}, {output.second, 0}};
+            causal, weights.first, output.first, {weights.second, 0}, {output.second, 0},
+            static_cast<Precision>(precision)};
 }
 
 // stats, qkv, heads, sum
@@ -187,15 +190,16 @@ MultiHeadAttentionKept multi_head_attention_kept_of(const PyMultiHeadAttentionKe
     return {at<float>(stats), at<float>(qkv), at<float>(heads), at<float>(sum)};
 }
 
-// rows, H, I; norm, norm_first; fc1, fc2; activation; dropout
+// rows, H, I; norm, norm_first; fc1, fc2; activation; dropout; precision
 using PyMlp =
-    std::tuple<std::array<int64_t, 3>, PyNorm, bool, PyPair, PyPair, int, PyDropout>;
+    std::tuple<std::array<int64_t, 3>, PyNorm, bool, PyPair, PyPair, int, PyDropout, int>;
 
 Mlp mlp_of(const PyMlp& mlp) {
-    const auto& [sizes, norm, norm_first, fc1, fc2, activation, dropout] = mlp;
+    const auto& [sizes, norm, norm_first, fc1, fc2, activation, dropout, precision] = mlp;
     const auto& [rows, H, I] = sizes;
     return {rows, H, I, norm_of(norm), norm_first, linear_of(fc1), linear_of(fc2),
-            static_cast<Activation>(activation), dropout.first, {dropout.second, 0}};
+            static_cast<Activation>(activation), dropout.first, {dropout.second, 0},
+            static_cast<Precision>(precision)};
 }
 
 // stats, hidden, sum
@@ -216,13 +220,14 @@ Embedding embedding_of(const PyEmbedding& embedding) {
             at<const float>(addresses[2]), scale, dropout.first, {dropout.second, 0}};
 }
 
-// rows, H, V; targets; ignore_index; head
-using PyLinearCrossEntropy = std::tuple<std::array<int64_t, 3>, uint64_t, int64_t, PyPair>;
+// rows, H, V; targets; ignore_index; head; precision
+using PyLinearCrossEntropy = std::tuple<std::array<int64_t, 3>, uint64_t, int64_t, PyPair, int>;
 
 LinearCrossEntropy linear_cross_entropy_of(const PyLinearCrossEntropy& entropy) {
-    const auto& [sizes, targets, ignore_index, head] = entropy;
+    const auto& [sizes, targets, ignore_index, head, precision] = entropy;
     const auto& [rows, H, V] = sizes;
-    return {rows, H, V, at<const int64_t>(targets), ignore_index, linear_of(head)};
+    return {rows, H, V, at<const int64_t>(targets), ignore_index, linear_of(head),
+            static_cast<Precision>(precision)};
 }
 
 void check_ids(const int64_t* ids, int64_t size, int64_t vocabulary,
@@ -276,6 +281,8 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("isas", isas, "The instruction sets with kernels that this CPU can run, slowest first.");
     m.def("isa", [] { return kernels->isa; }, "The instruction set in use.");
     m.def("set_isa", set_isa, py::arg("isa"));
+    m.def("native_bf16", [] { return kernels->native_bf16; },
+          "Whether bf16 products are faster than fp32 ones with that instruction set.");
     py::class_<Memory>(m, "Memory", py::buffer_protocol(),
                        "Bytes whose memory the next of the same size takes over.")
         .def(py::init<size_t>(), py::arg("size"))

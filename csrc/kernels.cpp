@@ -25,9 +25,9 @@ extern "C" int omp_get_num_threads(void);  // of omp.h, which would bring code o
 namespace fastllm {
 
 // What the operations are made of, then the operations.
-#include "gemm.inc"
 #include "scratch.inc"
 #include "threads.inc"
+#include "gemm.inc"
 #include "linear.inc"
 
 #include "adam.inc"
@@ -48,6 +48,7 @@ namespace fastllm {
 
 extern const Kernels FASTLLM_JOIN(kernels_, FASTLLM_ISA) = {
     .isa = FASTLLM_STRING(FASTLLM_ISA),
+    .native_bf16 = NATIVE_BF16,
     .adam_step = adam_step,
     .attention_fwd = attention_fwd,
     .attention_bwd = attention_bwd,

@@ -29,6 +29,10 @@ struct AdamTensor {
 // costs nothing.
 constexpr int64_t ADAM_BLOCK = 8192;
 
+// What the operands of matrix products are rounded to; sums are fp32 always. 8-bit integers, with a
+// scale for each output, are for weights alone.
+enum class Precision { FP32, BF16, INT8 };
+
 // Which random numbers an element meets; see csrc/dropout.inc.
 struct DropoutKey {
     uint64_t seed;
@@ -89,6 +93,7 @@ struct MultiHeadAttention {
     bool causal;
     double weights_p, out_p;
     DropoutKey weights_key, out_key;
+    Precision precision;
 };
 
 // What the forward leaves for the backward. Null where it is not wanted, but qkv and heads.
@@ -115,6 +120,7 @@ struct Mlp {
     Activation activation;
     double p;
     DropoutKey key;
+    Precision precision;
 };
 
 // What the forward leaves for the backward; null where it is not wanted.
@@ -144,6 +150,7 @@ struct LinearCrossEntropy {
     const int64_t* targets;  // [rows]
     int64_t ignore_index;
     Linear head;
+    Precision precision;
 };
 
 struct DecoderLayer {
@@ -175,6 +182,7 @@ struct DecoderGrad {
 
 struct Kernels {
     const char* isa;
+    bool native_bf16;  // bf16 products are faster than fp32 ones
 
     // adam.inc: clip all gradients together, then update every parameter. `block_sums` is scratch
     // of one double a block. Returns the norm of all gradients before clipping, or 0 without

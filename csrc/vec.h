@@ -23,6 +23,15 @@ typedef uint32_t words __attribute__((vector_size(LANES * sizeof(float))));
 // The same bits, seen as half as many integers of twice the width.
 typedef uint64_t pairs __attribute__((vector_size(LANES * sizeof(float))));
 
+constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// An array from `offset` on, if there is one.
+template <typename T>
+inline T* at(T* x, int64_t offset) {
+    return x ? x + offset : nullptr;
+}
+
 inline vec splat(float x) { return x - vec{}; }
 inline words splat_word(uint32_t x) { return x - words{}; }
 
@@ -33,6 +42,14 @@ inline vec load(const float* from) {
 }
 
 inline void store(float* to, vec v) { __builtin_memcpy(to, &v, sizeof v); }
+
+inline words load(const uint32_t* from) {
+    words w;
+    __builtin_memcpy(&w, from, sizeof w);
+    return w;
+}
+
+inline void store(uint32_t* to, words w) { __builtin_memcpy(to, &w, sizeof w); }
 
 // The first `count` lanes, zeros behind them.
 inline vec load(const float* from, int64_t count) {
@@ -115,6 +132,60 @@ inline void transpose(vec (&rows)[LANES]) {
         }
     }
 }
+
+// bf16 is the upper half of fp32, rounded to nearest even. Two of them make a word, the first in the
+// lower half.
+inline vec lower_half(words pairs) { return (vec)(pairs << 16); }
+inline vec upper_half(words pairs) { return (vec)(pairs & 0xFFFF0000); }
+
+#if defined(__AVX512BF16__)
+constexpr bool NATIVE_BF16 = true;
+
+// sums + the products of both halves. An Arm row would have vbfdotq_f32 here, which takes its
+// operands in the same order.
+inline vec add_dot(vec sums, words a, words b) {
+    return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+
+// Elements 2 i and 2 i + 1 of a and b side by side as word i.
+inline words narrow_neighbours(vec a, vec b) {
+    return (words)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+}
+
+// Element i of both as word i.
+inline words narrow(vec lower, vec upper) {
+    const auto halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)upper, (__m512)lower);
+    typedef uint16_t half_words __attribute__((vector_size(64)));
+    half_words order = {};
+    for (int i = 0; i < 32; ++i) order[i] = i / 2 + i % 2 * 16;
+    return (words)_mm512_permutexvar_epi16((__m512i)order, halves);
+}
+#else
+constexpr bool NATIVE_BF16 = false;
+
+inline vec add_dot(vec sums, words a, words b) {
+    return sums + lower_half(a) * lower_half(b) + upper_half(a) * upper_half(b);
+}
+
+inline words round_to_bf16(vec x) {
+    const words bits = (words)x;
+    const words rounded = bits + (0x7FFF + (bits >> 16 & 1));
+    return x == x ? rounded : bits | 0x400000;  // of what is no number, the last bits may be all
+}
+
+inline words narrow(vec lower, vec upper) {
+    return round_to_bf16(lower) >> 16 | (round_to_bf16(upper) & 0xFFFF0000);
+}
+
+inline words narrow_neighbours(vec a, vec b) {
+    ints even = {}, odd = {};
+    for (int i = 0; i < LANES; ++i) {
+        even[i] = 2 * i;
+        odd[i] = 2 * i + 1;
+    }
+    return narrow(shuffle(a, b, even), shuffle(a, b, odd));
+}
+#endif
 
 // 64-bit products of the low halves. The plain operator would multiply all 64 bits, three times as
 // slow.

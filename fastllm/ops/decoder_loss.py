@@ -150,6 +150,7 @@ def description(
     B, S = ids.shape
     V, H = decoder.tokens.shape
     dropouts = list(zip(decoder.dropout_ps(), seeds, strict=True))
+    precision = dispatch.precision()
     layers = []
     for layer, first in zip(decoder.layers, range(1, len(dropouts), 3), strict=True):
         N = layer.num_heads
@@ -163,6 +164,7 @@ def description(
             layer.is_causal,
             dropouts[first],
             dropouts[first + 1],
+            precision,
         )
         mlp = (
             (B * S, H, layer.fc1.weight.size(0)),
@@ -172,6 +174,7 @@ def description(
             addresses(*layer.fc2),
             list(ACTIVATIONS).index(layer.activation),
             dropouts[first + 2],
+            precision,
         )
         layers.append((attention, mlp))
     norm, padding_idx = decoder.norm, decoder.padding_idx
@@ -180,6 +183,7 @@ def description(
         address(labels),
         ignore_index,
         addresses(*decoder.head),
+        precision,
     )
     return (
         (

@@ -138,10 +138,37 @@ def why_not_fused(*tensors: Tensor | None) -> str | None:
     """Why an operation of many steps cannot run as one kernel on these tensors, or None."""
     reason = why_not_cpu(*[tensor for tensor in tensors if tensor is not None])
     if reason is None and torch.is_autocast_enabled("cpu"):
-        return "autocast is on; the kernels compute in torch.float32"
+        reason = why_not_autocast(torch.get_autocast_dtype("cpu"))
     if reason is None and torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is under way"
     return reason
+
+
+# What the kernels round the operands of matrix products to, in the order of their enumeration.
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+def why_not_autocast(dtype: torch.dtype) -> str | None:
+    """Why products cannot run in C++ under autocast to `dtype`, or None."""
+    if kernels is None:
+        return extension_problem
+    if dtype is not torch.bfloat16:
+        return f"autocast to {dtype} is on; the kernels know torch.bfloat16"
+    if not kernels.native_bf16():
+        return f"this CPU has no dot product of bf16 numbers ({kernels.isa()} is in use)"
+    return None
+
+
+def precision() -> int:
+    """Of the kernels' products: bf16 under autocast, else fp32; an index into `PRECISIONS`."""
+    return PRECISIONS.index("bf16" if torch.is_autocast_enabled("cpu") else "fp32")
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """What another module made under autocast, as the kernels take it: they round it themselves."""
+    if x.dtype is torch.bfloat16 and torch.is_autocast_enabled("cpu"):
+        return x.float()
+    return x
 
 
 def inside_torch_func() -> bool:

@@ -49,7 +49,13 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             address(grad_x),
             addresses(grad_weight, grad_bias),
             address(x),
-            ((targets.numel(), H, V), address(targets), ignore_index, addresses(weight, bias)),
+            (
+                (targets.numel(), H, V),
+                address(targets),
+                ignore_index,
+                addresses(weight, bias),
+                dispatch.precision(),
+            ),
             torch.get_num_threads(),
         )
         ctx.save_for_backward(*grads)
@@ -112,5 +118,5 @@ def linear_cross_entropy(
     if targets.shape != x.shape[:-1]:
         raise ValueError(f"x {list(x.shape)} and targets {list(targets.shape)} do not fit")
     check_token_ids(targets[targets != ignore_index], head.weight.size(0))
-    arguments = (x, head, targets, ignore_index)
+    arguments = (dispatch.autocast_input(x), head, targets, ignore_index)
     return dispatch.choose("linear_cross_entropy", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -74,7 +74,7 @@ class MLPFunction(torch.autograd.Function):
         total = (
             torch.empty_like(x) if settings.keep and normed and not settings.norm_first else None
         )
-        ctx.settings, ctx.sizes = settings, (rows, H, I)
+        ctx.settings, ctx.sizes, ctx.precision = settings, (rows, H, I), dispatch.precision()
         dispatch.kernels.mlp_fwd(
             address(out),
             addresses(stats, hidden, total),
@@ -121,6 +121,7 @@ class MLPFunction(torch.autograd.Function):
             (fc2_weight, fc2_bias),
             list(ACTIVATIONS).index(activation),
             (dropout_p, seed),
+            ctx.precision,
         )
 
 
@@ -201,5 +202,6 @@ def mlp(
             f"x {list(x.shape)}, fc1 {[I, H]} and fc2 {list(fc2.weight.shape)} do not fit: "
             "[..., H], [I, H] and [H, I] are needed"
         )
+    x = dispatch.autocast_input(x)
     arguments = (x, fc1, fc2, activation, dropout_p, seed, norm, norm_first)
     return dispatch.choose("mlp", IMPLEMENTATIONS, *arguments).run(*arguments)

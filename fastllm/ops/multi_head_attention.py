@@ -70,6 +70,7 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
         stats = x.new_empty(B, S, 2) if keep and normed else None
         total = torch.empty_like(x) if keep and normed and not settings.norm_first else None
         ctx.settings, ctx.eps, ctx.sizes = settings, eps, (B, S, N, H // N)
+        ctx.precision = dispatch.precision()
         dispatch.kernels.multi_head_attention_fwd(
             address(out),
             addresses(stats, qkv, heads, total),
@@ -122,6 +123,7 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
             settings.is_causal,
             (settings.dropout_p, settings.seed),
             (settings.out_dropout_p, settings.out_seed),
+            ctx.precision,
         )
 
 
@@ -190,5 +192,5 @@ def multi_head_attention(
         )
     if H % settings.num_heads:
         raise ValueError(f"the width {H} must be divisible by num_heads ({settings.num_heads})")
-    arguments = (x, qkv, out, settings, norm)
+    arguments = (dispatch.autocast_input(x), qkv, out, settings, norm)
     return dispatch.choose("multi_head_attention", IMPLEMENTATIONS, *arguments).run(*arguments)
