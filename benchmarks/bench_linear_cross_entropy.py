@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastllm.bench import CONFIGS, Letter
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
@@ -24,8 +24,9 @@ def test_linear_cross_entropy(race_operation: Callable[..., None], letter: Lette
         return F.cross_entropy(F.linear(x, weight), targets)
 
     rivals = {"eager": eager}
-    if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
-        rivals["call"] = lambda p: F.linear_cross_entropy(x, weight, targets)
+    if hasattr(nn, "LinearCrossEntropyOptions"):  # PyTorch 2.13
+        options = nn.LinearCrossEntropyOptions()  # without, it would be the same as eager
+        rivals["call"] = lambda p: F.linear_cross_entropy(x, weight, targets, options=options)
     race_operation(
         f"linear_cross_entropy {letter}",
         lambda p: linear_cross_entropy(x, Linear(weight, None), targets),

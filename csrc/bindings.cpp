@@ -410,8 +410,10 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("stream"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     m.def(
         "fma_loop",
-        [](int64_t iterations, int threads) { return kernels->fma_loop(iterations, threads); },
-        py::arg("iterations"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+        [](int64_t iterations, int precision, int threads) {
+            return kernels->fma_loop(iterations, static_cast<Precision>(precision), threads);
+        },
+        py::arg("iterations"), py::arg("precision"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     m.def(
         "memory_read",
         [](uint64_t data, int64_t size, int threads) {

@@ -238,7 +238,7 @@ struct Kernels {
 
     // machine.inc: what the processor and the memory can do at best. The first two return the
     // number of floating-point operations done and the sum of what was read.
-    double (*fma_loop)(int64_t iterations, int threads);
+    double (*fma_loop)(int64_t iterations, Precision precision, int threads);
     double (*memory_read)(const float* data, int64_t size, int threads);
     void (*memory_update)(float* data, int64_t size, int threads);
 };

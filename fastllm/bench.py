@@ -31,7 +31,9 @@ from fastllm.optim import Adam
 from fastllm.threads import set_threads
 
 Letter = Literal["A", "B", "C", "D", "E"]
-Rival = Literal["eager", "tuned", "compile"]
+Rival = Literal["eager", "tuned", "chunked", "autocast", "compile"]
+Precision = Literal["fp32", "bf16"]
+COMPARE: tuple[Rival, ...] = ("eager", "tuned", "compile")
 Step = Callable[[Tensor], None]
 
 
@@ -73,14 +75,14 @@ CONFIGS: dict[Letter, StepConfig] = {
 }
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
+def describe_machine(threads: int, precision: Precision = "fp32") -> dict[str, Any]:
     """What the timings are taken on; the measured limits are None without the C++ extension."""
     kernels = dispatch.kernels
     return {
         "cpu": cpu_name(),
         "isa": kernels.isa() if kernels else None,
         "threads": threads,
-        "peak_gflops": measure_peak(threads) if kernels else None,
+        "peak_gflops": measure_peak(threads, precision) if kernels else None,
         "bandwidth_gbs": measure_bandwidth(threads) if kernels else None,
         "torch": torch.__version__,
         "fastllm": fastllm.__version__,
@@ -96,8 +98,8 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def measure_peak(threads: int) -> float:
-    """GFLOP/s of fp32 multiply-adds on all threads: median of nine runs of about 50 ms.
+def measure_peak(threads: int, precision: Precision = "fp32") -> float:
+    """GFLOP/s of multiply-adds on all threads: median of nine runs of about 50 ms.
 
     Measured with the widest registers that the processor has, whatever `FASTLLM_CPU_ISA` allows
     the operations: a fraction of the peak must not grow by giving up registers.
@@ -106,12 +108,12 @@ def measure_peak(threads: int) -> float:
     isa = kernels.isa()
     kernels.set_isa(kernels.isas()[-1])
     try:
-        iterations = 1000
-        while (seconds := _seconds(kernels.fma_loop, iterations, threads)) < 0.02:
+        iterations, rest = 1000, (dispatch.PRECISIONS.index(precision), threads)
+        while (seconds := _seconds(kernels.fma_loop, iterations, *rest)) < 0.02:
             iterations *= 2
         iterations = int(iterations * 0.05 / seconds)
-        flops = kernels.fma_loop(iterations, threads)
-        runs = [_seconds(kernels.fma_loop, iterations, threads) for _ in range(9)]
+        flops = kernels.fma_loop(iterations, *rest)
+        runs = [_seconds(kernels.fma_loop, iterations, *rest) for _ in range(9)]
     finally:
         kernels.set_isa(isa)
     return flops / median(runs) / 1e9
@@ -175,12 +177,16 @@ class StockDecoder(nn.Module):
     Args:
         attention: `explicit` masks and normalises the scores step by step; `sdpa` calls PyTorch's
             fused attention.
+        chunked: the head and the loss as PyTorch's `linear_cross_entropy`.
     """
 
     positions: Tensor
 
-    def __init__(self, config: StepConfig, attention: Literal["explicit", "sdpa"]) -> None:
+    def __init__(
+        self, config: StepConfig, attention: Literal["explicit", "sdpa"], chunked: bool = False
+    ) -> None:
         super().__init__()
+        self.chunked = chunked
         H, V = config.H, config.V
         self.scale, self.dropout = math.sqrt(H), nn.Dropout(config.dropout)
         self.embedding = nn.Embedding(V, H)
@@ -193,8 +199,16 @@ class StockDecoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Mean cross-entropy of the next token, for `ids` [B, S]."""
         x = self.dropout(self.embedding(ids) * self.scale + self.positions)
-        logits = self.head(self.norm(self.blocks(x)))
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        x, targets = self.norm(self.blocks(x)), ids[:, 1:].flatten()
+        if self.chunked:
+            return F.linear_cross_entropy(
+                x[:, :-1].flatten(0, 1),
+                self.head.weight,
+                targets,
+                linear_bias=self.head.bias,
+                options=nn.LinearCrossEntropyOptions(),
+            )
+        return F.cross_entropy(self.head(x)[:, :-1].flatten(0, 1), targets)
 
 
 def build_fastllm(config: StepConfig) -> DecoderModel:
@@ -205,19 +219,26 @@ def build_fastllm(config: StepConfig) -> DecoderModel:
 
 def build_stock(config: StepConfig, rival: Rival, model: DecoderModel) -> StockDecoder:
     """What `rival` trains, with the weights of `model`."""
-    stock = StockDecoder(config, "explicit" if rival == "eager" else "sdpa")
+    attention: Any = "explicit" if rival == "eager" else "sdpa"
+    stock = StockDecoder(config, attention, chunked=rival == "chunked")
     with torch.no_grad():
         for theirs, ours in zip(stock.parameters(), model.parameters(), strict=True):
             theirs.copy_(ours)  # both hold them in the same order
     return stock
 
 
-def fastllm_step(model: DecoderModel) -> Step:
+def in_precision(precision: Precision) -> torch.autocast:
+    """What is computed inside has products of this precision."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def fastllm_step(model: DecoderModel, precision: Precision = "fp32") -> Step:
     """A training step on token ids [B, S] with fastllm."""
     optimizer = Adam(model.parameters(), max_grad_norm=1.0)
 
     def step(ids: Tensor) -> None:
-        loss = model.loss(ids, ids)
+        with in_precision(precision):
+            loss = model.loss(ids, ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -233,8 +254,11 @@ def stock_step(stock: StockDecoder, rival: Rival) -> Step:
     params = list(stock.parameters())
     optimizer = torch.optim.Adam(params, fused=None if rival == "eager" else True)
 
+    precision: Precision = "bf16" if rival == "autocast" else "fp32"
+
     def step(ids: Tensor) -> None:
-        loss = compute_loss(ids)
+        with in_precision(precision):
+            loss = compute_loss(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
@@ -247,31 +271,49 @@ class ParityError(Exception):
     """fastllm and stock PyTorch compute different things, so that their times mean nothing."""
 
 
-def check_parity(model: DecoderModel, stock: StockDecoder, ids: Tensor) -> None:
+def check_parity(
+    model: DecoderModel, stock: StockDecoder, ids: Tensor, precision: Precision = "fp32"
+) -> None:
     """Compares losses and gradients on token ids [B, S], without dropout.
 
     Raises:
-        ParityError: the losses differ by more than 1e-5 of their size, or the gradients of a
-            parameter by more than 1e-5 of their norm.
+        ParityError: in fp32 the losses differ by more than 1e-5 of their size, or the gradients of
+            a parameter by more than 1e-5 of their norm; in bf16 a gradient of fastllm is more than
+            twice as far from the stock one in fp32 as the stock one under autocast.
     """
-    model.eval()
-    stock.eval()
-    losses, gradients = [], []
-    for network, loss in ((model, model.loss(ids, ids)), (stock, stock(ids))):
+
+    def run(network: DecoderModel | StockDecoder, precision: Precision = "fp32") -> list[Any]:
+        network.eval()
+        with in_precision(precision):
+            loss = network.loss(ids, ids) if isinstance(network, DecoderModel) else network(ids)
         loss.backward()
-        losses.append(loss.item())
-        gradients.append([p.grad for p in network.parameters()])
+        results = [loss.detach(), *(p.grad for p in network.parameters())]
         network.zero_grad()
         network.train()
-    if not math.isclose(*losses, rel_tol=1e-5):
-        raise ParityError(f"fastllm's loss is {losses[0]:.7f}, stock PyTorch's {losses[1]:.7f}")
-    for (name, _), ours, theirs in zip(model.named_parameters(), *gradients, strict=True):
-        error = float((ours - theirs).norm() / theirs.norm())
-        if not error <= 1e-5:  # nor when it is not a number
+        return results
+
+    names = [name for name, _ in model.named_parameters()]
+    ours, theirs = run(model), run(stock)
+    if not math.isclose(ours[0], theirs[0], rel_tol=1e-5):
+        raise ParityError(f"fastllm's loss is {ours[0]:.7f}, stock PyTorch's {theirs[0]:.7f}")
+    bounds = [1e-5] * len(names)
+    if precision == "bf16":
+        bounds = [2 * error + 1e-5 for error in _errors(run(stock, "bf16"), theirs)]
+        ours = run(model, "bf16")
+    for name, error, bound in zip(names, _errors(ours, theirs), bounds, strict=True):
+        if not error <= bound:  # nor when it is not a number
             raise ParityError(f"the gradients of {name} differ by {error:.1e} of their norm")
 
 
-def time_config(letter: Letter, rivals: list[Rival], seconds: float) -> dict[str, float]:
+def _errors(actual: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """Of each gradient, as a part of its norm; the losses before them are left out."""
+    pairs = zip(actual[1:], expected[1:], strict=True)
+    return [float((a - b).norm() / b.norm()) for a, b in pairs]
+
+
+def time_config(
+    letter: Letter, rivals: list[Rival], seconds: float, precision: Precision = "fp32"
+) -> dict[str, float]:
     """Median milliseconds of a training step, by `fastllm` and by each rival.
 
     `compile` is left out, and the reason said, where the machine cannot compile.
@@ -285,11 +327,11 @@ def time_config(letter: Letter, rivals: list[Rival], seconds: float) -> dict[str
     config = CONFIGS[letter]
     torch.manual_seed(0)
     model, ids = build_fastllm(config), config.random_ids()
-    steps = {"fastllm": fastllm_step(model)}
+    steps = {"fastllm": fastllm_step(model, precision)}
     for rival in rivals:
         stock = build_stock(config, rival, model)
         try:
-            check_parity(model, stock, ids)
+            check_parity(model, stock, ids, precision)
         except ParityError as error:
             raise ParityError(f"config {letter}, {rival}: {error}; nothing was timed") from None
         steps[rival] = stock_step(stock, rival)
@@ -325,7 +367,7 @@ def _compiles(letter: Letter, step: Step, ids: Tensor) -> bool:
     return True
 
 
-def measure_memory(letter: Letter, rivals: list[Rival]) -> dict[str, float]:
+def measure_memory(letter: Letter, rivals: list[Rival], precision: Precision) -> dict[str, float]:
     """Peak memory of training steps, in MiB, over weights, gradients and moments of the optimizer.
 
     Each contestant makes three steps in a process of its own.
@@ -333,18 +375,18 @@ def measure_memory(letter: Letter, rivals: list[Rival]) -> dict[str, float]:
     peaks = {}
     for name in ("fastllm", *rivals):
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            arguments = letter, name, torch.get_num_threads()
+            arguments = letter, name, precision, torch.get_num_threads()
             peaks[name] = process.submit(_peak_memory, *arguments).result()
     return peaks
 
 
-def _peak_memory(letter: Letter, name: Any, threads: int) -> float:
+def _peak_memory(letter: Letter, name: Any, precision: Precision, threads: int) -> float:
     torch.set_num_threads(threads)
     config = CONFIGS[letter]
     before = _status_mb("VmRSS")
     model = build_fastllm(config)
     if name == "fastllm":
-        step = fastllm_step(model)
+        step = fastllm_step(model, precision)
     else:
         stock = build_stock(config, name, model)
         step = stock_step(stock, name)
@@ -365,14 +407,17 @@ def _status_mb(field: str) -> float:
 
 
 def report(
-    letter: Letter, milliseconds: dict[str, float], peak_gflops: float | None
+    letter: Letter,
+    milliseconds: dict[str, float],
+    peak_gflops: float | None,
+    precision: Precision = "fp32",
 ) -> dict[str, Any]:
     """What `--json` says of a configuration; a ratio is a rival's time over fastllm's."""
     config, ours = CONFIGS[letter], milliseconds["fastllm"]
     gflops = config.flops / ours / 1e6
     return {
         "config": letter,
-        "precision": "fp32",
+        "precision": precision,
         "step_ms": ours,
         "tokens_per_second": 1000 * config.B * config.S / ours,
         "gflops": gflops,
@@ -380,6 +425,7 @@ def report(
         "ratio": {
             rival: milliseconds[rival] / ours if rival in milliseconds else None
             for rival in get_args(Rival)
+            if rival in milliseconds or rival in COMPARE
         },
     }
 
@@ -409,9 +455,13 @@ class BenchConfig(CommandSettings):
 
     config: Annotated[list[Letter], BeforeValidator(_letters)] = Field(list(CONFIGS), min_length=1)
     """Which of the configurations A to E: A,B or AB."""
-    compare: list[Rival] = Field(list(get_args(Rival)))
+    precision: Precision = "fp32"
+    """Of fastllm's matrix products. The rivals' is fp32, but for autocast's."""
+    compare: list[Rival] = Field(list(COMPARE))
     """Stock PyTorch to compare with: eager (explicit softmax, default Adam), tuned (fused attention
-    and fused Adam), compile (tuned under torch.compile, which warms up for half a minute)."""
+    and fused Adam), chunked (tuned with linear_cross_entropy), autocast (tuned in bf16), compile
+    (tuned under torch.compile, which warms up for half a minute). Without the flag: eager, tuned
+    and compile, and in bf16 autocast as well."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 15
     """Time for each configuration, after warming up; three rounds are made at least."""
     memory: bool = False
@@ -427,6 +477,13 @@ class BenchConfig(CommandSettings):
 def main(arguments: list[str]) -> None:
     settings = parse_settings(BenchConfig, arguments)
     threads = set_threads(settings.threads)
+    precision, rivals = settings.precision, settings.compare
+    if precision == "bf16":
+        if reason := dispatch.why_not_autocast(torch.bfloat16):
+            raise SystemExit(f"error: precision: bf16 cannot be measured: {reason}")
+        if "compare" not in settings.model_fields_set:
+            rivals = [*rivals, "autocast"]
+    shown = [rival for rival in get_args(Rival) if rival in rivals or rival in COMPARE]
 
     def show(line: str) -> None:
         if not settings.json_:
@@ -436,8 +493,8 @@ def main(arguments: list[str]) -> None:
         if not sys.platform.startswith("linux"):
             raise SystemExit("error: --memory reads /proc, which only Linux has")
         show("Peak MiB of a step over weights, gradients and the optimizer's moments:")
-        peaks = {each: measure_memory(each, settings.compare) for each in settings.config}
-        show(_line("config", "fastllm", *settings.compare))
+        peaks = {each: measure_memory(each, rivals, precision) for each in settings.config}
+        show(_line("config", "fastllm", *rivals))
         for letter, row_of_peaks in peaks.items():
             show(_line(letter, *row_of_peaks.values()))
         if settings.json_:
@@ -448,17 +505,17 @@ def main(arguments: list[str]) -> None:
     with chosen:
         with errors_in_one_line(dispatch.ImplementationError, ValueError):
             say(f"operations  {implementation_line()}")
-        machine = describe_machine(threads)
+        machine = describe_machine(threads, precision)
         if dispatch.kernels is None:
             say(f"the machine's peak cannot be measured: {dispatch.extension_problem}")
         show("\n".join(f"{name:15}{_text(value)}" for name, value in machine.items()))
         show("\nA step by fastllm, and how many times as long stock PyTorch takes:")
-        show(_line("config", "ms", "tokens/s", "GFLOP/s", "% of peak", *get_args(Rival)))
+        show(_line("config", "ms", "tokens/s", "GFLOP/s", "% of peak", *shown))
         results = []
         for letter in dict.fromkeys(settings.config):
             with errors_in_one_line(ParityError):
-                milliseconds = time_config(letter, settings.compare, settings.seconds)
-            results.append(report(letter, milliseconds, machine["peak_gflops"]))
+                milliseconds = time_config(letter, rivals, settings.seconds, precision)
+            results.append(report(letter, milliseconds, machine["peak_gflops"], precision))
             show(row(results[-1]))
     if settings.json_:
         print(json.dumps({"configs": results, "machine": machine}))

@@ -63,6 +63,20 @@ def poisoned_memory() -> Iterator[None]:
         yield
 
 
+def factors() -> list[float]:
+    """What to multiply the inputs of a parity test by, one after the other.
+
+    The few digits of bf16 may be right by luck, above all those of a single number such as a loss.
+    So errors there are the largest of several runs, each rounded in another way.
+    """
+    return [1 + i / 50 for i in range(8)] if torch.is_autocast_enabled("cpu") else [1.0]
+
+
+def stacked(runs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What several runs gave, each result side by side."""
+    return [torch.stack(results) for results in zip(*runs, strict=True)]
+
+
 def assert_parity(
     function: Callable[..., Tensor], *tensors: Tensor, kinds_of_gradients: bool = True
 ) -> None:
@@ -73,15 +87,18 @@ def assert_parity(
     `kinds_of_gradients` one may stand for the other, but for nothing finite.
     """
 
-    def run(implementation: str, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    def run(implementation: str, dtype: torch.dtype, factor: float) -> list[Tensor]:
+        inputs = [(t.detach().to(dtype) * factor).requires_grad_() for t in tensors]
         with use(implementation), poisoned_memory() if implementation == "cpu" else nullcontext():
             out = function(*inputs)
             generator = torch.Generator().manual_seed(0)
             grad = torch.randn(out.shape, generator=generator).to(dtype)
             return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
-    results = (run("cpu", torch.float32), run("ref", torch.float32), run("ref", torch.float64))
+    kinds = (("cpu", torch.float32), ("ref", torch.float32), ("ref", torch.float64))
+    # An infinity times a number that rounding brings to the other side of 0 changes its sign.
+    all_factors = factors() if kinds_of_gradients else [1.0]
+    results = (stacked([run(*kind, factor) for factor in all_factors]) for kind in kinds)
     for i, (actual, plain, oracle) in enumerate(zip(*results, strict=True)):
         if i and not kinds_of_gradients:
             actual, plain, oracle = (
@@ -159,12 +176,37 @@ def shape_name(letters: str) -> Callable[[tuple[int, ...]], str]:
 @pytest.fixture(params=dispatch.kernels.isas() if dispatch.kernels else ["none"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once with the kernels of every instruction set that this CPU has."""
+    with isa_in_use(request.param):
+        yield request.param
+
+
+@contextmanager
+def isa_in_use(isa: str) -> Iterator[None]:
+    """Runs the kernels of this instruction set; skips the test where there are none."""
     if dispatch.kernels is None:
         pytest.skip(f"no C++ kernels: {dispatch.extension_problem}")
     before = dispatch.kernels.isa()
-    dispatch.kernels.set_isa(request.param)
-    yield request.param
-    dispatch.kernels.set_isa(before)
+    dispatch.kernels.set_isa(isa)
+    try:
+        yield
+    finally:
+        dispatch.kernels.set_isa(before)
+
+
+@pytest.fixture(params=[*(dispatch.kernels.isas() if dispatch.kernels else ["none"]), "bf16"])
+def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with the kernels of every instruction set in fp32, and once in bf16.
+
+    In bf16 plain PyTorch is the reference under autocast; what is in float64 stays in float64.
+    """
+    if request.param != "bf16":
+        with isa_in_use(request.param):
+            yield request.param
+    elif reason := dispatch.why_not_autocast(torch.bfloat16):
+        pytest.skip(reason)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield "bf16"
 
 
 @pytest.fixture

@@ -50,11 +50,40 @@ def test_json() -> None:
     assert (machine["torch"], machine["fastllm"]) == (torch.__version__, fastllm.__version__)
 
 
+@needs_extension
+def test_bf16() -> None:
+    flags = "--config A --precision bf16 --compare autocast --seconds 0.1 --json".split()
+    result = run(*flags)
+    if reason := dispatch.why_not_autocast(torch.bfloat16):
+        assert result.stderr == f"error: precision: bf16 cannot be measured: {reason}\n"
+        return
+    (config,) = json.loads(result.stdout)["configs"]
+    assert config["precision"] == "bf16" and config["ratio"]["autocast"] > 0
+
+
+@needs_extension
+def test_parity_gate_in_bf16() -> None:
+    if reason := dispatch.why_not_autocast(torch.bfloat16):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model = bench.build_fastllm(CONFIG)
+    stock, ids = bench.build_stock(CONFIG, "autocast", model), CONFIG.random_ids()
+    bench.check_parity(model, stock, ids, "bf16")
+    original = model.loss
+
+    def wrong_in_bf16(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return original(ids, labels) * (1.1 if torch.is_autocast_enabled("cpu") else 1.0)
+
+    model.loss = wrong_in_bf16  # type: ignore[method-assign]
+    with pytest.raises(ParityError, match="gradients of .* differ"):
+        bench.check_parity(model, stock, ids, "bf16")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--config A,F", "error: config.1: Input should be 'A', 'B', 'C', 'D' or 'E' (got 'F')"),
-        ("--compare jax", "error: compare.0: Input should be 'eager', 'tuned' or 'compile'"),
+        ("--compare jax", "error: compare.0: Input should be 'eager', 'tuned', 'chunked',"),
         ("--seconds 0", "error: seconds: Input should be greater than 0"),
     ],
 )
@@ -114,7 +143,7 @@ def test_red_gate_ends_the_command_before_timing(
 
     monkeypatch.setattr(bench, "build_stock", build_wrong)
     monkeypatch.setattr(bench, "_seconds", lambda *arguments: pytest.fail("it was timed"))
-    monkeypatch.setattr(bench, "describe_machine", lambda threads: {"peak_gflops": None})
+    monkeypatch.setattr(bench, "describe_machine", lambda *arguments: {"peak_gflops": None})
     with pytest.raises(SystemExit, match="error: config A, tuned: .*; nothing was timed"):
         bench.main(["--config", "A", "--compare", "tuned", "--json"])
     assert capsys.readouterr().out == ""
@@ -164,7 +193,7 @@ def test_peak_is_the_processors_whatever_the_cap() -> None:
 
 @needs_extension
 def test_fma_loop_is_counted_for_every_thread() -> None:
-    assert dispatch.kernels.fma_loop(100, 2) == 2 * dispatch.kernels.fma_loop(100, 1) > 0
+    assert dispatch.kernels.fma_loop(100, 0, 2) == 2 * dispatch.kernels.fma_loop(100, 0, 1) > 0
 
 
 @needs_extension

@@ -160,6 +160,8 @@ class Spy:
 
     def __getattr__(self, name: str) -> object:
         function = getattr(self.kernels, name)
+        if name in ("isa", "set_isa", "native_bf16"):  # these compute nothing
+            return function
 
         def call(*arguments: object) -> object:
             self.calls.append((name, arguments))

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastllm
 from fastllm import DecoderModel
-from fastllm.ops import parameters
+from fastllm.ops import dispatch, parameters
 from fastllm.optim import AdamW
-from tests.conftest import needs_extension
+from tests.conftest import isa_in_use, needs_extension
 from tests.drop_in.cases import (
     Calls,
     Case,
@@ -208,19 +208,66 @@ def test_models_trained_at_once_in_several_threads_end_as_one_after_the_other(
 
 
 @each_kind
-def test_autocast_runs_the_modules_in_bfloat16(kind: str, calls: Calls) -> None:
-    """The kernels decline; what comes out is what the reference gives under autocast."""
+def test_autocast_computes_in_bf16(kind: str, calls: Calls) -> None:
+    """In the forward, and in the backward after it."""
+    if reason := dispatch.why_not_autocast(torch.bfloat16):
+        pytest.skip(reason)
+
+    def scenario(case: Case) -> dict[str, Tensor | None]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = case.loss()
+        loss.backward()
+        return case.grads()
+
+    assert_like_reference(kind, scenario, calls)
+    in_fp32 = Case(kind)
+    in_fp32.loss().backward()
+    in_bf16 = scenario(Case(kind))
+    assert not any(
+        torch.equal(in_bf16[name], grad)  # type: ignore[arg-type]
+        for name, grad in in_fp32.grads().items()
+    )
+
+
+@each_layer
+def test_inputs_that_autocast_made(kind: str, calls: Calls) -> None:
+    if reason := dispatch.why_not_autocast(torch.bfloat16):
+        pytest.skip(reason)
+    case = Case(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = nn.Linear(16, 16)(case.x)
+        assert x.dtype is torch.bfloat16
+        x.retain_grad()
+        case.loss(module=lambda _: case.module(x)).backward()
+    assert calls.names() == case.kernels
+    assert x.grad is not None and x.grad.dtype is torch.bfloat16 and x.grad.any()
+
+
+@each_kind
+def test_autocast_goes_through_the_modules_without_bf16(kind: str, calls: Calls) -> None:
     results = []
     for implementation in ("auto", "ref"):
         case = Case(kind)
         calls.clear()
-        with fastllm.use(implementation), torch.autocast("cpu", torch.bfloat16):
-            case.loss().backward()
-        assert calls.names() <= {"dropout"}
-        results.append(case.grads())
+        with isa_in_use("base"), torch.autocast("cpu", torch.bfloat16):
+            with fastllm.use(implementation):
+                case.loss().backward()
+            assert calls.names() <= {"dropout"}
+            results.append(case.grads())
+            with (
+                fastllm.use("cpu"),
+                pytest.raises(RuntimeError, match="no dot product of bf16 numbers .base is in use"),
+            ):
+                Case(kind).loss()
     for name, grad in results[1].items():
         assert torch.equal(results[0][name], grad), name  # type: ignore[arg-type]
-    with torch.autocast("cpu", torch.bfloat16), fastllm.use("cpu"):
-        torch.manual_seed(0)
-        with pytest.raises(RuntimeError, match="autocast is on; the kernels compute in"):
-            Case(kind).loss()
+
+
+@needs_extension
+def test_autocast_to_another_type_goes_through_the_modules() -> None:
+    with (
+        torch.autocast("cpu", torch.float16),
+        fastllm.use("cpu"),
+        pytest.raises(RuntimeError, match="autocast to torch.float16 is on"),
+    ):
+        Case("mlp").loss()

@@ -14,10 +14,12 @@ from tests.conftest import (
     MASKS,
     assert_as_accurate,
     assert_same_bits,
+    factors,
     named_sizes,
     needs_extension,
     poisoned_memory,
     shape_name,
+    stacked,
 )
 
 # B, S, N, D, V; at least four groups of sequences with 64 positions
@@ -48,9 +50,16 @@ def assert_parity(model: DecoderModel, *arguments: Any) -> None:
     """With the reference in float64, which takes a copy of the model."""
     double = copy.deepcopy(model).double()
     names = ["loss", *(name for name, p in model.named_parameters() if p.requires_grad)]
-    runs = ((model, "cpu"), (model, "ref"), (double, "ref"))
-    actual, plain, oracle = (results(*run, *arguments) for run in runs)
-    for name, *three in zip(names, actual, plain, oracle, strict=True):
+
+    def run(network: DecoderModel, implementation: str, factor: float) -> list[Tensor]:
+        scaled = copy.deepcopy(network)
+        for parameter in scaled.parameters():
+            parameter.data *= factor
+        return results(scaled, implementation, *arguments)
+
+    kinds = ((model, "cpu"), (model, "ref"), (double, "ref"))
+    runs = (stacked([run(*kind, factor) for factor in factors()]) for kind in kinds)
+    for name, *three in zip(names, *runs, strict=True):
         assert_as_accurate(*three, name)
 
 
@@ -68,7 +77,7 @@ def whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
 @pytest.mark.parametrize("learned", [True, False], ids=["learned", "sinusoidal"])
-def test_parity_with_dropout(isa: str, whole: bool, norm_first: bool, learned: bool) -> None:
+def test_parity_with_dropout(arithmetic: str, whole: bool, norm_first: bool, learned: bool) -> None:
     torch.manual_seed(0)
     settings = {"pos_encoding_learned": learned, "norm_first": norm_first, "padding_idx": 5}
     model = DecoderModel(66, 48, 2, 3, 40, **settings)
@@ -77,7 +86,7 @@ def test_parity_with_dropout(isa: str, whole: bool, norm_first: bool, learned: b
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_name("BSNDV"))
-def test_parity_of_shapes(isa: str, whole: bool, shape: tuple[int, ...]) -> None:
+def test_parity_of_shapes(arithmetic: str, whole: bool, shape: tuple[int, ...]) -> None:
     B, S, N, D, V = shape
     torch.manual_seed(1)
     model = DecoderModel(V, N * D, 1, N, S + 3, 50, True, qkv_bias=False, lm_head_bias=False)
@@ -88,7 +97,7 @@ def test_parity_of_shapes(isa: str, whole: bool, shape: tuple[int, ...]) -> None
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_parity_of_masks(isa: str, whole: bool, mask: str) -> None:
+def test_parity_of_masks(arithmetic: str, whole: bool, mask: str) -> None:
     """Of every shape that can be broadcast: a letter stands for a size."""
     B, N, S = 24, 3, 10
     torch.manual_seed(2)
@@ -102,7 +111,7 @@ def test_parity_of_masks(isa: str, whole: bool, mask: str) -> None:
     "trained",
     ["token_embeddings", "blocks.0.self_attn", "blocks.1.mlp.fc2.bias", "final_norm", "lm_head"],
 )
-def test_parity_where_a_part_is_trained(isa: str, whole: bool, trained: str) -> None:
+def test_parity_where_a_part_is_trained(arithmetic: str, whole: bool, trained: str) -> None:
     torch.manual_seed(3)
     model = DecoderModel(20, 24, 2, 3, 10, 40)
     for name, parameter in model.named_parameters():
@@ -111,7 +120,7 @@ def test_parity_where_a_part_is_trained(isa: str, whole: bool, trained: str) -> 
     assert_parity(model, ids, ids)
 
 
-def test_parity_where_a_parameter_is_not_a_number(isa: str, whole: bool) -> None:
+def test_parity_where_a_parameter_is_not_a_number(arithmetic: str, whole: bool) -> None:
     torch.manual_seed(4)
     model = DecoderModel(20, 24, 1, 3, 10, 40)
     with torch.no_grad():
@@ -121,7 +130,7 @@ def test_parity_where_a_parameter_is_not_a_number(isa: str, whole: bool) -> None
 
 
 @pytest.mark.parametrize("S", [1, 8])
-def test_nothing_to_score_gives_what_pytorch_gives(isa: str, whole: bool, S: int) -> None:
+def test_nothing_to_score_gives_what_pytorch_gives(arithmetic: str, whole: bool, S: int) -> None:
     model = DecoderModel(20, 24, 1, 3, 8, 40)
     ids = torch.randint(0, 20, (4 * 64, S))
     loss, *gradients = results(model, "cpu", ids, torch.full_like(ids, -100))
@@ -129,7 +138,7 @@ def test_nothing_to_score_gives_what_pytorch_gives(isa: str, whole: bool, S: int
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
 
 
-def test_same_bits(isa: str, threads: None) -> None:
+def test_same_bits(arithmetic: str, threads: None) -> None:
     torch.manual_seed(0)
     model = DecoderModel(66, 24, 1, 3, 20, 40)
     ids = torch.randint(0, 66, (23, 20))

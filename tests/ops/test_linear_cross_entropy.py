@@ -52,7 +52,7 @@ def loss(x: Tensor, weight: Tensor, *rest: Tensor, ignore_index: int = -100) -> 
 
 
 @pytest.mark.parametrize("size", SIZES, ids=shape_name("RHV"))
-def test_parity(isa: str, size: tuple[int, int, int]) -> None:
+def test_parity(arithmetic: str, size: tuple[int, int, int]) -> None:
     targets, inputs = random_inputs(*size)
     assert_parity(lambda *t: loss(*t, targets), *inputs)
     assert_parity(lambda *t: loss(*t, targets), *inputs[:2])
@@ -61,7 +61,7 @@ def test_parity(isa: str, size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     "size", [(5, 3072, 66), (6000, 8, 30), (2, 8, 20_000)], ids=shape_name("RHV")
 )
-def test_parity_of_long_sums_of_one_sign(isa: str, size: tuple[int, int, int]) -> None:
+def test_parity_of_long_sums_of_one_sign(arithmetic: str, size: tuple[int, int, int]) -> None:
     """Where small numbers meet large sums."""
     targets, (x, *parameters) = random_inputs(*size)
     assert_parity(lambda *t: loss(*t, targets), x.abs(), *(t.abs() for t in parameters))
@@ -77,14 +77,14 @@ def test_parity_of_more_logits_than_are_taken_at_once() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_parity_of_any_layout(isa: str, layout: str) -> None:
+def test_parity_of_any_layout(arithmetic: str, layout: str) -> None:
     targets, inputs = random_inputs(9, 21, 38)
     inputs = [LAYOUTS[layout](tensor) for tensor in inputs]
     for some_targets in (targets, targets.int(), torch.stack((targets, targets), 1)[:, 1]):
         assert_parity(lambda *t, to=some_targets: loss(*t, to), *inputs)
 
 
-def test_parity_of_more_dimensions(isa: str) -> None:
+def test_parity_of_more_dimensions(arithmetic: str) -> None:
     targets, (x, *parameters) = random_inputs(30, 24, 50)
     # The last position of every sequence has no next token.
     assert_parity(
@@ -94,14 +94,14 @@ def test_parity_of_more_dimensions(isa: str) -> None:
 
 
 @pytest.mark.parametrize("ignore_index", [0, 3, -1, 10**12])
-def test_parity_of_any_ignore_index(isa: str, ignore_index: int) -> None:
+def test_parity_of_any_ignore_index(arithmetic: str, ignore_index: int) -> None:
     targets, inputs = random_inputs(30, 20, 6)
     targets[targets < 0] = ignore_index
     assert_parity(lambda *t: loss(*t, targets, ignore_index=ignore_index), *inputs)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0])
-def test_parity_of_large_logits(isa: str, scale: float) -> None:
+def test_parity_of_large_logits(arithmetic: str, scale: float) -> None:
     """Up to 1e4. All products of these are exact: what is left is the softmax."""
     targets, (x, weight, _) = random_inputs(40, 32, 67)
     x, weight = (x * 100).round(), (weight * 100).round()
@@ -111,13 +111,15 @@ def test_parity_of_large_logits(isa: str, scale: float) -> None:
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("which", range(3), ids=["x", "weight", "bias"])
-def test_not_a_number_and_infinity_as_in_the_reference(isa: str, bad: float, which: int) -> None:
+def test_not_a_number_and_infinity_as_in_the_reference(
+    arithmetic: str, bad: float, which: int
+) -> None:
     targets, inputs = random_inputs(7, 21, 37)
     inputs[which].view(-1)[20] = bad
     assert_parity(lambda *t: loss(*t, targets), *inputs, kinds_of_gradients=False)
 
 
-def test_tokens_that_are_ruled_out(isa: str) -> None:
+def test_tokens_that_are_ruled_out(arithmetic: str) -> None:
     """A bias of minus infinity; no target is one of them."""
     targets, inputs = random_inputs(7, 21, 37)
     inputs[2][[0, 15, 36]] = -math.inf
@@ -126,18 +128,18 @@ def test_tokens_that_are_ruled_out(isa: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", range(3), ids=["x", "weight", "bias"])
-def test_one_gradient_alone(isa: str, wanted: int) -> None:
+def test_one_gradient_alone(arithmetic: str, wanted: int) -> None:
     targets, inputs = random_inputs(7, 21, 37)
     run = with_others_fixed(lambda *t: loss(*t, targets), inputs, wanted)
     assert_parity(run, inputs[wanted])
 
 
-def test_same_bits(isa: str, threads: None) -> None:
+def test_same_bits(arithmetic: str, threads: None) -> None:
     targets, inputs = random_inputs(75, 40, 300)
     assert_same_bits(bits(lambda *t: loss(*t, targets), *inputs))
 
 
-def test_nothing_to_score_gives_what_pytorch_gives(isa: str) -> None:
+def test_nothing_to_score_gives_what_pytorch_gives(arithmetic: str) -> None:
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     nothing = linear_cross_entropy(x, Linear(weight, None), torch.full((4,), -100))
     assert nothing.isnan()
@@ -146,7 +148,7 @@ def test_nothing_to_score_gives_what_pytorch_gives(isa: str) -> None:
     assert torch.equal(weight.grad, torch.zeros(5, 8))  # type: ignore[arg-type]
 
 
-def test_backwards_that_are_scaled_and_repeated(isa: str) -> None:
+def test_backwards_that_are_scaled_and_repeated(arithmetic: str) -> None:
     targets, inputs = random_inputs(7, 21, 37)
     x, weight, bias = (tensor.requires_grad_() for tensor in inputs)
     out = loss(x, weight, bias, targets)

@@ -59,14 +59,14 @@ def problem(
 
 @pytest.mark.parametrize("size", SIZES, ids=shape_name("RHI"))
 @pytest.mark.parametrize("norm", NORMS)
-def test_parity(isa: str, size: tuple[int, int, int], norm: str) -> None:
+def test_parity(arithmetic: str, size: tuple[int, int, int], norm: str) -> None:
     for biases, p in ((True, 0.3), (False, 0.0)):
         run, tensors = problem(size, norm, biases, p=p)
         assert_parity(run, *tensors)
 
 
 @pytest.mark.parametrize("size", LONG_SUMS, ids=shape_name("RHI"))
-def test_parity_of_long_sums(isa: str, size: tuple[int, int, int]) -> None:
+def test_parity_of_long_sums(arithmetic: str, size: tuple[int, int, int]) -> None:
     run, tensors = problem(size)
     assert_parity(run, *tensors)
     # Of one sign: small numbers meet large sums.
@@ -76,7 +76,7 @@ def test_parity_of_long_sums(isa: str, size: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_parity_of_activations(isa: str, activation: str, p: float) -> None:
+def test_parity_of_activations(arithmetic: str, activation: str, p: float) -> None:
     for norm in NORMS:
         run, tensors = problem((21, 40, 100), norm, False, activation, p)
         assert_parity(run, *tensors)
@@ -84,7 +84,7 @@ def test_parity_of_activations(isa: str, activation: str, p: float) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("scale", [1e-20, 100.0, 1e4])
-def test_parity_far_from_one(isa: str, activation: str, scale: float) -> None:
+def test_parity_far_from_one(arithmetic: str, activation: str, scale: float) -> None:
     """Where an activation is flat, or straight, or rounds to zero."""
     run, (x, *parameters) = problem((7, 24, 100), "none", False, activation)
     assert_parity(run, x * scale, *parameters)
@@ -92,21 +92,23 @@ def test_parity_far_from_one(isa: str, activation: str, scale: float) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_parity_of_any_layout(isa: str, layout: str, norm: str) -> None:
+def test_parity_of_any_layout(arithmetic: str, layout: str, norm: str) -> None:
     run, tensors = problem((9, 21, 38), norm)
     inputs = [LAYOUTS[layout](tensor) for tensor in tensors]
     assert_parity(run, *inputs)
     assert_parity(lambda *tensors: run(*tensors).mT, *inputs)  # and of the gradient that comes
 
 
-def test_parity_of_more_dimensions(isa: str) -> None:
+def test_parity_of_more_dimensions(arithmetic: str) -> None:
     run, (x, *parameters) = problem((30, 24, 50))
     assert_parity(run, x.view(2, 3, 5, 24), *parameters)
 
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("which", range(7), ids=["x", "w1", "w2", "b1", "b2", "weight", "bias"])
-def test_not_a_number_and_infinity_as_in_the_reference(isa: str, bad: float, which: int) -> None:
+def test_not_a_number_and_infinity_as_in_the_reference(
+    arithmetic: str, bad: float, which: int
+) -> None:
     for norm in ("pre", "post"):
         run, tensors = problem((7, 21, 37), norm)
         tensors[which].view(-1)[20] = bad
@@ -115,7 +117,7 @@ def test_not_a_number_and_infinity_as_in_the_reference(isa: str, bad: float, whi
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_of_what_is_no_number(isa: str, activation: str, bad: float) -> None:
+def test_activations_of_what_is_no_number(arithmetic: str, activation: str, bad: float) -> None:
     def run(x: Tensor) -> Tensor:
         same = Linear(torch.ones(1, 1, dtype=x.dtype), None)
         return mlp(x, same, same, activation)
@@ -124,14 +126,14 @@ def test_activations_of_what_is_no_number(isa: str, activation: str, bad: float)
 
 
 @pytest.mark.parametrize("wanted", range(7))
-def test_one_gradient_alone(isa: str, wanted: int) -> None:
+def test_one_gradient_alone(arithmetic: str, wanted: int) -> None:
     for norm in ("pre", "post"):
         run, tensors = problem((7, 21, 37), norm)
         assert_parity(with_others_fixed(run, tensors, wanted), tensors[wanted])
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_same_bits(isa: str, threads: None, norm: str) -> None:
+def test_same_bits(arithmetic: str, threads: None, norm: str) -> None:
     run, tensors = problem((75, 40, 100), norm)
     assert_same_bits(bits(run, *tensors))
 

@@ -67,7 +67,7 @@ def problem(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_name("BNSD"))
 @pytest.mark.parametrize("norm", NORMS)
-def test_parity(isa: str, shape: tuple[int, int, int, int], norm: str) -> None:
+def test_parity(arithmetic: str, shape: tuple[int, int, int, int], norm: str) -> None:
     B, _, S, _ = shape
     mask = torch.rand(B, 1, S, S, generator=torch.Generator().manual_seed(S)) < 0.3
     for biases, p, is_causal, attn_mask in (
@@ -81,13 +81,13 @@ def test_parity(isa: str, shape: tuple[int, int, int, int], norm: str) -> None:
 
 @pytest.mark.parametrize("p", [(0.3, 0.0), (0.0, 0.3)], ids=["weights", "output"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_parity_of_one_dropout_alone(isa: str, p: tuple[float, float], norm: str) -> None:
+def test_parity_of_one_dropout_alone(arithmetic: str, p: tuple[float, float], norm: str) -> None:
     run, tensors = problem((2, 3, 17, 8), norm, dropout_p=p[0], out_dropout_p=p[1])
     assert_parity(run, *tensors)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_parity_of_masks(isa: str, mask: str) -> None:
+def test_parity_of_masks(arithmetic: str, mask: str) -> None:
     """Of every shape that can be broadcast: a letter stands for a size."""
     B, N, S = 2, 3, 18
     sizes = named_sizes(mask, B=B, N=N, S=S, T=S)
@@ -98,7 +98,7 @@ def test_parity_of_masks(isa: str, mask: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_parity_of_fully_masked_rows(isa: str, norm: str) -> None:
+def test_parity_of_fully_masked_rows(arithmetic: str, norm: str) -> None:
     mask = torch.zeros(2, 1, 18, 18, dtype=torch.bool)
     mask[0] = True
     mask[1, 0, 4:7] = True
@@ -114,19 +114,19 @@ def test_parity_of_fully_masked_rows(isa: str, norm: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_parity_of_any_layout(isa: str, layout: str, norm: str) -> None:
+def test_parity_of_any_layout(arithmetic: str, layout: str, norm: str) -> None:
     run, tensors = problem((2, 3, 9, 7), norm, is_causal=True)
     inputs = [LAYOUTS[layout](tensor) for tensor in tensors]
     assert_parity(run, *inputs)
     assert_parity(lambda *tensors: run(*tensors).mT, *inputs)  # and of the gradient that comes
 
 
-def test_parity_of_long_sums(isa: str) -> None:
+def test_parity_of_long_sums(arithmetic: str) -> None:
     run, tensors = problem((1, 6, 3, 128), is_causal=True)
     assert_parity(run, *tensors)
 
 
-def test_parity_of_large_scores(isa: str) -> None:
+def test_parity_of_large_scores(arithmetic: str) -> None:
     """Beyond 1e4. All products of these are exact: what is left is the softmax."""
     run, (x, qkv, *rest) = problem((1, 2, 40, 16), "none", False, is_causal=True)
     x, qkv = (x * 8).round(), (qkv * 8).round()
@@ -139,7 +139,9 @@ def test_parity_of_large_scores(isa: str) -> None:
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("which", range(7), ids=["x", "qkv", "out", "b1", "b2", "weight", "bias"])
-def test_not_a_number_and_infinity_as_in_the_reference(isa: str, bad: float, which: int) -> None:
+def test_not_a_number_and_infinity_as_in_the_reference(
+    arithmetic: str, bad: float, which: int
+) -> None:
     for norm in ("pre", "post"):
         run, tensors = problem((2, 3, 9, 7), norm)
         tensors[which].view(-1)[20] = bad
@@ -147,7 +149,7 @@ def test_not_a_number_and_infinity_as_in_the_reference(isa: str, bad: float, whi
 
 
 @pytest.mark.parametrize("wanted", range(7))
-def test_one_gradient_alone(isa: str, wanted: int) -> None:
+def test_one_gradient_alone(arithmetic: str, wanted: int) -> None:
     for norm in ("pre", "post"):
         run, tensors = problem((2, 3, 9, 7), norm)
         assert_parity(with_others_fixed(run, tensors, wanted), tensors[wanted])
@@ -157,6 +159,8 @@ def test_one_gradient_alone(isa: str, wanted: int) -> None:
 @pytest.mark.parametrize(
     ("shape", "norm"), [((1, 3, 33, 8), "pre"), ((5, 2, 17, 20), "post")], ids=["B1", "B5"]
 )
-def test_same_bits(isa: str, threads: None, shape: tuple[int, int, int, int], norm: str) -> None:
+def test_same_bits(
+    arithmetic: str, threads: None, shape: tuple[int, int, int, int], norm: str
+) -> None:
     run, tensors = problem(shape, norm, is_causal=True)
     assert_same_bits(bits(run, *tensors))
