@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import fastllm
-from fastllm.bench import CONFIGS, build_fastllm
+from fastllm.bench import CONFIGS, Precision, build_fastllm, in_precision
+from fastllm.ops import dispatch
 from fastllm.optim import Adam
 from fastllm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
 from tests.conftest import TEXTS, needs_extension
@@ -21,7 +22,9 @@ def read_text() -> str:
     return "\n".join(topics.topics.values())
 
 
-def losses(implementation: str, ids: Tensor, steps: int) -> list[float]:
+def losses(
+    implementation: str, ids: Tensor, steps: int, precision: Precision = "fp32"
+) -> list[float]:
     """Of configuration A of the benchmark, trained with dropout on windows of a text."""
     config = CONFIGS["A"]
     torch.manual_seed(0)
@@ -32,7 +35,8 @@ def losses(implementation: str, ids: Tensor, steps: int) -> list[float]:
         for _ in range(steps):
             starts = torch.randint(len(ids) - config.S, (config.B, 1))
             batch = ids[starts + torch.arange(config.S)]
-            loss = model.loss(batch, batch)
+            with in_precision(precision):
+                loss = model.loss(batch, batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -40,18 +44,33 @@ def losses(implementation: str, ids: Tensor, steps: int) -> list[float]:
     return found
 
 
-@needs_extension
-def test_two_hundred_steps_go_alike() -> None:
-    """Both draw the same dropout masks, so nothing but rounding tells them apart.
-
-    It came to 2e-7 of a loss at most, two units in its last place, with every instruction set.
-    """
+@pytest.fixture
+def ids() -> Tensor:
+    """A text of so many characters as configuration A has tokens."""
     text = read_text()
     common = "".join(sorted(set(text), key=text.count)[-CONFIGS["A"].V + 1 :])
     text = "".join(c for c in text[:400_000] if c in common)
     tokenizer = SimpleCharacterTokenizer([text])
     assert tokenizer.vocab_size <= CONFIGS["A"].V
-    ids = torch.tensor(tokenizer.encode(text))
+    return torch.tensor(tokenizer.encode(text))
+
+
+@needs_extension
+def test_two_hundred_steps_go_alike(ids: Tensor) -> None:
+    """Both draw the same dropout masks, so nothing but rounding tells them apart.
+
+    It came to 2e-7 of a loss at most, two units in its last place, with every instruction set.
+    """
     actual, expected = (losses(implementation, ids, 200) for implementation in ("cpu", "ref"))
     assert actual == pytest.approx(expected, rel=1e-4)
     assert sum(actual[-10:]) / 10 < actual[0] - 1  # it did learn
+
+
+@needs_extension
+def test_bf16_learns_as_much(ids: Tensor) -> None:
+    """Two hundred steps end at the loss of fp32, to what whole runs may differ by."""
+    if reason := dispatch.why_not_autocast(torch.bfloat16):
+        pytest.skip(reason)
+    in_fp32, in_bf16 = (losses("cpu", ids, 200, precision) for precision in ("fp32", "bf16"))
+    assert in_bf16 != in_fp32
+    assert sum(in_bf16[-50:]) / 50 == pytest.approx(sum(in_fp32[-50:]) / 50, abs=0.01)

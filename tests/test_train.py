@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from fastllm.ops import dispatch
 from fastllm.training.metrics import read_metrics
 
 
@@ -50,13 +52,37 @@ def test_demo_corpus_when_no_file_is_given(tmp_path: Path) -> None:
 
 
 def test_without_cuda_the_cpu_serves_with_a_warning(tmp_path: Path, text: Path) -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")
     result = train(tmp_path, "--file_path", str(text), "--device", "cuda")
     assert result.returncode == 0, result.stderr
     assert "CUDA requested but not available, falling back to the CPU" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "native", "expected"),
+    [
+        ("", "bf16", "fp32"),
+        ("--precision bf16", "bf16", "bf16"),
+        ("--precision auto --hidden_size 32", "bf16", "bf16"),
+        ("--precision auto", "bf16", "fp32"),  # too narrow to gain
+        ("--precision auto --hidden_size 32", "base", "fp32"),
+        ("--precision bf16", "base", "fp32"),
+    ],
+)
+def test_precision(tmp_path: Path, text: Path, flags: str, native: str, expected: str) -> None:
+    """What was chosen is printed and kept with the run; bf16 in vain is told."""
+    if native == "bf16" and expected == "bf16":
+        reason = dispatch.why_not_autocast(torch.bfloat16)
+        if reason:
+            pytest.skip(reason)
+    isa = {"FASTLLM_CPU_ISA": "base"} if native == "base" else {}
+    result = train(tmp_path, "--file_path", str(text), *flags.split(), "--out_dir", "run", **isa)
+    assert result.returncode == 0, result.stderr
+    assert f"precision   {expected}\n" in result.stderr
+    assert json.loads((tmp_path / "run/config.json").read_text())["precision"] == expected
+    in_vain = flags == "--precision bf16" and expected == "fp32"
+    assert ("warning: bf16 was asked for, but " in result.stderr) == in_vain
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "wordpiece"])

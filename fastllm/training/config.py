@@ -127,6 +127,9 @@ class TrainConfig(CommandSettings):
     """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that load data; 0 loads it in the training process."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """What matrix products round their operands to; weights and sums are fp32 always. bf16 is up to
+    1.8 times as fast on CPUs that have it; auto takes it there."""
     impl: Literal["auto", "ref", "cpu", "triton"] = "auto"
     """Implementation of the operations: auto takes the fastest that can serve."""
     gradient_checkpointing: bool = False

@@ -224,7 +224,8 @@ class Trainer:
                     optimizer.zero_grad()
                 return None
             if tokens:
-                batch_loss = self.model.loss(ids, ids)
+                with self._autocast():
+                    batch_loss = self.model.loss(ids, ids)
                 if count > 1:
                     # By its tokens, so that the sum is the gradient of one big batch.
                     batch_loss = batch_loss * (tokens / sum(predicted))
@@ -236,6 +237,10 @@ class Trainer:
         progress.step += 1
         progress.tokens += sum(ids.numel() for ids in step_batches)
         return loss, grad_norm, lr
+
+    def _autocast(self) -> torch.autocast:
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _update(self) -> float:
         norm = 0.0
@@ -301,7 +306,8 @@ class Trainer:
 
     def _validate(self, val_set: TextDataset) -> float:
         progress = self.progress
-        self.evaluation = evaluate(self.model, val_set, self.config.batch_size)
+        with self._autocast():
+            self.evaluation = evaluate(self.model, val_set, self.config.batch_size)
         progress.val_loss = self.evaluation.loss
         self._check_finite("validation loss", progress.val_loss)
         if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
