@@ -10,6 +10,7 @@
 #include <array>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <optional>
@@ -64,6 +65,18 @@ void set_isa(const std::string& isa) {
                                 "'; it can run: " + names);
 }
 
+// Whole large pages, where the system grants them: nothing is lost where it does not.
+void* take_pages(size_t size) {
+    constexpr size_t PAGE = 2 * 1024 * 1024;
+    const size_t whole = (size + PAGE - 1) / PAGE * PAGE;
+    void* data = std::aligned_alloc(PAGE, whole);
+    if (!data) throw std::bad_alloc();
+#if defined(__linux__)
+    madvise(data, whole, MADV_HUGEPAGE);
+#endif
+    return data;
+}
+
 // Memory that stays with the process when it is given up, for the next who wants as much: fresh
 // pages of a large array cost more than filling them. Whoever finds none of his size gives the
 // rest back to the system, so that what lies idle is what the last step used.
@@ -78,11 +91,7 @@ public:
         }
         for (const auto& [idle_size, data] : idle_) std::free(data);
         idle_.clear();
-        data_ = std::aligned_alloc(PAGE, (size + PAGE - 1) / PAGE * PAGE);
-        if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-        madvise(data_, size, MADV_HUGEPAGE);  // a wish: nothing is lost where it is not granted
-#endif
+        data_ = take_pages(size);
     }
     ~Memory() {
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -93,7 +102,6 @@ public:
     py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), static_cast<ssize_t>(size_)}; }
 
 private:
-    static constexpr size_t PAGE = 2 * 1024 * 1024;  // a large one
     static inline std::mutex mutex_;
     static inline std::multimap<size_t, void*> idle_;
 
@@ -274,6 +282,69 @@ double decoder_loss(const PyEmbedding& embedding, const PyLayers& layers, const 
     return kernels->decoder_loss(decoder, grads ? &grad : nullptr, threads);
 }
 
+// kernels.h's Decoding with all that it needs, but for the embeddings, biases and norms: these are
+// read where they lie, and their owner must outlive it.
+class PyDecoding {
+public:
+    PyDecoding(const PyEmbedding& embedding, const PyLayers& layers, const PyNorm& norm,
+               const PyLinearCrossEntropy& head, int precision, int64_t B, int64_t capacity,
+               int threads)
+        : kernels_(kernels), lengths_(B, 0) {
+        for (const auto& [attention, mlp] : layers)
+            layers_.push_back({multi_head_attention_of(attention), mlp_of(mlp)});
+        model_ = {embedding_of(embedding), layers_.data(), static_cast<int64_t>(layers_.size()),
+                  norm_of(norm), linear_cross_entropy_of(head), -1};
+        decoding_ = {&model_, nullptr, static_cast<Precision>(precision), B, capacity, nullptr};
+        const auto take = [](int64_t floats) {
+            return Floats(static_cast<float*>(take_pages(floats * sizeof(float))), std::free);
+        };
+        weights_ = take(kernels_->decode_weights_size(model_, decoding_.precision));
+        cache_ = take(kernels_->decode_cache_size(decoding_));
+        decoding_.weights = weights_.get();
+        decoding_.cache = cache_.get();
+        kernels_->decode_pack(weights_.get(), model_, decoding_.precision, threads);
+    }
+    PyDecoding(const PyDecoding&) = delete;
+
+    // Appends tokens to each sequence, and writes logits [B, V] for those that were given any.
+    void extend(const std::vector<std::vector<int64_t>>& tokens, uint64_t logits, int threads) {
+        if (tokens.size() != lengths_.size())
+            throw std::invalid_argument("there are " + std::to_string(lengths_.size()) +
+                                        " sequences, got tokens for " +
+                                        std::to_string(tokens.size()));
+        std::vector<int64_t> ids, counts;
+        for (size_t b = 0; b < tokens.size(); ++b) {
+            const auto count = static_cast<int64_t>(tokens[b].size());
+            if (lengths_[b] + count > decoding_.capacity)
+                throw std::invalid_argument(
+                    "Sequence length " + std::to_string(lengths_[b] + count) +
+                    " exceeds maximum sequence length " + std::to_string(decoding_.capacity));
+            ids.insert(ids.end(), tokens[b].begin(), tokens[b].end());
+            counts.push_back(count);
+        }
+        check_ids(ids.data(), ids.size(), model_.embedding.V);
+        if (ids.empty()) return;
+        const py::gil_scoped_release release;
+        kernels_->decode(at<float>(logits), decoding_, ids.data(), counts.data(), lengths_.data(),
+                         threads);
+        for (size_t b = 0; b < counts.size(); ++b) lengths_[b] += counts[b];
+    }
+
+    // The sequence begins anew.
+    void clear(size_t sequence) { lengths_.at(sequence) = 0; }
+
+    const std::vector<int64_t>& lengths() const { return lengths_; }
+
+private:
+    using Floats = std::unique_ptr<float, decltype(&std::free)>;
+    const Kernels* kernels_;  // whose layout the weights are packed in
+    std::vector<DecoderLayer> layers_;
+    Decoder model_;
+    Decoding decoding_;
+    Floats weights_{nullptr, std::free}, cache_{nullptr, std::free};
+    std::vector<int64_t> lengths_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
@@ -287,6 +358,15 @@ PYBIND11_MODULE(_kernels, m) {
                        "Bytes whose memory the next of the same size takes over.")
         .def(py::init<size_t>(), py::arg("size"))
         .def_buffer(&Memory::buffer);
+    py::class_<PyDecoding>(m, "Decoding", "Sequences that a decoder model continues.")
+        .def(py::init<const PyEmbedding&, const PyLayers&, const PyNorm&,
+                      const PyLinearCrossEntropy&, int, int64_t, int64_t, int>(),
+             py::arg("embedding"), py::arg("layers"), py::arg("norm"), py::arg("head"),
+             py::arg("precision"), py::arg("B"), py::arg("capacity"), py::arg("threads"))
+        .def("extend", &PyDecoding::extend, py::arg("tokens"), py::arg("logits"),
+             py::arg("threads"))
+        .def("clear", &PyDecoding::clear, py::arg("sequence"))
+        .def_property_readonly("lengths", &PyDecoding::lengths);
     m.def("adam_step", adam_step, py::arg("rows"), py::arg("settings"),
           py::arg("decoupled_weight_decay"), py::arg("max_grad_norm"), py::arg("threads"));
     m.def(

@@ -39,6 +39,7 @@ namespace fastllm {
 #include "embedding.inc"
 #include "linear_cross_entropy.inc"
 #include "decoder_loss.inc"
+#include "decode.inc"
 #include "machine.inc"
 
 #define FASTLLM_JOIN_(a, b) a##b
@@ -52,6 +53,10 @@ extern const Kernels FASTLLM_JOIN(kernels_, FASTLLM_ISA) = {
     .adam_step = adam_step,
     .attention_fwd = attention_fwd,
     .attention_bwd = attention_bwd,
+    .decode_weights_size = decode_weights_size,
+    .decode_cache_size = decode_cache_size,
+    .decode_pack = decode_pack,
+    .decode = decode,
     .decoder_loss = decoder_loss,
     .dropout = dropout,
     .embedding_fwd = embedding_fwd,

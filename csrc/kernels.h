@@ -180,6 +180,15 @@ struct DecoderGrad {
     LinearGrad head;
 };
 
+// A decoder that continues sequences, each after what is in its cache. Dropout plays no part.
+struct Decoding {
+    const Decoder* model;  // B and S of its parts mean nothing; positions [capacity, H]
+    const float* weights;  // see decode_pack
+    Precision precision;   // of the weights
+    int64_t B, capacity;   // sequences, and positions that each has room for
+    float* cache;          // of decode_cache_size floats
+};
+
 struct Kernels {
     const char* isa;
     bool native_bf16;  // bf16 products are faster than fp32 ones
@@ -195,6 +204,15 @@ struct Kernels {
     void (*attention_fwd)(float* out, const Attention& a, int threads);
     void (*attention_bwd)(float* grad_q, float* grad_k, float* grad_v, const float* grad_out,
                           const Attention& a, int threads);
+
+    // decode.inc: what Decoding needs, in floats; its weights, packed; and logits [B, V] after
+    // counts[b] more tokens of each sequence b behind the lengths[b] that its cache holds (ids has
+    // those of all sequences one after the other). Rows of sequences without any stay as they are.
+    int64_t (*decode_weights_size)(const Decoder& d, Precision precision);
+    int64_t (*decode_cache_size)(const Decoding& g);
+    void (*decode_pack)(float* weights, const Decoder& d, Precision precision, int threads);
+    void (*decode)(float* logits, const Decoding& g, const int64_t* ids, const int64_t* counts,
+                   const int64_t* lengths, int threads);
 
     // decoder_loss.inc: the mean cross-entropy of the next token, and, unless `grad` is null, the
     // gradients for a gradient of 1 by it.

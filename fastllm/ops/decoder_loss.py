@@ -216,10 +216,20 @@ def why_not_shape(B: int, S: int, V: int) -> str | None:
     return None
 
 
-def why_not(decoder: Decoder, ids: Tensor, labels: Tensor) -> str | None:
-    """Why this operation cannot, or should not, stand for the others; None if it can."""
+def why_not_decoder(decoder: Decoder, S: int) -> str | None:
+    """Why the kernels cannot read this model, for sequences of length S; None if they can."""
     if dispatch.requested() == "ref":
         return "the reference was asked for"
+    if not decoder.fits(S):
+        return "sizes do not fit each other"
+    parameters = decoder.parameters()
+    if any(p is not None and not p.is_contiguous() for p in parameters):
+        return "a parameter is not contiguous"
+    return dispatch.why_not_fused(*parameters)
+
+
+def why_not(decoder: Decoder, ids: Tensor, labels: Tensor) -> str | None:
+    """Why this operation cannot, or should not, stand for the others; None if it can."""
     if ids.numel() == 0 or ids.ndim != 2:
         return "the ids are not [B, S], or none"
     if (reason := why_not_ids(ids) or why_not_ids(labels)) is not None:
@@ -227,14 +237,9 @@ def why_not(decoder: Decoder, ids: Tensor, labels: Tensor) -> str | None:
     B, S = ids.shape
     if (reason := why_not_shape(B, S, decoder.head.weight.size(0))) is not None:
         return reason
-    if not decoder.fits(S):
-        return "sizes do not fit each other"
-    parameters = decoder.parameters()
-    if any(p is not None and not p.is_contiguous() for p in parameters):
-        return "a parameter is not contiguous"
     if not all(0 <= p < 1 for p in decoder.dropout_ps()):
         return "everything is dropped, or the probability is none"
-    return why_not_mask(decoder.attn_mask) or dispatch.why_not_fused(*parameters)
+    return why_not_mask(decoder.attn_mask) or why_not_decoder(decoder, S)
 
 
 def decoder_loss(decoder: Decoder, ids: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

@@ -62,6 +62,7 @@ SETTINGS = {
     "schedule": "--max_steps 15 --lr_schedule linear --warmup_steps 4 --optimizer adamw",
     "workers": "--max_steps 8 --num_workers 1",
     "checkpointing": "--max_steps 8 --gradient_checkpointing",
+    "bf16": "--max_steps 8 --precision bf16",
 }
 
 

@@ -1,0 +1,67 @@
+"""The next logits of sequences whose earlier keys and values are kept, as one operation.
+
+A token more for each sequence, or a whole prompt, goes through all layers in one call of a kernel.
+It stands for the modules with their caches, which `fastllm.generate` uses where it cannot serve.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastllm.ops import dispatch
+from fastllm.ops.decoder_loss import Decoder, description, why_not_decoder
+
+
+def why_not(decoder: Decoder) -> str | None:
+    """Why the kernel cannot continue sequences with this model; None if it can."""
+    return why_not_decoder(decoder, decoder.positions.size(0))
+
+
+class Decoding:
+    """Sequences that a decoder model continues, without dropout.
+
+    Args:
+        decoder: the model as it is now, later changes of its weights are not seen; its `positions`
+            say how long a sequence can be. See `why_not` for what it must be like.
+        batch_size: sequences, B.
+        precision: `fp32`; `bf16`, products of numbers so rounded; or `int8`, weights rounded to
+            8-bit integers with a scale for each output.
+    """
+
+    def __init__(self, decoder: Decoder, batch_size: int, precision: str = "fp32") -> None:
+        V = decoder.head.weight.size(0)
+        self._decoder = decoder  # the kernel reads some of it where it lies
+        self._logits = torch.empty(batch_size, V)
+        nothing = torch.empty(1, 1, dtype=torch.long)
+        arguments = description(decoder, nothing, nothing, 0, [0] * len(decoder.dropout_ps()))
+        self._kernel = dispatch.kernels.Decoding(
+            *arguments[:4],
+            dispatch.PRECISIONS.index(precision),
+            batch_size,
+            decoder.positions.size(0),
+            torch.get_num_threads(),
+        )
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Appends any number of tokens to each of the B sequences.
+
+        Returns:
+            Logits [B, V] for the token after each, until the next call; rows of sequences that
+            none were appended to are those of their last time.
+
+        Raises:
+            IndexError: a token is outside the vocabulary; nothing was appended.
+            ValueError: a sequence would become longer than there are positions, or there are not B.
+        """
+        self._kernel.extend(tokens, self._logits.data_ptr(), torch.get_num_threads())
+        return self._logits
+
+    def clear(self, sequence: int) -> None:
+        """Forgets the tokens of a sequence."""
+        self._kernel.clear(sequence)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each sequence has."""
+        return self._kernel.lengths
