@@ -12,7 +12,7 @@ from fastllm.ops.embedding import Settings, check_token_ids, embedding
 
 
 class EmbeddingLayer(nn.Module):
-    """Token embeddings times sqrt(H), plus positions.
+    """Token embeddings times a scale, plus positions.
 
     Args:
         vocab_size: V.
@@ -21,6 +21,7 @@ class EmbeddingLayer(nn.Module):
         pos_encoding_learned: learned positions instead of sinusoidal ones.
         dropout_p: probability of dropping an element of the sum.
         padding_idx: the token whose embedding is zero and stays so.
+        scale_embeddings: the scale is sqrt(H) (Vaswani et al. 2017, section 3.4) rather than 1.
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class EmbeddingLayer(nn.Module):
         padding_idx: int | None = None,
         device: Any = None,
         dtype: Any = None,
+        scale_embeddings: bool = True,
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
+        self.scale = math.sqrt(hidden_size) if scale_embeddings else 1.0
         self.token_embeddings = nn.Embedding(
             vocab_size, hidden_size, padding_idx=padding_idx, device=device, dtype=dtype
         )
@@ -73,7 +76,7 @@ class EmbeddingLayer(nn.Module):
             return embedding(input_ids, weight, positions, self.draw_settings())
         if isinstance(self.token_embeddings, nn.Embedding):  # what stands there may know more
             check_token_ids(input_ids, self.token_embeddings.num_embeddings)
-        x = self.token_embeddings(input_ids) * math.sqrt(self.hidden_size)
+        x = self.token_embeddings(input_ids) * self.scale
         if offset == 0:
             return self.positional_encoding(x)
         return self.positional_encoding(x, offset)
@@ -96,7 +99,7 @@ class EmbeddingLayer(nn.Module):
     def draw_settings(self) -> Settings:
         """The operation's settings, with a fresh seed."""
         dropout = self.positional_encoding.dropout.draw()
-        return Settings(math.sqrt(self.hidden_size), self.token_embeddings.padding_idx, *dropout)
+        return Settings(self.scale, self.token_embeddings.padding_idx, *dropout)
 
 
 FORWARDS[EmbeddingLayer] = EmbeddingLayer.forward

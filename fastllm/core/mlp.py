@@ -1,6 +1,7 @@
 """The position-wise feed-forward network as a module."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from fastllm.ops.parameters import Linear, Norm
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "swish": nn.SiLU,
@@ -25,7 +27,8 @@ class MLP(nn.Module):
     Args:
         hidden_size: H.
         intermediate_size: I; 4 H unless given.
-        activation: `gelu` (exact), `relu`, `silu`/`swish`, `leaky_relu`, or a module.
+        activation: `gelu` (exact), `gelu_tanh` (GPT-2's approximation), `relu`, `silu`/`swish`,
+            `leaky_relu`, or a module.
         dropout_p: probability of dropping an activation.
         norm_first: normalise the input (Pre-LN) rather than the sum (Post-LN).
         norm_type: builds the norm from `(hidden_size, eps=, device=, dtype=)`.

@@ -1,7 +1,6 @@
 """The decoder-only language model."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -38,8 +37,11 @@ class DecoderModel(nn.Module):
         norm_eps: of every layer norm.
         norm_first: Pre-LN rather than Post-LN.
         is_causal: every position sees itself and what came before.
-        padding_idx: a token that is embedded as zero and ignored as a target.
+        padding_idx: a token that is embedded as zero and ignored as a target. With tied weights
+            only its start is zero: the head trains that row, as in PyTorch.
         qkv_bias, mlp_bias, lm_head_bias: biases in those linear layers.
+        tie_word_embeddings: `lm_head.weight` is the embedding's parameter.
+        scale_embeddings: token embeddings are multiplied by sqrt(H).
 
     Attributes:
         gradient_checkpointing: keep only each block's input for the backward, and run its forward
@@ -68,6 +70,8 @@ class DecoderModel(nn.Module):
         lm_head_bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        tie_word_embeddings: bool = False,
+        scale_embeddings: bool = True,
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
@@ -84,6 +88,7 @@ class DecoderModel(nn.Module):
             padding_idx,
             device=device,
             dtype=dtype,
+            scale_embeddings=scale_embeddings,
         )
         self.padding_idx = self.embedding_layer.padding_idx
         self.transformer_blocks = nn.ModuleList(
@@ -112,6 +117,15 @@ class DecoderModel(nn.Module):
         self.lm_head = nn.Linear(
             hidden_size, vocab_size, bias=lm_head_bias, device=device, dtype=dtype
         )
+        if tie_word_embeddings:
+            self._tie()
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether `lm_head.weight` is the embedding's parameter."""
+        tokens = getattr(self.embedding_layer, "token_embeddings", None)
+        weight = getattr(self.lm_head, "weight", None)
+        return weight is not None and weight is getattr(tokens, "weight", None)
 
     def new_caches(self) -> list[KeyValueCache]:
         """Empty caches for `forward`, one a block, for sequences of up to `max_seq_len`."""
@@ -224,7 +238,7 @@ class DecoderModel(nn.Module):
         return Decoder(
             tokens.weight,
             table.position_table()[:end],
-            math.sqrt(self.hidden_size),
+            table.scale,
             tokens.padding_idx,
             encoding._modules["dropout"].active_p(),
             layers,
@@ -239,6 +253,36 @@ class DecoderModel(nn.Module):
         if self.padding_idx is not None:
             targets = targets.masked_fill(targets == self.padding_idx, ignore_index)
         return targets
+
+    def _tie(self) -> None:
+        self.lm_head.weight = self.embedding_layer.token_embeddings.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoderModel":
+        # What makes parameters anew, such as `to_empty`, makes one for each of a tied one's names.
+        tied = self.tie_word_embeddings
+        super()._apply(fn, recurse)
+        if tied:
+            self._tie()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *others: Any
+    ) -> None:
+        # A tied weight may be there once, under either name, or twice, if it is the same.
+        names = [f"{prefix}embedding_layer.token_embeddings.weight", f"{prefix}lm_head.weight"]
+        found = [state_dict[name] for name in names if name in state_dict]
+        if self.tie_word_embeddings and found:
+            first, last = found[0], found[-1]
+            if not (first.is_set_to(last) or torch.equal(first, last)):
+                errors = others[-1]
+                errors.append(
+                    f"'{names[0]}' and '{names[1]}' differ, and the model ties them; load them "
+                    "into one with tie_word_embeddings=False"
+                )
+            if local_metadata.get("assign_to_params_buffers"):
+                first = nn.Parameter(first)  # else it becomes one for each name
+            state_dict.update(dict.fromkeys(names, first))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
 
 def same_implementation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -89,7 +89,7 @@ def save_checkpoint(
         (aside / "training_state").mkdir(parents=True)
         (aside / "config.json").write_text(config.to_json(), encoding="utf-8")
         tokenizer.save(aside / "tokenizer.json")
-        save_file(_cpu(model.state_dict()), aside / "model.safetensors")
+        save_file(_cpu(_weights(model)), aside / "model.safetensors")
         tensors, groups = _flatten(optimizers)
         save_file(tensors, aside / "training_state/optimizer.safetensors")
         text = json.dumps({"progress": asdict(progress), "optimizers": groups}, indent=2)
@@ -155,7 +155,7 @@ def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig]:
     # Shapes first, without memory: settings that do not belong to the weights must not allocate.
     with torch.device("meta"):
         model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: list(tensor.shape) for name, tensor in _weights(model).items()}
     found = _shapes(file)
     if found != expected:
         wrong = sorted(
@@ -210,6 +210,14 @@ def _unflatten(tensors: Mapping[str, Tensor], optimizer: int) -> dict[int, dict[
         if int(owner) == optimizer:
             state.setdefault(int(index), {})[name] = tensor
     return state
+
+
+def _weights(model: DecoderModel) -> dict[str, Tensor]:
+    """The state dict, a tied weight once: safetensors refuses memory that two tensors share."""
+    weights = model.state_dict()
+    if model.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    return weights
 
 
 def _cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

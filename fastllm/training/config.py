@@ -58,8 +58,10 @@ class TrainConfig(CommandSettings):
     """Pre-LN blocks; --post_norm for Post-LN."""
     pos_encoding: Literal["sinusoidal", "learned"] = "sinusoidal"
     """How positions are encoded."""
-    activation: Literal["gelu", "relu", "silu", "swish", "leaky_relu"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "swish", "leaky_relu"] = "gelu"
     """Activation of the MLPs."""
+    tie_word_embeddings: bool = False
+    """One matrix for the embeddings and the head: fewer parameters with a large vocabulary."""
 
     # Optimization
     batch_size: Annotated[int, Field(ge=1, le=2**24)] = 16
@@ -169,6 +171,7 @@ class TrainConfig(CommandSettings):
             mlp_activation=self.activation,
             norm_first=self.norm_first,
             padding_idx=padding_idx,
+            tie_word_embeddings=self.tie_word_embeddings,
         )
         model.gradient_checkpointing = self.gradient_checkpointing
         return model
@@ -186,7 +189,8 @@ _OF_ONE_COMMAND = {"config", "out_dir", "resume", "max_minutes", "profile", "qui
 _FIXED = [
     *("max_seq_len", "overlap", "tokenizer", "vocab_size", "min_line_length", "dedup_lines"),
     *("val_fraction", "hidden_size", "num_layers", "num_heads", "dropout", "norm_first"),
-    *("pos_encoding", "activation", "batch_size", "grad_accum", "optimizer", "seed"),
+    *("pos_encoding", "activation", "tie_word_embeddings", "batch_size", "grad_accum"),
+    *("optimizer", "seed"),
 ]
 
 

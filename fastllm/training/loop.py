@@ -57,7 +57,10 @@ def mix(*parts: int | str) -> int:
 
 
 def make_optimizers(model: DecoderModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run. Vectors (biases, norms) and embeddings get no weight decay."""
+    """The optimizers of a run. Vectors (biases, norms) and embeddings get no weight decay.
+
+    Embeddings that are tied to the head decay as its matrix does, like GPT-2's in nanoGPT.
+    """
     matrices = [p for p in model.transformer_blocks.parameters() if p.ndim == 2]
     decayed = [*matrices, model.lm_head.weight]
     others = [p for p in model.parameters() if all(p is not d for d in decayed)]

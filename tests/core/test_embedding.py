@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastllm
 from fastllm import EmbeddingLayer, PositionalEncoding
 
 
@@ -53,6 +54,17 @@ def test_embedding_is_scaled_and_starts_small() -> None:
     assert layer.token_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert torch.equal(layer.token_embeddings.weight[7], torch.zeros(64))
     assert layer.padding_idx == 7
+
+
+@pytest.mark.parametrize("implementation", ["auto", "ref"])
+def test_embedding_may_stay_unscaled(implementation: str) -> None:
+    layer = EmbeddingLayer(50, 64, 8, dropout_p=0.0, scale_embeddings=False)
+    ids = torch.randint(0, 50, (2, 8))
+    expected = layer.token_embeddings(ids) + layer.positional_encoding.pe
+    with fastllm.use(implementation):
+        assert torch.equal(layer(ids), expected)
+        layer.token_embeddings.register_forward_hook(lambda *_: None)
+        assert torch.equal(layer(ids), expected)  # by modules
 
 
 def test_padding_row_gets_no_gradient() -> None:

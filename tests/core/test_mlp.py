@@ -9,6 +9,7 @@ from fastllm import MLP
     ("name", "function"),
     [
         ("gelu", nn.functional.gelu),
+        ("gelu_tanh", lambda x: nn.functional.gelu(x, approximate="tanh")),
         ("relu", torch.relu),
         ("silu", nn.functional.silu),
         ("swish", nn.functional.silu),
@@ -58,7 +59,7 @@ def test_dropout_lies_between_activation_and_fc2() -> None:
     assert mlp.eval()(torch.zeros(1, 8))[0, 0].item() == 4000.5
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_smooth_activations_start_from_a_truncated_normal(activation: str) -> None:
     weight = MLP(256, activation=activation).fc1.weight
     assert weight.abs().max().item() <= 2 / 16
@@ -67,5 +68,5 @@ def test_smooth_activations_start_from_a_truncated_normal(activation: str) -> No
 
 
 def test_unknown_activation_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"Unknown activation 'gleu'.*gelu, relu, silu"):
+    with pytest.raises(ValueError, match=r"Unknown activation 'gleu'.*gelu, gelu_tanh, relu, silu"):
         MLP(8, activation="gleu")

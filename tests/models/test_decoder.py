@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastllm
 from fastllm import DecoderModel
 from fastllm.optim import Adam
 
@@ -263,6 +264,105 @@ def test_copies_pickles_and_state_dicts_give_the_same_model(ids: Tensor) -> None
     other = DecoderModel(11, 16, 2, 2, 12).eval()
     other.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(other(ids), expected)
+
+
+def make_tied(**settings) -> DecoderModel:
+    return make_model(tie_word_embeddings=True, lm_head_bias=False, **settings)
+
+
+def remade(model: DecoderModel) -> DecoderModel:
+    """Copies of the parameters in place of those of `to_empty`."""
+    state = copy.deepcopy(model.state_dict())
+    model.to_empty(device="cpu").load_state_dict(state)
+    return model
+
+
+def assigned(model: DecoderModel) -> DecoderModel:
+    other = make_tied()
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other
+
+
+def on_meta_first(model: DecoderModel) -> DecoderModel:
+    with torch.device("meta"):
+        other = make_tied()
+    other.to_empty(device="cpu").load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize(
+    "carry",
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: model.double().float(),
+        lambda model: nn.Sequential(model).to(torch.float32)[0],
+        remade,
+        assigned,
+        on_meta_first,
+    ],
+    ids="copy pickle dtype parent to_empty assign meta".split(),
+)
+def test_a_tied_weight_stays_one(carry, ids: Tensor) -> None:
+    model = make_tied()
+    expected = model(ids).detach().clone()
+    count = sum(p.numel() for p in make_model(lm_head_bias=False).parameters())
+    other = carry(model)
+    assert other.tie_word_embeddings
+    assert other.lm_head.weight is other.embedding_layer.token_embeddings.weight
+    assert sum(p.numel() for p in other.parameters()) == count - 11 * 16
+    assert all(p.requires_grad for p in other.parameters())
+    assert torch.equal(other(ids), expected)
+    optimizer = Adam(other.parameters(), lr=0.1)
+    other.loss(ids, ids).backward()
+    optimizer.step()
+    assert other.lm_head.weight is other.embedding_layer.token_embeddings.weight
+
+
+def test_a_head_in_place_of_the_tied_one_is_left_alone() -> None:
+    model = make_tied()
+    model.lm_head = nn.Linear(16, 11)
+    assert not model.tie_word_embeddings
+    assert model.double().lm_head.weight is not model.embedding_layer.token_embeddings.weight
+    model.lm_head = nn.Identity()
+    assert not model.float().tie_word_embeddings
+
+
+def test_state_dicts_of_tied_and_untied_models(ids: Tensor) -> None:
+    tied, untied = make_tied(), make_model(lm_head_bias=False)
+    embeddings, head = "embedding_layer.token_embeddings.weight", "lm_head.weight"
+    separate = copy.deepcopy(untied.state_dict())
+    untied.load_state_dict(tied.state_dict())
+    assert torch.equal(untied(ids), tied(ids))
+    again = make_tied()
+    with torch.no_grad():
+        again.lm_head.weight.fill_(7.0)
+    again.load_state_dict(untied.state_dict())  # there twice, and equal
+    assert torch.equal(again(ids), tied(ids))
+    for name in (embeddings, head):
+        once = {key: value for key, value in separate.items() if key != name}
+        again.load_state_dict(once)
+        assert torch.equal(
+            again.lm_head.weight, separate[head if name == embeddings else embeddings]
+        )
+    with pytest.raises(RuntimeError, match=f"'{embeddings}' and '{head}' differ, and the model"):
+        again.load_state_dict(separate)
+    with pytest.raises(RuntimeError, match=f"Missing key.*{head}"):
+        again.load_state_dict({})
+
+
+@pytest.mark.parametrize("sequences", [3, 24], ids=["by-operation", "whole"])
+def test_tied_padding_row_starts_at_zero_and_is_trained_by_the_head(sequences: int) -> None:
+    """As autograd has it: what goes through the embedding is nothing, what through the head is."""
+    model = make_tied(padding_idx=10)
+    assert not model.lm_head.weight[10].any()
+    ids = torch.randint(0, 11, (sequences, 12))
+    grads = []
+    for implementation in ("auto", "ref"):
+        with fastllm.use(implementation):
+            grads += torch.autograd.grad(model.loss(ids, ids), model.lm_head.weight)
+    assert torch.allclose(*grads, atol=1e-6)
+    assert grads[0][10].any()
 
 
 def test_compiled_model_gives_the_same_loss_and_gradients(ids: Tensor) -> None:

@@ -85,6 +85,28 @@ def test_parity_with_dropout(arithmetic: str, whole: bool, norm_first: bool, lea
     assert_parity(model, ids, ids)
 
 
+TIED: dict[str, Any] = {"tie_word_embeddings": True, "lm_head_bias": False, "padding_idx": 5}
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "unscaled"])
+def test_parity_of_tied_models(isa: str, whole: bool, scaled: bool) -> None:
+    """The weight that embeddings and head share is two tensors to the operation."""
+    torch.manual_seed(0)
+    model = DecoderModel(66, 48, 2, 3, 40, **TIED, scale_embeddings=scaled)
+    ids = torch.randint(0, 66, (8, 33))
+    assert_parity(model, ids, ids)
+
+
+def test_parity_of_tied_models_with_a_large_vocabulary(isa: str) -> None:
+    torch.manual_seed(0)
+    model = DecoderModel(
+        5003, 32, 1, 2, 20, **TIED, scale_embeddings=False, mlp_activation="gelu_tanh"
+    )
+    ids = torch.randint(0, 5003, (13, 20))
+    ids[:, 7] = 5
+    assert_parity(model, ids, ids)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_name("BSNDV"))
 def test_parity_of_shapes(arithmetic: str, whole: bool, shape: tuple[int, ...]) -> None:
     B, S, N, D, V = shape

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastllm.training import checkpoint as checkpoint_module
 from fastllm.training.checkpoint import (
@@ -65,6 +66,21 @@ def test_model_and_optimizer_come_back_bit_for_bit(trained: Trainer) -> None:
     for index, entries in theirs["state"].items():
         for name, tensor in entries.items():
             assert torch.equal(ours["state"][index][name], tensor)
+
+
+def test_a_tied_weight_is_saved_once(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("tied", "--max_steps", "2", "--tie_word_embeddings")
+    trainer.train()
+    checkpoint = find_checkpoint(trainer.run_dir)
+    assert "lm_head.weight" not in load_file(checkpoint / "model.safetensors")
+    model, _, _ = load_model(checkpoint)
+    assert model.tie_word_embeddings
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    edit_config(checkpoint, tie_word_embeddings=False)
+    (checkpoint / "checksums.json").unlink()
+    with pytest.raises(CheckpointError, match="'lm_head.weight' is missing, expected"):
+        load_model(checkpoint)
 
 
 def test_old_checkpoints_go_and_the_best_stays(make_trainer: MakeTrainer) -> None:
@@ -161,7 +177,13 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_size": 32}, {"num_layers": 1000}, {"max_seq_len": 2**20}, {"hidden_size": 2**16}],
+    [
+        {"hidden_size": 32},
+        {"num_layers": 1000},
+        {"max_seq_len": 2**20},
+        {"hidden_size": 2**16},
+        {"tie_word_embeddings": True},
+    ],
     ids=str,
 )
 def test_settings_that_do_not_fit_the_weights(

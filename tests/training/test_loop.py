@@ -63,6 +63,7 @@ SETTINGS = {
     "workers": "--max_steps 8 --num_workers 1",
     "checkpointing": "--max_steps 8 --gradient_checkpointing",
     "bf16": "--max_steps 8 --precision bf16",
+    "tied": "--max_steps 8 --tie_word_embeddings --activation gelu_tanh",
 }
 
 
@@ -129,6 +130,8 @@ def test_what_makes_a_run_cannot_change_on_the_way(make_trainer: MakeTrainer) ->
     make_trainer("run", "--max_steps", "1").train()
     with pytest.raises(SystemExit, match="has batch_size 4; it cannot be resumed with 8"):
         make_trainer("run", "--resume", "--batch_size", "8")
+    with pytest.raises(SystemExit, match="has tie_word_embeddings False; it cannot be resumed"):
+        make_trainer("run", "--resume", "--tie_word_embeddings")
 
 
 def test_the_text_cannot_change_on_the_way(make_trainer: MakeTrainer, text: Path) -> None:
@@ -239,6 +242,20 @@ def test_weight_decay_spares_vectors_and_embeddings(make_trainer: MakeTrainer) -
     assert all(p.ndim == 1 or "embedding" in names[id(p)] for p in spared["params"])
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_tied_weight_decays_like_the_head_and_is_there_once(
+    make_trainer: MakeTrainer, optimizer: str
+) -> None:
+    flags = "--weight_decay 0.1 --tie_word_embeddings --optimizer".split()
+    trainer = make_trainer("run", *flags, optimizer)
+    groups = [group for each in trainer.optimizers for group in each.param_groups]
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in trainer.model.parameters())
+    tied = trainer.model.embedding_layer.token_embeddings.weight
+    decays = [group["weight_decay"] for group in groups if any(p is tied for p in group["params"])]
+    assert decays == [0.1]
 
 
 LONG_RUN = ["--max_steps", "100000", "--val_fraction", "0"]
