@@ -194,24 +194,26 @@ def estimate_memory_mb(model: DecoderModel, config: TrainConfig, threads: int) -
         model.vocab_size,
     )
     parameters = sum(p.numel() for p in model.parameters())
+    # A tied weight has two gradients until autograd adds them up.
+    gradients = parameters + (V * H if model.tie_word_embeddings else 0)
     if dispatch.kernels is None or dispatch.requested() == "ref":
         activations = _reference_floats(config, V)
-        floats = max(3 * parameters + activations, 4 * parameters)
+        floats = 3 * parameters + max(activations, gradients)
     elif decoder_loss.why_not_shape(B, S, V) is None:
         # A group of sequences goes through all layers in each thread; weights are packed twice.
         rows = -(-decoder_loss.GROUP_ROWS // S) * S
         per_row = (10 * L + 16) * H + V
-        floats = 6 * parameters + threads * rows * per_row
+        floats = 5 * parameters + gradients + threads * rows * per_row
     else:
         # A layer keeps 10 H floats a token, its backward works on as many. Under gradient
         # checkpointing a third of it stays behind in the allocator.
         layers = 1 + L // 3 if config.gradient_checkpointing else L
         activations = B * S * H * (10 * layers + L + 10)
         logits = min(B * S * V, 2**24)
-        floats = max(3 * parameters + V * H + activations, 4 * parameters) + logits
-        # A checkpoint's copies of weights find room where gradients were, but for those that keep
-        # their memory.
-        floats += sum(p.numel() for p in model.parameters() if p.nbytes >= LARGE)
+        floats = 3 * parameters + max(V * H + activations, gradients) + logits
+        # A checkpoint adds up one weight after the other in float64, in a copy that finds room
+        # where gradients were, but for those that keep their memory.
+        floats += 2 * max((p.numel() for p in model.parameters() if p.nbytes >= LARGE), default=0)
     libraries = 125  # loaded on the way: kernels of PyTorch's own, matplotlib
     return libraries + 4 * floats / 2**20
 

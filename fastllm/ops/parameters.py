@@ -57,7 +57,7 @@ def new_grad(tensor: Tensor | None, wanted: bool) -> Tensor | None:
     if tensor.nbytes < LARGE:
         return torch.empty_like(tensor)
     memory = dispatch.kernels.Memory(tensor.nbytes)
-    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+    return torch.frombuffer(memory, dtype=tensor.dtype).resize_(tensor.shape)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

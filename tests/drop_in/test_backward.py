@@ -338,6 +338,29 @@ def test_tied_weights_stay_tied_through_the_optimizer(kind: str) -> None:
     assert case.loss().item() < loss
 
 
+@needs_extension
+@each_model
+def test_large_gradients_of_a_tied_weight_add_up_in_place(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fresh memory for the sum would cost a page fault for every 4 kB, step after step."""
+    monkeypatch.setattr(parameters, "LARGE", 8)
+    made: list[int] = []
+    original = torch.frombuffer
+
+    def frombuffer(*arguments: object, **keywords: object) -> Tensor:
+        tensor = original(*arguments, **keywords)  # type: ignore[arg-type]
+        made.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(torch, "frombuffer", frombuffer)
+    case = Case(kind)
+    weight = case.module.embedding_layer.token_embeddings.weight
+    case.module.lm_head.weight = weight
+    case.loss().backward()
+    assert weight.grad is not None and weight.grad.data_ptr() in made
+
+
 @each_model
 def test_a_block_that_stands_twice_gets_the_sum(kind: str, calls: Calls) -> None:
     def scenario(case: Case) -> dict[str, Tensor | None]:
