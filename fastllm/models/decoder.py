@@ -1,5 +1,6 @@
 """The decoder-only language model."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -119,6 +120,48 @@ class DecoderModel(nn.Module):
         )
         if tie_word_embeddings:
             self._tie()
+
+    @classmethod
+    def from_gpt2(
+        cls, source: Any, padding_idx: int | None = None, device: Any = None, dtype: Any = None
+    ) -> "DecoderModel":
+        """A GPT-2 in Hugging Face's format, or a new one of its architecture; in training mode.
+
+        A folder gives its weights. A configuration alone gives random ones as GPT-2 starts: normal
+        with a deviation of 0.02, divided by sqrt(2 L) where a layer adds to the residual stream.
+
+        GPT-2's `embd_pdrop` becomes the embedding's dropout, `attn_pdrop` that of the attention's
+        weights and output, and `resid_pdrop` the MLP's, which is here between activation and fc2.
+
+        Args:
+            source: a folder with config.json and model.safetensors (or its shards and their index);
+                or a configuration: the path of a config.json, a dict, a `GPT2Config`.
+            padding_idx: as in the constructor. `pad_token_id` is not taken for it: it is often a
+                token that is to be learnt as well, the end of the text.
+            dtype: what the weights are converted to; PyTorch's default unless given.
+
+        Raises:
+            FileNotFoundError: a file is missing; the message names it.
+            ValueError: it is no GPT-2, one that this model cannot compute, or weights and
+                configuration do not fit each other; the message names the key or the tensor.
+        """
+        from fastllm.integrations import gpt2  # which imports this module
+
+        return gpt2.load(cls, source, padding_idx, device, dtype)
+
+    def save_gpt2(self, directory: str | os.PathLike[str]) -> None:
+        """Writes config.json and model.safetensors that transformers' `GPT2LMHeadModel` loads.
+
+        The dropout probabilities are those of the first block. `padding_idx` is written as
+        `pad_token_id`.
+
+        Raises:
+            ValueError: GPT-2's format cannot express this model; the message says why, and nothing
+                was written.
+        """
+        from fastllm.integrations import gpt2
+
+        gpt2.save(self, directory)
 
     @property
     def tie_word_embeddings(self) -> bool:

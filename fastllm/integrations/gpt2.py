@@ -1,0 +1,387 @@
+"""GPT-2 in Hugging Face's format: a folder with config.json and model.safetensors.
+
+GPT-2 (Radford et al. 2019) is a Pre-LN decoder with learned positions, unscaled embeddings that the
+head shares, and the tanh approximation of GELU. Its linear layers in the blocks keep their weights
+as [inputs, outputs], and c_attn gives q, k and v side by side, each by head, as `qkv_proj` does.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastllm.command import describe
+from fastllm.core.attachments import plain
+from fastllm.core.transformer_block import TransformerBlock
+from fastllm.files import replace_file
+from fastllm.models.decoder import DecoderModel
+from fastllm.ops.decoder_loss import Layer
+
+Size = Annotated[int, Field(ge=1, le=2**24)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+# Ours for each of GPT-2's names. The first three compute the same up to rounding; the first that
+# stands for one of ours is the one that is written.
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+# What transformers can vary and `DecoderModel` cannot: the only value, and why.
+FIXED = {
+    "scale_attn_weights": (True, "attention scores are always divided by sqrt(D)"),
+    "scale_attn_by_inverse_layer_idx": (False, "attention scores are scaled alike in all layers"),
+    "add_cross_attention": (False, "there is no encoder to attend to"),
+}
+
+# In a block: GPT-2's name of each of our layers.
+LAYERS = {
+    "norm1": "ln_1",
+    "self_attn.qkv_proj": "attn.c_attn",
+    "self_attn.out_proj": "attn.c_proj",
+    "norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+# Causal masks that older versions of transformers saved among the weights.
+MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+
+
+def either(name: str, alias: str) -> Any:
+    """A field that transformers knows under two names."""
+    return Field(validation_alias=AliasChoices(name, alias))
+
+
+class Config(BaseModel):
+    """What counts in config.json, with the names and defaults of transformers' `GPT2Config`."""
+
+    model_config = ConfigDict(strict=True, validate_default=True)
+
+    model_type: Literal["gpt2"]
+    vocab_size: Size = 50257
+    n_positions: Annotated[Size, either("n_positions", "max_position_embeddings")] = 1024
+    n_embd: Annotated[Size, either("n_embd", "hidden_size")] = 768
+    n_layer: Annotated[int, either("n_layer", "num_hidden_layers"), Field(ge=1, le=2**10)] = 12
+    n_head: Annotated[Size, either("n_head", "num_attention_heads")] = 12
+    n_inner: Size | None = None
+    activation_function: str = "gelu_new"
+    embd_pdrop: Probability = 0.1
+    attn_pdrop: Probability = 0.1
+    resid_pdrop: Probability = 0.1
+    layer_norm_epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
+    initializer_range: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    add_cross_attention: bool = False
+    tie_word_embeddings: bool = True
+
+    @field_validator(*FIXED)
+    @classmethod
+    def _check_fixed(cls, value: bool, info: ValidationInfo) -> bool:
+        only, reason = FIXED[info.field_name or ""]
+        if value is not only:
+            raise ValueError(f"it must be {only}, since {reason} in fastllm")
+        return value
+
+    @field_validator("activation_function")
+    @classmethod
+    def _check_activation(cls, name: str) -> str:
+        if name not in ACTIVATIONS:
+            raise ValueError(f"fastllm has {', '.join(ACTIVATIONS)}")
+        return name
+
+    @field_validator("n_head")
+    @classmethod
+    def _check_heads(cls, n_head: int, info: ValidationInfo) -> int:
+        n_embd = info.data.get("n_embd", n_head)  # it is not there if it was wrong itself
+        if n_embd % n_head:
+            raise ValueError(f"n_embd ({n_embd}) must be divisible by it")
+        return n_head
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `DecoderModel`."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.n_embd,
+            "num_layers": self.n_layer,
+            "num_heads": self.n_head,
+            "max_seq_len": self.n_positions,
+            "mlp_intermediate_size": self.n_inner,
+            "pos_encoding_learned": True,
+            "embedding_dropout_p": self.embd_pdrop,
+            "attn_dropout_p": self.attn_pdrop,
+            "mlp_dropout_p": self.resid_pdrop,
+            "mlp_activation": ACTIVATIONS[self.activation_function],
+            "norm_eps": self.layer_norm_epsilon,
+            "lm_head_bias": False,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "scale_embeddings": False,
+        }
+
+
+def load(
+    model_class: type[DecoderModel],
+    source: Any,
+    padding_idx: int | None = None,
+    device: Any = None,
+    dtype: Any = None,
+) -> DecoderModel:
+    """See `DecoderModel.from_gpt2`."""
+    folder, config = _read_config(source)
+    settings = {**config.arguments(), "padding_idx": padding_idx, "dtype": dtype}
+    if folder is None:
+        model = model_class(**settings, device=device)
+        _initialise(model, config.initializer_range)
+        return model
+    # Shapes first, without memory: a config.json of other weights must not allocate.
+    model = model_class(**settings, device="meta")
+    weights = _fitting(_read_tensors(folder), model, folder)
+    model.to_empty(device=torch.get_default_device() if device is None else device)
+    model.load_state_dict(weights)
+    return model
+
+
+def save(model: DecoderModel, directory: str | os.PathLike[str]) -> None:
+    """See `DecoderModel.save_gpt2`."""
+    reason = next(_obstacles(model), None)
+    if reason is not None:
+        raise ValueError(f"GPT-2's format cannot express this model: {reason}")
+    weights = model.state_dict()
+    if model.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    names = _names(len(model.transformer_blocks))
+    tensors = {}
+    for ours, tensor in weights.items():
+        name = names[ours]
+        prefix = "" if name.startswith("lm_head") else "transformer."
+        tensors[prefix + name] = _turned(name, tensor.detach().cpu()).contiguous()
+    text = json.dumps(_describe(model), indent=2, sort_keys=True) + "\n"
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Both are written before either takes its place.
+    with (
+        replace_file(folder / "config.json") as config_file,
+        replace_file(folder / "model.safetensors") as weights_file,
+    ):
+        config_file.write(text.encode())
+        mode = os.fstat(weights_file.fileno()).st_mode
+        save_file(tensors, weights_file.name, metadata={"format": "pt"})
+        os.chmod(weights_file.name, mode)  # safetensors lets nobody else read what it writes
+
+
+def _read_config(source: Any) -> tuple[Path | None, Config]:
+    """The folder that weights are in, if any, and the settings."""
+    folder, name = None, "the configuration"
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.is_dir():
+            folder, path = path, path / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist; give a folder with config.json and model.safetensors, "
+                "such as `hf download distilbert/distilgpt2 --local-dir distilgpt2` makes"
+            )
+        name, settings = str(path), _read_json(path)
+    else:
+        # A configuration that somebody wrote for this function need not say that it is GPT-2's.
+        given = source.to_dict() if hasattr(source, "to_dict") else source
+        settings = {"model_type": "gpt2", **given}
+    try:
+        return folder, Config.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(f"{name}: {describe(error)}") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor under the name that GPT-2 gives it in itself, the masks left out."""
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if not files[0].exists():
+        if not index.exists():
+            raise FileNotFoundError(
+                f"{folder} has neither model.safetensors nor {index.name}; weights in "
+                "pytorch_model.bin become that by save_pretrained of transformers"
+            )
+        try:
+            shards = set(_read_json(index)["weight_map"].values())
+            files = [folder / shard for shard in sorted(shards)]
+        except (LookupError, TypeError, AttributeError):
+            raise ValueError(f"{index} has no weight_map of names and files") from None
+    tensors = {}
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{file} does not exist, but {index.name} names it; fetch it")
+        try:
+            tensors.update(load_file(file))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+    # The original upload was saved without the head, and so without the prefix.
+    inner = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in inner.items() if not MASKS.fullmatch(name)}
+
+
+def _fitting(tensors: dict[str, Tensor], model: DecoderModel, folder: Path) -> dict[str, Tensor]:
+    """A state dict for the model, which may be on the meta device."""
+    names = _names(len(model.transformer_blocks))
+    if model.tie_word_embeddings:
+        del names["lm_head.weight"]
+        head = tensors.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
+            raise ValueError(
+                f"{folder}: 'lm_head.weight' differs from 'wte.weight', and config.json says "
+                "tie_word_embeddings; set it to false there to keep both"
+            )
+    state = model.state_dict()
+    expected = {theirs: list(_turned(theirs, state[ours]).shape) for ours, theirs in names.items()}
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for name in [*expected, *sorted(found)]:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{folder}: the weights do not fit config.json: '{name}' is "
+                f"{found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
+            )
+    return {ours: _turned(theirs, tensors[theirs]) for ours, theirs in names.items()}
+
+
+def _names(num_layers: int) -> dict[str, str]:
+    """GPT-2's name of each of our tensors."""
+    names = {
+        "embedding_layer.token_embeddings.weight": "wte.weight",
+        "embedding_layer.positional_encoding.pos_embedding.weight": "wpe.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    layers = {"final_norm": "ln_f"}
+    for i in range(num_layers):
+        layers |= {f"transformer_blocks.{i}.{o}": f"h.{i}.{t}" for o, t in LAYERS.items()}
+    for ours, theirs in layers.items():
+        names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
+    return names
+
+
+def _turned(name: str, tensor: Tensor) -> Tensor:
+    """From one order of a weight's dimensions to the other's."""
+    return tensor.mT if name.startswith("h.") and tensor.ndim == 2 else tensor
+
+
+@torch.no_grad()
+def _initialise(model: DecoderModel, std: float) -> None:
+    """GPT-2's start (Radford et al. 2019, section 2.3), as transformers has it."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for name, weight in model.named_parameters():
+        if name.endswith(("out_proj.weight", "fc2.weight")):  # they add to the residual stream
+            nn.init.normal_(weight, std=std / math.sqrt(2 * len(model.transformer_blocks)))
+    if model.padding_idx is not None:
+        model.embedding_layer.token_embeddings.weight[model.padding_idx].zero_()
+
+
+def _obstacles(model: DecoderModel) -> Iterator[str]:
+    """What GPT-2's format cannot express; later ones rely on there being no earlier one."""
+    sketch = DecoderModel(
+        1, 1, len(model.transformer_blocks), 1, 1, pos_encoding_learned=True, device="meta"
+    )
+    kinds = {name: type(module) for name, module in sketch.named_modules()}
+    for name, module in model.named_modules():
+        kind = type(module) if name.endswith("mlp.activation") else kinds.get(name, type(module))
+        if type(module) is not kind:
+            yield f"{name or 'the model'} is a {type(module).__name__}, not a {kind.__name__}"
+        if not plain(module) and type(module) is not nn.ModuleList:
+            yield (
+                f"{name or 'the model'}, a {type(module).__name__}, is of a kind that GPT-2 lacks, "
+                "or a hook, a patched forward or the like is attached to it"
+            )
+    if not model.embedding_layer.positional_encoding.learned:
+        yield "its positions are sinusoidal, not learned (pos_encoding_learned=True)"
+    decoder = model.fused(torch.empty(1, model.max_seq_len, device="meta"), None)
+    if decoder is None or not decoder.layers:
+        yield "it has no blocks, or its parts are not put together as DecoderModel does it"
+        return
+    layers, norm, head = decoder.layers, decoder.norm, decoder.head
+    if norm is None or not all(layer.norm_first for layer in layers):
+        yield "it is Post-LN, not Pre-LN (norm_first=True)"
+        return
+    if decoder.scale != 1:
+        yield "its token embeddings are multiplied by sqrt(H) (scale_embeddings=False lets them be)"
+    if not all(layer.is_causal for layer in layers):
+        yield "it is not causal"
+    if head.bias is not None:
+        yield "its head has a bias (lm_head_bias=False has none)"
+    linears = [linear for l in layers for linear in (l.qkv, l.out, l.fc1, l.fc2)]
+    if any(linear.bias is None for linear in linears):
+        yield "a linear layer in its blocks has no bias (qkv_bias=True, mlp_bias=True)"
+    for activation in {layer.activation for layer in layers}.difference(ACTIVATIONS.values()):
+        yield f"its activation is {activation}"
+    if len({eps for l in layers for eps in (l.norm1.eps, l.norm2.eps, norm.eps)}) > 1:
+        yield "its layer norms differ in epsilon"
+    if len({(l.num_heads, l.fc1.weight.size(0), l.activation) for l in layers}) > 1:
+        yield "its blocks differ in heads, MLP width or activation"
+    if not decoder.fits(model.max_seq_len) or head.weight.shape != decoder.tokens.shape:
+        yield "the sizes of its layers do not fit each other"
+    if len(dtypes := {str(tensor.dtype) for tensor in model.state_dict().values()}) > 1:
+        yield f"its parameters differ in type: {', '.join(sorted(dtypes))}"
+    for name in set(model.state_dict()).difference(_names(len(layers))):
+        yield f"there is no place for '{name}'"
+
+
+def _describe(model: DecoderModel) -> dict[str, Any]:
+    """The content of config.json for a model without obstacles."""
+    table, block = model.embedding_layer, cast(TransformerBlock, model.transformer_blocks[0])
+    V, H = table.token_embeddings.weight.shape
+    layer = cast(Layer, block.fused())
+    written = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    config = Config(
+        model_type="gpt2",
+        vocab_size=V,
+        n_positions=table.position_table().size(0),
+        n_embd=H,
+        n_layer=len(model.transformer_blocks),
+        n_head=layer.num_heads,
+        n_inner=layer.fc1.weight.size(0),
+        activation_function=written[layer.activation],
+        embd_pdrop=table.positional_encoding.dropout.p,
+        attn_pdrop=block.self_attn.p,
+        resid_pdrop=block.mlp.dropout.p,
+        layer_norm_epsilon=layer.norm1.eps,
+        tie_word_embeddings=model.tie_word_embeddings,
+    )
+    # GPT-2's own vocabulary ends with <|endoftext|>; what another's tokens mean is not known here.
+    end = 50256 if V == 50257 else None
+    return {
+        **config.model_dump(),
+        "architectures": ["GPT2LMHeadModel"],
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": model.padding_idx,
+        "dtype": str(table.token_embeddings.weight.dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,483 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastllm import DecoderModel
+from fastllm.optim import AdamW
+from tests.conftest import assert_as_accurate
+
+CONFIG: dict[str, Any] = {
+    "model_type": "gpt2",
+    "vocab_size": 61,
+    "n_positions": 20,
+    "n_embd": 24,
+    "n_layer": 3,
+    "n_head": 4,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+DISTILGPT2 = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 6, "n_head": 12}
+
+
+def reference(**changes: Any) -> Any:
+    """A `GPT2LMHeadModel` of transformers with random weights, biases and norms included.
+
+    They are so large that activations tell each other apart.
+    """
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**CONFIG, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=model.config.n_embd**-0.5)
+    return model
+
+
+def reopened(folder: Path) -> Any:
+    """What transformers makes of the folder; every tensor is there and none too many."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model, info = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_same_logits(ours: DecoderModel, theirs: Any) -> None:
+    ids = torch.randint(0, ours.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
+    expected = theirs(ids).logits
+    difference = (ours.eval()(ids) - expected).abs().max().item()
+    assert difference <= 1e-5 * expected.abs().max().item()
+
+
+def make_model(**changes: Any) -> DecoderModel:
+    """One that GPT-2's format can express, with `changes` to its arguments."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "pos_encoding_learned": True,
+        "mlp_activation": "gelu_tanh",
+        "lm_head_bias": False,
+        "scale_embeddings": False,
+        **changes,
+    }
+    return DecoderModel(61, 24, 2, 4, 20, **settings)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tied model as `save_gpt2` writes it."""
+    make_model(tie_word_embeddings=True).save_gpt2(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    """`edit` changes the tensors, or gives new ones."""
+    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(edit(tensors) or tensors, folder / "model.safetensors")
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "small": {},
+    "distilgpt2": DISTILGPT2,
+    "untied": {"tie_word_embeddings": False},
+    "narrow": {"n_inner": 37},
+    "eps": {"layer_norm_epsilon": 1e-2},
+    "upcast": {"reorder_and_upcast_attn": True},
+    **{
+        name: {"activation_function": name}
+        for name in ("gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish")
+    },
+}
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_transformers_and_we_give_the_same_logits_both_ways(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    theirs = reference(**changes)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = DecoderModel.from_gpt2(tmp_path / "theirs")
+    assert ours.training and ours.tie_word_embeddings == theirs.config.tie_word_embeddings
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in ours.parameters())
+    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+    assert_same_logits(ours, theirs)
+    ours.save_gpt2(tmp_path / "ours")
+    assert_same_logits(ours, reopened(tmp_path / "ours"))
+
+
+def test_fine_tuning_as_transformers_does(tmp_path: Path) -> None:
+    """Loss and gradients, a tied weight's included, and what comes out after some steps."""
+    theirs = reference(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).train()
+    theirs.save_pretrained(tmp_path)
+    ours = DecoderModel.from_gpt2(tmp_path)
+    ids = torch.randint(0, 61, (8, 20), generator=torch.Generator().manual_seed(1))
+    oracle = DecoderModel.from_gpt2(tmp_path, dtype=torch.float64)
+    oracle.loss(ids, ids).backward()
+    ours.loss(ids, ids).backward()
+    theirs(ids, labels=ids).loss.backward()
+    assert_as_accurate(
+        ours.lm_head.weight.grad,  # type: ignore[arg-type]
+        theirs.lm_head.weight.grad,
+        oracle.lm_head.weight.grad,  # type: ignore[arg-type]
+    )
+    optimizer = AdamW(ours.parameters(), lr=1e-2)
+    for _ in range(20):
+        loss = ours.loss(ids, ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours.save_gpt2(tmp_path)  # over what was there
+    again = reopened(tmp_path)
+    assert again(ids, labels=ids).loss.item() == pytest.approx(ours.loss(ids, ids).item(), rel=1e-5)
+    assert again(ids, labels=ids).loss < 0.8 * theirs(ids, labels=ids).loss
+
+
+def test_shards(tmp_path: Path) -> None:
+    theirs = reference()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
+    assert_same_logits(DecoderModel.from_gpt2(tmp_path), theirs)
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=f"{shards[1].name} does not exist, but model.safe"):
+        DecoderModel.from_gpt2(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weights": 3}')
+    with pytest.raises(ValueError, match="index.json has no weight_map"):
+        DecoderModel.from_gpt2(tmp_path)
+
+
+def test_names_and_masks_of_the_original_upload(folder: Path) -> None:
+    expected = DecoderModel.from_gpt2(folder).state_dict()
+
+    def as_uploaded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 20, 20) for i in range(2)}
+        masks["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        head = {"lm_head.weight": tensors["transformer.wte.weight"].clone()}  # equal, so no matter
+        return {n.removeprefix("transformer."): t for n, t in (tensors | masks | head).items()}
+
+    edit_tensors(folder, as_uploaded)
+    actual = DecoderModel.from_gpt2(folder).state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("form", ["dict", "file", "object", "aliases"])
+def test_a_configuration_gives_random_weights_as_gpt2_starts(form: str, tmp_path: Path) -> None:
+    given = {**CONFIG, "n_embd": 64, "n_layer": 8, "embd_pdrop": 0.3, "attn_pdrop": 0.2}
+    source: Any = {key: value for key, value in given.items() if key != "model_type"}
+    if form == "file":
+        source = tmp_path / "some.json"
+        source.write_text(json.dumps(given))
+    elif form == "object":
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        source = transformers.GPT2Config(**given)
+    elif form == "aliases":
+        names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers"}
+        source = {names.get(key, key): value for key, value in source.items()}
+    torch.manual_seed(0)
+    model = DecoderModel.from_gpt2(source, padding_idx=7)
+    assert (model.vocab_size, model.hidden_size, model.max_seq_len) == (61, 64, 20)
+    assert len(model.transformer_blocks) == 8 and model.tie_word_embeddings
+    block = model.transformer_blocks[3]
+    assert model.embedding_layer.positional_encoding.dropout.p == 0.3
+    assert (block.self_attn.p, block.self_attn.dropout.p, block.mlp.dropout.p) == (0.2, 0.2, 0.1)
+    assert not model.lm_head.weight[7].any()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            assert torch.equal(parameter, torch.full_like(parameter, name.endswith("weight")))
+        else:
+            small = name.endswith(("out_proj.weight", "fc2.weight"))
+            expected = 0.02 / 4 if small else 0.02  # sqrt(2 * 8) is 4
+            assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
+    ids = torch.randint(0, 61, (4, 20))
+    assert model.eval().loss(ids, ids).item() == pytest.approx(math.log(61), rel=0.02)
+    assert DecoderModel.from_gpt2(source, device="meta").lm_head.weight.is_meta
+
+
+def test_dtypes_and_devices(tmp_path: Path) -> None:
+    model = make_model(tie_word_embeddings=True)
+    model.to(torch.bfloat16).save_gpt2(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    single = DecoderModel.from_gpt2(tmp_path)
+    assert torch.equal(single.lm_head.weight, model.lm_head.weight.float())
+    double = DecoderModel.from_gpt2(tmp_path, device="cpu", dtype=torch.float64)
+    assert double.lm_head.weight.dtype == torch.float64
+    assert double.lm_head.weight is double.embedding_layer.token_embeddings.weight
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    model = make_model(
+        tie_word_embeddings=True,
+        mlp_intermediate_size=30,
+        norm_eps=1e-6,
+        padding_idx=60,
+        embedding_dropout_p=0.0,
+        attn_dropout_p=0.2,
+        mlp_dropout_p=0.3,
+    )
+    state = torch.get_rng_state()
+    model.eval().save_gpt2(tmp_path / "new" / "folder")
+    assert torch.equal(torch.get_rng_state(), state)
+    folder = tmp_path / "new" / "folder"
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1
+    config = json.loads((folder / "config.json").read_text())
+    expected = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 61,
+        "n_positions": 20, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_inner": 30,
+        "activation_function": "gelu_new", "embd_pdrop": 0.0, "attn_pdrop": 0.2,
+        "resid_pdrop": 0.3, "layer_norm_epsilon": 1e-6, "tie_word_embeddings": True,
+        "dtype": "float32", "bos_token_id": None, "eos_token_id": None, "pad_token_id": 60,
+    }  # fmt: skip
+    assert {key: config[key] for key in expected} == expected
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+        assert file.get_slice("transformer.h.0.mlp.c_fc.weight").get_shape() == [24, 30]
+    again = DecoderModel.from_gpt2(folder)
+    assert again.padding_idx is None  # unless it is given
+    assert again.transformer_blocks[1].self_attn.p == 0.2
+    end = DecoderModel.from_gpt2({**CONFIG, "vocab_size": 50257, "n_embd": 4, "n_layer": 1})
+    end.save_gpt2(folder)
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 50256
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale_attn_weights": False}, "scale_attn_weights: .*must be True, since .*sqrt"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: .*alike in"),
+        ({"add_cross_attention": True}, "add_cross_attention: .*there is no encoder"),
+        ({"activation_function": "quick_gelu"}, "activation_function: .*gelu_new.*'quick_gelu'"),
+        ({"model_type": "gpt_neo"}, "model_type: .*'gpt2' .*'gpt_neo'"),
+        ({"n_head": 5}, r"n_head: .*n_embd \(24\) must be divisible by it \(got 5\)"),
+        ({"n_layer": 0}, "n_layer: "),
+        ({"n_layer": 10**9}, "n_layer: "),
+        ({"n_embd": "24"}, "n_embd: .*integer"),
+        ({"resid_pdrop": 1.5}, "resid_pdrop: "),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon: "),
+        ({"n_inner": 24.5}, "n_inner: "),
+    ],
+    ids=str,
+)
+def test_configurations_that_we_cannot_compute(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_config(folder, **changes)
+    for source in (folder, folder / "config.json", {**CONFIG, **changes}):
+        with pytest.raises(ValueError, match=message):
+            DecoderModel.from_gpt2(source)
+    with pytest.raises(ValueError, match=f"^{folder}/config.json: "):
+        DecoderModel.from_gpt2(str(folder))
+
+
+def test_a_file_must_say_that_it_is_gpt2s(folder: Path) -> None:
+    """Such as a run's config.json, none of whose keys is GPT-2's."""
+    (folder / "config.json").write_text('{"file_path": "book.txt"}')
+    with pytest.raises(ValueError, match=r"config.json: model_type: Field required"):
+        DecoderModel.from_gpt2(folder)
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config.json: .*dictionary"):
+        DecoderModel.from_gpt2(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        DecoderModel.from_gpt2(folder)
+
+
+def test_missing_and_damaged_files(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="^distilgpt2 does not exist; .*hf download"):
+        DecoderModel.from_gpt2("distilgpt2")
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+        DecoderModel.from_gpt2(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="model.safetensors cannot be read as safetensors"):
+        DecoderModel.from_gpt2(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor .*save_pretrained"):
+        DecoderModel.from_gpt2(folder)
+
+
+BLOCK = "transformer.h.1.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda t: {name: tensor for name, tensor in t.items() if name != BLOCK},
+            r"'h.1.mlp.c_fc.weight' is missing, expected \[24, 96\]",
+        ),
+        (
+            lambda t: t.update({BLOCK: t[BLOCK].T.contiguous()}),
+            r"'h.1.mlp.c_fc.weight' is \[96, 24\], expected \[24, 96\]",
+        ),
+        (
+            lambda t: t.update({"transformer.h.2.ln_1.weight": torch.ones(24)}),
+            r"'h.2.ln_1.weight' is \[24\], expected nothing",
+        ),
+        (
+            lambda t: t.update({"score.weight": torch.ones(2, 24)}),
+            r"'score.weight' is \[2, 24\], expected nothing",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}),
+            "'lm_head.weight' differs from 'wte.weight', and config.json says tie_word_embeddings",
+        ),
+    ],
+    ids="missing turned layer unexpected head".split(),
+)
+def test_tensors_that_do_not_fit(folder: Path, edit: Callable[..., Any], message: str) -> None:
+    edit_tensors(folder, edit)
+    with pytest.raises(ValueError, match=message):
+        DecoderModel.from_gpt2(folder)
+
+
+@pytest.mark.parametrize("changes", [{"n_positions": 2**24}, {"vocab_size": 2**24}], ids=str)
+def test_a_configuration_of_other_weights_allocates_nothing(
+    folder: Path, changes: dict[str, int]
+) -> None:
+    """n_embd is given as well, so that it would be terabytes."""
+    edit_config(folder, **changes, n_embd=2**20)
+    with pytest.raises(ValueError, match=r"'wte.weight' is \[61, 24\], expected \["):
+        DecoderModel.from_gpt2(folder)
+
+
+def test_an_untied_model_needs_its_head(folder: Path) -> None:
+    edit_config(folder, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is missing, expected \[61, 24\]"):
+        DecoderModel.from_gpt2(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_first": False}, "Post-LN"),
+        ({"pos_encoding_learned": False}, "positions are sinusoidal"),
+        ({"scale_embeddings": True}, r"multiplied by sqrt\(H\)"),
+        ({"lm_head_bias": True}, "head has a bias"),
+        ({"qkv_bias": False}, "in its blocks has no bias"),
+        ({"mlp_bias": False}, "in its blocks has no bias"),
+        ({"mlp_activation": "leaky_relu"}, "its activation is leaky_relu"),
+        ({"mlp_activation": nn.Tanh()}, "transformer_blocks.0.mlp.activation, a Tanh"),
+        ({"mlp_activation": nn.LeakyReLU(0.3)}, "not put together"),
+        ({"is_causal": False}, "not causal"),
+    ],
+    ids=str,
+)
+def test_models_that_the_format_cannot_express(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"cannot express this model: .*{message}"):
+        make_model(**changes).save_gpt2(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def set_epsilon(model: DecoderModel) -> None:
+    model.transformer_blocks[1].norm2.eps = 1e-6
+
+
+def replace_linear(model: DecoderModel) -> None:
+    model.transformer_blocks[1].mlp.fc1 = Scaled(24, 96)
+
+
+def replace_mlp(model: DecoderModel) -> None:
+    model.transformer_blocks[0].mlp = nn.Linear(24, 24)
+
+
+def hook(model: DecoderModel) -> None:
+    model.transformer_blocks[1].register_forward_hook(lambda *_: None)
+
+
+def patch(model: DecoderModel) -> None:
+    model.forward = lambda *_: None  # type: ignore[method-assign,assignment]
+
+
+def subclass(model: DecoderModel) -> None:
+    model.__class__ = type("Mine", (DecoderModel,), {})
+
+
+def other_width(model: DecoderModel) -> None:
+    other = make_model(mlp_intermediate_size=50)
+    model.transformer_blocks[1] = other.transformer_blocks[1]
+
+
+def other_vocabulary(model: DecoderModel) -> None:
+    model.lm_head = nn.Linear(24, 62, bias=False)
+
+
+def add(model: DecoderModel) -> None:
+    model.extra = nn.Linear(3, 3)
+
+
+def half(model: DecoderModel) -> None:
+    model.transformer_blocks[0].mlp.bfloat16()
+
+
+def no_blocks(model: DecoderModel) -> None:
+    del model.transformer_blocks[:]
+
+
+def no_norm(model: DecoderModel) -> None:
+    model.final_norm = None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_epsilon, "layer norms differ in epsilon"),
+        (replace_linear, "transformer_blocks.1.mlp.fc1 is a Scaled, not a Linear"),
+        (replace_mlp, "transformer_blocks.0.mlp is a Linear, not a MLP"),
+        (hook, "transformer_blocks.1, a TransformerBlock, .*a hook"),
+        (patch, "the model, a DecoderModel, .*a patched forward"),
+        (subclass, "the model is a Mine, not a DecoderModel"),
+        (other_width, "blocks differ in heads, MLP width"),
+        (other_vocabulary, "sizes of its layers do not fit"),
+        (add, "no place for 'extra"),
+        (half, "parameters differ in type: torch.bfloat16, torch.float32"),
+        (no_blocks, "no blocks"),
+        (no_norm, "Post-LN"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_changed_models_that_the_format_cannot_express(
+    tmp_path: Path, change: Callable[[DecoderModel], None], message: str
+) -> None:
+    model = make_model()
+    model.save_gpt2(tmp_path / "before")
+    change(model)
+    with pytest.raises(ValueError, match=f"cannot express this model: .*{message}"):
+        model.save_gpt2(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("fail_at", ["save_file", "flush"])
+def test_a_failing_disk_leaves_what_was_there(
+    folder: Path, fail_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    owner = "fastllm.files" if fail_at == "flush" else "fastllm.integrations.gpt2"
+    monkeypatch.setattr(f"{owner}.{fail_at}", fail)
+    with pytest.raises(OSError, match="No space left"):
+        make_model(norm_eps=0.1).save_gpt2(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
