@@ -489,6 +489,19 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("out"), py::arg("in"), py::arg("size"), py::arg("p"), py::arg("seed"),
         py::arg("stream"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     m.def(
+        "sample",
+        [](uint64_t tokens, uint64_t logits, const std::pair<int64_t, int64_t>& sizes,
+           const std::tuple<double, int64_t, double, double, float>& settings, uint64_t seen,
+           const std::vector<uint64_t>& seeds, uint64_t step, int threads) {
+            const auto& [temperature, top_k, top_p, min_p, repetition_penalty] = settings;
+            return kernels->sample(at<int64_t>(tokens), at<const float>(logits), sizes.first,
+                                   sizes.second, {temperature, top_k, top_p, min_p, repetition_penalty},
+                                   at<const uint8_t>(seen), seeds.data(), step, threads);
+        },
+        py::arg("tokens"), py::arg("logits"), py::arg("sizes"), py::arg("settings"),
+        py::arg("seen"), py::arg("seeds"), py::arg("step"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
         "fma_loop",
         [](int64_t iterations, int precision, int threads) {
             return kernels->fma_loop(iterations, static_cast<Precision>(precision), threads);

@@ -40,6 +40,7 @@ namespace fastllm {
 #include "linear_cross_entropy.inc"
 #include "decoder_loss.inc"
 #include "decode.inc"
+#include "sampling.inc"
 #include "machine.inc"
 
 #define FASTLLM_JOIN_(a, b) a##b
@@ -68,6 +69,7 @@ extern const Kernels FASTLLM_JOIN(kernels_, FASTLLM_ISA) = {
     .mlp_bwd = mlp_bwd,
     .multi_head_attention_fwd = multi_head_attention_fwd,
     .multi_head_attention_bwd = multi_head_attention_bwd,
+    .sample = sample,
     .fma_loop = fma_loop,
     .memory_read = memory_read,
     .memory_update = memory_update,

@@ -189,6 +189,14 @@ struct Decoding {
     float* cache;          // of decode_cache_size floats
 };
 
+// How a token is chosen; see fastllm/ops/sampling.py.
+struct Sampling {
+    double temperature;
+    int64_t top_k;
+    double top_p, min_p;
+    float repetition_penalty;
+};
+
 struct Kernels {
     const char* isa;
     bool native_bf16;  // bf16 products are faster than fp32 ones
@@ -253,6 +261,11 @@ struct Kernels {
     void (*multi_head_attention_bwd)(float* grad_x, const MultiHeadAttentionGrad& grad,
                                      const float* grad_out, const MultiHeadAttentionKept& kept,
                                      const float* x, const MultiHeadAttention& m, int threads);
+
+    // sampling.inc: tokens [B] for logits [B, V]; `seen` [B, V] is not zero for tokens that were there
+    // before, or null. False where the logits of a sequence give no probabilities.
+    bool (*sample)(int64_t* tokens, const float* logits, int64_t B, int64_t V, const Sampling& s,
+                   const uint8_t* seen, const uint64_t* seeds, uint64_t step, int threads);
 
     // machine.inc: what the processor and the memory can do at best. The first two return the
     // number of floating-point operations done and the sum of what was read.

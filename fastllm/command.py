@@ -4,8 +4,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import torch
 from pydantic import ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -14,6 +15,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     SettingsError,
 )
+
+from fastllm.ops import dispatch
 
 
 class CommandSettings(BaseSettings):
@@ -86,6 +89,23 @@ def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
 def say(*parts: Any) -> None:
     """Prints for a person to read: on stderr, so that stdout holds only what was asked for."""
     print(*parts, file=sys.stderr, flush=True)
+
+
+# The width from which on training was measured to be faster in bf16 on a CPU that has it.
+NARROWEST_BF16 = 32
+
+
+def choose_precision(asked: str, hidden_size: int) -> Literal["fp32", "bf16"]:
+    """What `--precision` comes to on this CPU; warns where bf16 cannot be had."""
+    if asked == "fp32":
+        return "fp32"
+    reason = dispatch.why_not_autocast(torch.bfloat16)
+    if asked == "auto":
+        return "fp32" if reason or hidden_size < NARROWEST_BF16 else "bf16"
+    if reason:
+        say(f"warning: bf16 was asked for, but {reason}; computing in fp32")
+        return "fp32"
+    return "bf16"
 
 
 def underscored(arguments: list[str]) -> list[str]:

@@ -2,16 +2,19 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from fastllm.command import CommandSettings, errors_in_one_line, parse_settings
+from fastllm.command import CommandSettings, choose_precision, errors_in_one_line, parse_settings
+from fastllm.data.text import read_text
 from fastllm.models.decoder import DecoderModel
+from fastllm.ops import decode
+from fastllm.ops.sampling import Sampling, sample
 from fastllm.threads import set_threads
 from fastllm.tokenization import Tokenizer
 from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
@@ -26,73 +29,133 @@ def generate_tokens(
     top_p: float = 1.0,
     seed: int = 0,
     use_cache: bool = True,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    precision: str = "fp32",
 ) -> Iterator[int]:
-    """Token after token that continues `prompt`.
+    """Token after token that continues `prompt`: `generate_batch` for one."""
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    batch = generate_batch(model, [prompt], max_new_tokens, sampling, seed, use_cache, precision)
+    return (token for (token,) in batch)
+
+
+def generate_batch(
+    model: DecoderModel,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - it cannot be changed
+    seed: int = 0,
+    use_cache: bool = True,
+    precision: str = "fp32",
+) -> Iterator[list[int]]:
+    """Token after token that continues each of B prompts, whatever their lengths.
 
     The model sees at most `max_seq_len - 1` tokens, the most that training gave it to predict
     from. When they are used up, the older half is forgotten: positions are absolute, so a window
     that slid with every token could keep nothing in the cache.
 
+    Where something is attached to the model (hooks, replaced layers), its modules run one after the
+    other; otherwise a step is one kernel, with the weights of the beginning.
+
     Args:
         model: as it stands; call `model.eval()` first.
-        prompt: at least one token.
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: choose among this many likeliest tokens; 0 for all.
-        top_p: choose among the likeliest tokens that together have this probability.
-        seed: the same seed gives the same text.
+        prompts: each of at least one token.
+        sampling: how tokens are chosen.
+        seed: the same seed gives the same text. It is the first prompt's; each further one has the
+            next. A prompt's continuation does not depend on the others.
         use_cache: keep keys and values of earlier tokens; without, everything is computed again
             for every token, for the same result.
+        precision: of the products: `fp32`, `bf16`, or `int8` for weights rounded to 8 bits, with a
+            scale for each output. The latter two read less memory for a token.
+
+    Yields:
+        The next token of each prompt.
 
     Raises:
-        ValueError: the prompt is empty or a setting out of range.
-        IndexError: a token of the prompt is outside the vocabulary.
+        ValueError: a prompt is empty, a setting out of range, or the precision cannot be had.
+        IndexError: a token of a prompt is outside the vocabulary.
     """
-    if not prompt:
+    if not all(prompts):
         raise ValueError("the prompt is empty; give at least one token to continue")
-    if max_new_tokens < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            "max_new_tokens, temperature and top_k must not be negative and top_p must be in "
-            f"(0, 1], got {max_new_tokens}, {temperature}, {top_k}, {top_p}"
-        )
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    sampling.check()
+    decoding = start_decoding(model, len(prompts), use_cache, precision)
     window = max(1, model.max_seq_len - 1)
-    context = prompt[-window:]
-    caches = model.new_caches() if use_cache else None
-    unseen = context  # what the caches do not hold yet
-    for _ in range(max_new_tokens):
-        ids = torch.tensor([unseen if use_cache else context], device=device)
-        # Around the forward only: the caller's own code runs between two tokens.
-        with torch.no_grad():
-            logits = model(ids, caches=caches)[0, -1].float().cpu()
+    contexts = [prompt[-window:] for prompt in prompts]
+    unseen = list(contexts)  # what the caches do not hold yet
+    seeds = [seed + b for b in range(len(prompts))]
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros(len(prompts), model.vocab_size, dtype=torch.bool)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt] = True
+    for step in range(max_new_tokens):
+        logits = decoding.extend(unseen)
         if model.padding_idx is not None:
-            logits[model.padding_idx] = -math.inf  # never a target, so its logit means nothing
-        token = sample(logits, temperature, top_k, top_p, generator)
-        yield token
-        context = [*context, token]
-        unseen = [token]
-        if len(context) > window:
-            context = context[-max(1, window // 2) :]
-            unseen = context
-            caches = model.new_caches() if use_cache else None
+            logits[:, model.padding_idx] = -math.inf  # never a target, so its logit means nothing
+        tokens = sample(logits, sampling, seeds, step, seen).tolist()
+        yield tokens
+        for b, token in enumerate(tokens):
+            contexts[b].append(token)
+            unseen[b] = [token]
+            if seen is not None:
+                seen[b, token] = True
+            if len(contexts[b]) > window:
+                contexts[b] = contexts[b][-max(1, window // 2) :]
+                unseen[b] = contexts[b]
+                decoding.clear(b)
 
 
-def sample(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> int:
-    """One token id drawn from `logits` [V]; see `generate_tokens`."""
-    if temperature == 0:
-        return int(logits.argmax())
-    # Below the maximum nothing overflows, however small the temperature.
-    scaled = (logits - logits.max()) / temperature
-    ordered, ids = scaled.sort(descending=True, stable=True)
-    if top_k:
-        ordered = ordered[:top_k]
-    probabilities = ordered.softmax(0)
-    # A token stays while those before it fall short of top_p, so the likeliest always does.
-    before = probabilities.cumsum(0) - probabilities
-    kept = probabilities.masked_fill(before >= top_p, 0) if top_p < 1 else probabilities
-    return int(ids[torch.multinomial(kept, 1, generator=generator)])
+class ModuleDecoding:
+    """What `decode.Decoding` does, by way of the modules: whatever is attached to them runs."""
+
+    def __init__(self, model: DecoderModel, batch_size: int, use_cache: bool) -> None:
+        self._model, self._use_cache = model, use_cache
+        self._device = next(model.parameters()).device
+        self._logits: list[Tensor] = [torch.empty(model.vocab_size)] * batch_size
+        self._tokens: list[list[int]] = [[] for _ in range(batch_size)]
+        self._caches = [model.new_caches() for _ in range(batch_size)]
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        for b, new in enumerate(tokens):
+            if not new:
+                continue
+            self._tokens[b] += new
+            ids = torch.tensor([new if self._use_cache else self._tokens[b]], device=self._device)
+            # Around the forward only: the caller's own code runs between two tokens.
+            with torch.no_grad():
+                logits = self._model(ids, caches=self._caches[b] if self._use_cache else None)
+            self._logits[b] = logits[0, -1].float().cpu()
+        return torch.stack(self._logits)
+
+    def clear(self, sequence: int) -> None:
+        self._tokens[sequence] = []
+        self._caches[sequence] = self._model.new_caches()
+
+
+def start_decoding(
+    model: DecoderModel, batch_size: int, use_cache: bool = True, precision: str = "fp32"
+) -> decode.Decoding | ModuleDecoding:
+    """The kernel where it can serve, else the modules.
+
+    Raises:
+        ValueError: the modules alone can serve, but not at this precision.
+    """
+    decoder = model.fused(torch.empty(1, model.max_seq_len), None)
+    if decoder is None:
+        reason: str | None = "something is attached to the model, or a part of it is replaced"
+    elif any(decoder.dropout_ps()):
+        reason = "dropout is on; call model.eval() first"
+    else:
+        reason = decode.why_not(decoder)
+    if use_cache and decoder is not None and reason is None:
+        return decode.Decoding(decoder, batch_size, precision)
+    if precision != "fp32":
+        raise ValueError(
+            f"{precision} needs the kernel and its cache: {reason or 'no cache asked'}"
+        )
+    return ModuleDecoding(model, batch_size, use_cache)
 
 
 def generate_text(
@@ -101,7 +164,7 @@ def generate_text(
     prompt: str,
     max_new_tokens: int,
     stop: str | None = None,
-    **sampling: float | int | bool,
+    **sampling: Any,
 ) -> Iterator[str]:
     """Pieces of text that continue `prompt`, as soon as they are certain.
 
@@ -113,7 +176,7 @@ def generate_text(
         KeyError: the tokenizer lacks a character of the prompt.
         ValueError: the prompt is empty or a setting out of range.
     """
-    tokens = generate_tokens(model, tokenizer.encode(prompt), max_new_tokens, **sampling)  # type: ignore[arg-type]
+    tokens = generate_tokens(model, tokenizer.encode(prompt), max_new_tokens, **sampling)
     return _until(stop, _decode_stream(tokenizer, tokens))
 
 
@@ -166,8 +229,10 @@ class GenerateConfig(CommandSettings):
 
     checkpoint: Path
     """Folder of a run, or a checkpoint in it."""
-    prompt: str
+    prompt: str | None = None
     """Text to continue."""
+    prompt_file: Path | None = None
+    """UTF-8 text whose lines are prompts: all of them are continued at the same time."""
     max_new_tokens: Annotated[int, Field(ge=0)] = 300
     """Tokens to add."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.8
@@ -176,36 +241,87 @@ class GenerateConfig(CommandSettings):
     """Choose among this many likeliest tokens; 0 for all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Choose among the likeliest tokens that together have this probability."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """The same seed gives the same text."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Choose among tokens at least so probable, in parts of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Above 1, tokens that were there before become less likely."""
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    """The same seed gives the same text; further lines of a prompt file have the next ones."""
     stop: str | None = None
     """End before this text."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """What matrix products round their operands to; auto takes bf16 on CPUs that have it."""
+    quantize: Literal["int8"] | None = None
+    """Round the weights to 8 bits: a quarter of the memory to be read for each token."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "GenerateConfig":
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError("give either a prompt or a prompt_file")
+        if self.quantize and self.precision == "bf16":
+            raise ValueError("quantize and precision bf16 exclude each other: leave one out")
+        return self
 
 
 def main(arguments: list[str]) -> None:
     config = parse_settings(GenerateConfig, arguments)
     set_threads(config.threads)
-    with errors_in_one_line(CheckpointError, KeyError, ValueError, ImportError):
+    with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
         model, tokenizer, _ = load_model(find_checkpoint(config.checkpoint))
         model.eval()
+        precision = config.quantize or choose_precision(config.precision, model.hidden_size)
+        sampling = Sampling(
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            config.min_p,
+            config.repetition_penalty,
+        )
+        if config.prompt_file is not None:
+            continue_lines(config.prompt_file, config, model, tokenizer, sampling, precision)
+            return
+        prompt = config.prompt or ""
         pieces = generate_text(
             model,
             tokenizer,
-            config.prompt,
+            prompt,
             config.max_new_tokens,
             config.stop,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
+            **sampling._asdict(),
             seed=config.seed,
+            precision=precision,
         )
-        sys.stdout.write(config.prompt)
+        sys.stdout.write(prompt)
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def continue_lines(
+    path: Path,
+    config: GenerateConfig,
+    model: DecoderModel,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    precision: str,
+) -> None:
+    """Continues every line of a file, and prints them with a line of dashes between."""
+    lines = [line for line in "".join(read_text(path)).splitlines() if line]
+    if not lines:
+        raise ValueError(f"{path} has no line to continue")
+    prompts = [tokenizer.encode(line) for line in lines]
+    steps = generate_batch(
+        model, prompts, config.max_new_tokens, sampling, config.seed, precision=precision
+    )
+    tokens = list(zip(*steps, strict=True)) or [()] * len(lines)
+    texts = (
+        line + "".join(_until(config.stop, _decode_stream(tokenizer, iter(new))))
+        for line, new in zip(lines, tokens, strict=True)
+    )
+    print("\n---\n".join(texts))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import torch
 
-from fastllm.command import errors_in_one_line, say
+from fastllm.command import choose_precision, errors_in_one_line, say
 from fastllm.data.loader import TextDataset
 from fastllm.data.text import clean_lines, read_text
 from fastllm.files import replace_file
@@ -30,9 +29,6 @@ from fastllm.training.loop import Trainer, TrainingError, mix
 from fastllm.training.metrics import bits_per_character, plot_losses, resident_mb
 
 Tell = Callable[..., None]
-
-# The width from which on training was measured to be faster in bf16 on a CPU that has it.
-NARROWEST_BF16 = 32
 
 
 def main(arguments: list[str]) -> None:
@@ -88,7 +84,10 @@ def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
         model, tokenizer, _ = load_model(checkpoint)
         model.gradient_checkpointing = config.gradient_checkpointing
     device = choose_device(config)
-    config.precision = choose_precision(config, device)
+    if device == "cpu":
+        config.precision = choose_precision(config.precision, config.hidden_size)
+    elif config.precision == "auto":  # nothing was measured there
+        config.precision = "fp32"
     text = config.file_path or demo_text(run_dir, tell)
     if not checkpoint:
         tokenizer = make_tokenizer(config, text)
@@ -160,21 +159,6 @@ def choose_device(config: TrainConfig) -> str:
         say("warning: CUDA requested but not available, falling back to the CPU")
         return "cpu"
     return config.device
-
-
-def choose_precision(config: TrainConfig, device: str) -> Literal["fp32", "bf16"]:
-    """What `--precision` comes to on this machine."""
-    if device != "cpu":  # where nothing was measured
-        return "bf16" if config.precision == "bf16" else "fp32"
-    if config.precision == "fp32":
-        return "fp32"
-    reason = dispatch.why_not_autocast(torch.bfloat16)
-    if config.precision == "auto":
-        return "fp32" if reason or config.hidden_size < NARROWEST_BF16 else "bf16"
-    if reason:
-        say(f"warning: bf16 was asked for, but {reason}; training in fp32")
-        return "fp32"
-    return "bf16"
 
 
 def estimate_memory_mb(model: DecoderModel, config: TrainConfig, threads: int) -> float:

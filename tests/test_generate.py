@@ -4,15 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
 
+import fastllm
 from fastllm import DecoderModel, SimpleCharacterTokenizer
-from fastllm.generate import generate_text, generate_tokens, sample
+from fastllm.core.attachments import FORWARDS
+from fastllm.generate import generate_batch, generate_text, generate_tokens
+from fastllm.ops.sampling import Sampling
 from fastllm.tokenization import SubwordTokenizer
-from tests.conftest import MakeTrainer
+from tests.conftest import MakeTrainer, needs_extension
 
 TOKENIZER = SimpleCharacterTokenizer(["abcdefghij"])
 
@@ -37,6 +38,89 @@ def test_greedy_with_the_cache_equals_full_recomputation(learned: bool, prompt: 
     )
     assert cached == full
     assert len(cached) == 60
+
+
+SAMPLINGS = [Sampling(0), Sampling(1.0, 5, 0.9, 0.01, 1.2)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "recomputed"])
+def test_each_of_a_batch_continues_as_it_would_alone(
+    model: DecoderModel, sampling: Sampling, use_cache: bool
+) -> None:
+    """Prompts of unequal lengths, far past max_seq_len; the kernel and the modules agree."""
+    prompts = [[1], [1, 2, 3], list(range(10)), [4] * 30, [1]]
+    batch = list(zip(*generate_batch(model, prompts, 40, sampling, 7, use_cache), strict=True))
+    for b, prompt in enumerate(prompts):
+        for implementation in ("auto", "ref"):
+            with fastllm.use(implementation):
+                alone = generate_batch(model, [prompt], 40, sampling, 7 + b)
+                assert [token for (token,) in alone] == list(batch[b])
+    if sampling.temperature:
+        assert batch[0] != batch[4]  # the next seed
+
+
+@needs_extension
+def test_a_thousand_tokens_equal_full_recomputation() -> None:
+    torch.manual_seed(2)
+    model = DecoderModel(66, 32, 2, 2, 1200, embedding_dropout_p=0).eval()
+    for p in model.parameters():
+        p.data *= 2
+    cached = list(generate_tokens(model, [1, 2], 1000, temperature=0))
+    assert len(set(cached)) > 10
+    ids = torch.tensor([[1, 2, *cached[:-1]]])
+    with torch.no_grad(), fastllm.use("ref"):
+        full = model(ids)[0, 1:]
+    assert full.argmax(-1).tolist() == cached
+
+
+@needs_extension
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_rounded_weights_hardly_change_the_text(precision: str) -> None:
+    torch.manual_seed(0)
+    model = DecoderModel(30, 64, 2, 2, 40).eval()
+    ids = torch.randint(0, 30, (64, 40))
+    ids[:, 1:] = (ids[:, :1] + 7 * torch.arange(1, 40)) % 30  # each token tells the next
+    optimizer = fastllm.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        model.loss(ids, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tokens = list(generate_tokens(model, [3], 30, temperature=0, precision=precision))
+    assert tokens == [(3 + 7 * i) % 30 for i in range(1, 31)]
+
+
+def test_what_is_attached_to_the_model_is_heard(model: DecoderModel) -> None:
+    expected = list(generate_tokens(model, [1], 20, temperature=0))
+    heard = []
+    hook = model.transformer_blocks[1].mlp.fc1.register_forward_hook(lambda *a: heard.append(1))
+    tokens = list(generate_tokens(model, [1], 20, temperature=0))
+    with pytest.raises(ValueError, match="int8 needs the kernel and its cache: something is att"):
+        list(generate_tokens(model, [1], 20, precision="int8"))
+    hook.remove()
+    assert len(heard) == 20 and tokens == expected
+    model.train()  # with dropout
+    assert len(list(generate_tokens(model, [1], 5))) == 5
+    with pytest.raises(ValueError, match="dropout is on; call model.eval"):
+        list(generate_tokens(model, [1], 20, precision="bf16"))
+    model.eval()
+
+
+@needs_extension
+def test_the_kernel_is_used_without_being_asked_for(
+    model: DecoderModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DecoderModel, "forward", lambda *a, **k: pytest.fail("module was called"))
+    monkeypatch.setitem(FORWARDS, DecoderModel, DecoderModel.forward)
+    assert len(list(generate_tokens(model, [1], 20))) == 20
+
+
+def test_repetitions_are_penalised(model: DecoderModel) -> None:
+    plain, penalised = (
+        list(generate_tokens(model, [1], 40, temperature=0, repetition_penalty=penalty))
+        for penalty in (1.0, 1.5)
+    )
+    assert len(set(penalised)) > len(set(plain))
 
 
 def test_the_model_never_sees_more_than_it_was_trained_on(model: DecoderModel) -> None:
@@ -70,36 +154,6 @@ def test_the_callers_own_randomness_is_left_alone(model: DecoderModel) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-@given(st.lists(st.floats(-5, 5), min_size=2, max_size=20), st.floats(0.05, 1), st.integers(0, 9))
-@settings(deadline=None, max_examples=100, derandomize=True)
-def test_sampled_tokens_are_among_the_likeliest(
-    logits: list[float], top_p: float, top_k: int
-) -> None:
-    scores = torch.tensor(logits)
-    probabilities = scores.softmax(0)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        token = sample(scores, 1.0, top_k, top_p, generator)
-        likelier = probabilities[probabilities > probabilities[token]]
-        if top_k:
-            assert len(likelier) < top_k
-        else:
-            assert likelier.sum().item() < top_p + 1e-5
-
-
-def test_sampling_follows_the_probabilities() -> None:
-    logits = torch.tensor([0.1, 0.2, 0.7]).log()
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(3)
-    for _ in range(4000):
-        counts[sample(logits, 1.0, 0, 1.0, generator)] += 1
-    assert torch.allclose(counts / 4000, torch.tensor([0.1, 0.2, 0.7]), atol=0.03)
-    assert sample(logits, 0.0, 0, 1.0, generator) == 2
-    assert sample(logits, 1e-40, 0, 1.0, generator) == 2
-    assert {sample(logits, 1.0, 1, 1.0, generator) for _ in range(50)} == {2}
-    assert {sample(logits, 1.0, 0, 0.8, generator) for _ in range(200)} == {1, 2}
-
-
 def test_stop_text_ends_it_and_is_not_given_out(model: DecoderModel) -> None:
     text = "".join(generate_text(model, TOKENIZER, "ab", 80, seed=5))
     for length in (1, 2, 3):
@@ -123,19 +177,20 @@ def test_pieces_of_a_subword_text_join_to_the_whole() -> None:
         assert len(pieces) > 50
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
-    ids=str,
-)
-def test_wrong_settings(model: DecoderModel, settings: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must not be negative and top_p must be in"):
-        list(generate_tokens(model, [1], 5, **settings))  # type: ignore[arg-type]
+def test_wrong_settings(model: DecoderModel) -> None:
+    with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\], got 1.1"):
+        list(generate_tokens(model, [1], 5, top_p=1.1))
+    with pytest.raises(ValueError, match="max_new_tokens must not be negative, got -1"):
+        list(generate_tokens(model, [1], -1))
+    with pytest.raises(IndexError, match="Token id 11 is outside the vocabulary of 11 tokens"):
+        list(generate_tokens(model, [1, 11], 5))
 
 
 def test_empty_prompt_and_unknown_characters(model: DecoderModel) -> None:
     with pytest.raises(ValueError, match="the prompt is empty"):
         list(generate_text(model, TOKENIZER, "", 5))
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        list(generate_batch(model, [[1], []], 5))
     with pytest.raises(KeyError, match="Character 'z' not found"):
         generate_text(model, TOKENIZER, "abz", 5)
 
@@ -170,6 +225,27 @@ def test_generate_command(run_dir: Path) -> None:
     missing = run("generate", "--checkpoint", str(run_dir / "nowhere"), "--prompt", "the")
     assert missing.returncode == 1
     assert "is no folder" in missing.stderr
+
+
+def test_generate_command_on_a_file_of_prompts(run_dir: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the quick\n\nfox\n")
+    flags = f"--checkpoint {run_dir} --prompt_file {prompts} --max_new_tokens 20".split()
+    for more in ("", "--quantize int8", "--precision auto", "--temperature 0 --min_p 0.1"):
+        result = run("generate", *flags, *more.split())
+        assert result.returncode == 0, result.stderr
+        first, second = result.stdout.split("\n---\n")
+        assert first.startswith("the quick") and len(first) == 9 + 20
+        assert second.startswith("fox") and len(second) == 3 + 20 + 1
+    for wrong, message in (
+        ("--prompt the", "give either a prompt or a prompt_file"),
+        ("--quantize int8 --precision bf16", "exclude each other"),
+        ("--prompt_file nowhere.txt", "nowhere.txt does not exist"),
+    ):
+        result = run("generate", *flags, *wrong.split())
+        assert result.returncode == 1 and message in result.stderr
+    prompts.write_text("\n")
+    assert "has no line to continue" in run("generate", *flags).stderr
 
 
 def test_evaluate_command(run_dir: Path, text: Path) -> None:

@@ -10,6 +10,7 @@ from fastllm.ops import (
     linear_cross_entropy,
     mlp,
     multi_head_attention,
+    sampling,
 )
 
 # Every operation with its table, best implementation first.
@@ -22,6 +23,7 @@ OPERATIONS = {
     "dropout": dropout.IMPLEMENTATIONS,
     "linear_cross_entropy": linear_cross_entropy.IMPLEMENTATIONS,
     "adam": adam.IMPLEMENTATIONS,
+    "sampling": sampling.IMPLEMENTATIONS,
 }
 
 

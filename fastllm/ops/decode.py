@@ -18,6 +18,16 @@ def why_not(decoder: Decoder) -> str | None:
     return why_not_decoder(decoder, decoder.positions.size(0))
 
 
+def round_to_int8(weight: Tensor) -> Tensor:
+    """What the kernel takes a weight [outputs, inputs] for under `int8`, in fp32.
+
+    Every row is rounded to multiples of a 127th of its largest element.
+    """
+    largest = weight.abs().amax(1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    return (weight * inverse).round() * (largest / 127)
+
+
 class Decoding:
     """Sequences that a decoder model continues, without dropout.
 

@@ -1,0 +1,158 @@
+"""The next token of each sequence, drawn from its logits."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastllm.ops import dispatch
+from fastllm.ops.dropout import philox
+
+
+class Sampling(NamedTuple):
+    """How a token is chosen; the steps are taken in the order of Hugging Face's `generate`.
+
+    Attributes:
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k: choose among this many likeliest tokens (Fan et al. 2018); 0 for all.
+        top_p: choose among the fewest likeliest tokens that together have this probability
+            (Holtzman et al. 2020).
+        min_p: choose among tokens that have this part of the likeliest one's probability (Nguyen
+            et al. 2024).
+        repetition_penalty: divides the logits of tokens that were there before, or multiplies
+            negative ones, before anything else (Keskar et al. 2019).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def check(self) -> None:
+        """Raises a `ValueError` that names a setting out of range."""
+        for name, good, wanted in (
+            ("temperature", 0 <= self.temperature < math.inf, "a number from 0 on"),
+            ("top_k", self.top_k >= 0, "an integer from 0 on"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
+
+
+def sample_ref(
+    logits: Tensor, sampling: Sampling, seeds: Sequence[int], step: int, seen: Tensor | None
+) -> Tensor:
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(
+            seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits
+        )
+    top = logits.amax(-1, keepdim=True)
+    if not top.isfinite().all():
+        raise ValueError(NO_PROBABILITIES)
+    # A stable sort keeps equal ones in the order of their ids.
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    if sampling.temperature == 0:
+        return ids[:, 0]
+    weights = ((ordered - top).double() / sampling.temperature).exp()
+    if sampling.top_k:
+        weights[:, sampling.top_k :] = 0
+    # A token stays while those before it fall short of top_p, so the likeliest always does.
+    before = weights.cumsum(-1) - weights
+    weights[before >= sampling.top_p * weights.sum(-1, keepdim=True)] = 0
+    weights[weights < sampling.min_p] = 0
+    below = torch.zeros_like(weights).scatter(-1, ids, weights).cumsum(-1)
+    drawn = [[_uniform(seed, step)] for seed in seeds]
+    return (below <= torch.tensor(drawn, dtype=torch.double) * below[:, -1:]).sum(-1)
+
+
+NO_PROBABILITIES = (
+    "the logits of a sequence are not numbers, or all of them are -inf: nothing can be drawn. The "
+    "model's weights may be damaged, or its training diverged"
+)
+
+
+def _uniform(seed: int, step: int) -> float:
+    """A number in [0, 1) of 53 random bits."""
+    x0, x1, _, _ = (int(word) for word in philox(torch.tensor(step), seed, 0))
+    return float((x0 >> 5) * 2**26 + (x1 >> 6)) / 2**53
+
+
+def sample_cpu(
+    logits: Tensor, sampling: Sampling, seeds: Sequence[int], step: int, seen: Tensor | None
+) -> Tensor:
+    B, V = logits.shape
+    tokens = torch.empty(B, dtype=torch.long)
+    good = dispatch.kernels.sample(
+        tokens.data_ptr(),
+        logits.data_ptr(),
+        (B, V),
+        sampling,
+        0 if seen is None else seen.data_ptr(),
+        seeds,
+        step,
+        torch.get_num_threads(),
+    )
+    if not good:
+        raise ValueError(NO_PROBABILITIES)
+    return tokens
+
+
+def why_not_cpu(
+    logits: Tensor | None = None,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] = (),
+    step: int = 0,
+    seen: Tensor | None = None,
+) -> str | None:
+    if logits is None:
+        return dispatch.why_not_cpu()
+    if not logits.is_contiguous() or (seen is not None and not seen.is_contiguous()):
+        return "the logits are not contiguous"
+    return dispatch.why_not_cpu(logits)
+
+
+IMPLEMENTATIONS: list[dispatch.Implementation] = [
+    dispatch.Implementation("cpu", sample_cpu, why_not_cpu),
+    dispatch.Implementation("ref", sample_ref),
+]
+
+
+def sample(
+    logits: Tensor,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    step: int,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """A token for each row of logits.
+
+    Args:
+        logits: [B, V]; -inf for a token that must not be drawn.
+        sampling: see `Sampling`.
+        seeds: one for each sequence, in [0, 2**64): the same seed and step give the same draw,
+            whatever else is in the batch.
+        step: which draw of the sequences it is, in [0, 2**63).
+        seen: bool [B, V], which tokens were there before; for the repetition penalty.
+
+    Returns:
+        [B], int64. Of equally likely tokens, the lower id counts as the likelier one.
+
+    Raises:
+        ValueError: a setting is out of range, the shapes do not fit, or the logits of a sequence
+            are not numbers or all -inf.
+    """
+    sampling.check()
+    if logits.ndim != 2 or len(seeds) != logits.size(0) or logits.size(1) == 0:
+        raise ValueError(f"logits {list(logits.shape)} and {len(seeds)} seeds do not fit: [B, V]")
+    if seen is not None and (seen.shape != logits.shape or seen.dtype is not torch.bool):
+        raise ValueError(
+            f"seen must be bool {list(logits.shape)}, got {seen.dtype} {list(seen.shape)}"
+        )
+    arguments = (logits, sampling, seeds, step, seen)
+    return dispatch.choose("sampling", IMPLEMENTATIONS, *arguments).run(*arguments)
