@@ -24,7 +24,7 @@ def round_to_int8(weight: Tensor) -> Tensor:
     Every row is rounded to multiples of a 127th of its largest element.
     """
     largest = weight.abs().amax(1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)
     return (weight * inverse).round() * (largest / 127)
 
 

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 import fastllm
 from fastllm import DecoderModel
-from fastllm.generate import ModuleDecoding, start_decoding
 from fastllm.ops import decode
 from fastllm.ops.decode import Decoding, round_to_int8
-from tests.conftest import assert_as_accurate, needs_extension, poisoned_memory
+from tests.conftest import assert_as_accurate, isa_in_use, needs_extension
 
 MODELS = {
     "plain": {},
@@ -20,64 +19,191 @@ MODELS = {
     "no-bias": {"qkv_bias": False, "mlp_bias": False, "lm_head_bias": False},
     "relu": {"mlp_activation": "relu", "norm_first": False, "qkv_bias": False},
     "gelu_tanh": {"mlp_activation": "gelu_tanh"},
+    "silu": {"mlp_activation": "silu"},
+    "leaky_relu": {"mlp_activation": "leaky_relu"},
 }
-# V, N, D, I, L: widths that are no multiple of anything, and of everything
+# V, N, D, I, L: sizes that end in whole and in broken vectors
 SIZES = {
     "odd": (67, 3, 7, 29, 2),
     "even": (66, 2, 32, 128, 2),
-    "tiny": (1, 1, 1, 1, 1),
-    "long": (300, 2, 48, 600, 1),
+    "one": (1, 1, 1, 1, 1),
+    "long": (300, 2, 48, 2100, 1),
     "no-layers": (20, 1, 8, 8, 0),
 }
+# How many tokens more each of three sequences gets, step by step: prompts of unequal lengths, one
+# by one, several behind a prefix, none.
+STEPS = [(5, 1, 33), (1, 1, 1), (1, 0, 1), (3, 30, 2), (1, 1, 1)]
 
 
-def make_model(size: str = "odd", kind: str = "plain", S: int = 40) -> DecoderModel:
+def make_model(size: str = "odd", kind: str = "plain") -> DecoderModel:
     V, N, D, I, L = SIZES[size]
     torch.manual_seed(0)
-    model = DecoderModel(V, N * D, L, N, S, I, **MODELS[kind]).eval()
+    model = DecoderModel(V, N * D, L, N, 40, I, **MODELS[kind]).eval()  # type: ignore[arg-type]
     with torch.no_grad():  # zeros and ones would hide mistakes
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model
 
 
-def split(ids: Tensor, steps: Sequence[Sequence[int]]) -> list[list[list[int]]]:
-    """Step by step the tokens that each sequence of ids [B, S] is given, by their counts."""
-    positions = [0] * len(ids)
-    result = []
+def make_ids(model: DecoderModel) -> Tensor:
+    return torch.randint(0, model.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+def start(model: DecoderModel, batch_size: int = 3, precision: str = "fp32") -> Decoding:
+    decoder = model.fused(torch.empty(1, model.max_seq_len), None)
+    assert decoder is not None and decode.why_not(decoder) is None
+    return Decoding(decoder, batch_size, precision)
+
+
+def decoded(decoding: Decoding, ids: Tensor, steps: Sequence[Sequence[int]] = STEPS) -> Tensor:
+    """Logits of every step, [steps, B, V]."""
+    results = []
     for counts in steps:
-        ends = [p + c for p, c in zip(positions, counts, strict=True)]
-        result.append([ids[b, p:e].tolist() for b, (p, e) in enumerate(zip(positions, ends))])
-        positions = ends
-    return result
+        lengths = decoding.lengths
+        ends = [length + count for length, count in zip(lengths, counts, strict=True)]
+        tokens = [row[a:b].tolist() for row, a, b in zip(ids, lengths, ends, strict=True)]
+        results.append(decoding.extend(tokens).clone())
+        assert decoding.lengths == ends
+    return torch.stack(results)
 
 
-def logits(decoding: Decoding | ModuleDecoding, steps: list[list[list[int]]]) -> list[Tensor]:
-    return [decoding.extend(tokens).clone() for tokens in steps]
-
-
-def recomputed(model: DecoderModel, steps: list[list[list[int]]]) -> list[Tensor]:
-    """By the reference, everything again for every step."""
+@torch.no_grad()
+def recomputed(model: DecoderModel, ids: Tensor) -> Tensor:
+    """The same by the reference, from the beginning at every step."""
+    lengths = torch.tensor(STEPS).cumsum(0)
     with fastllm.use("ref"):
-        decoding = ModuleDecoding(model, len(steps[0]), use_cache=False)
-        decoding._logits = [row.to(next(model.parameters()).dtype) for row in decoding._logits]
-        return logits(decoding, steps)
+        rows = [
+            model(ids[b : b + 1, :length])[0, -1].to(next(model.parameters()).dtype)
+            for step in lengths
+            for b, length in enumerate(step)
+        ]
+    return torch.stack(rows).view(len(STEPS), len(ids), -1)
 
 
-class InDouble(ModuleDecoding):
-    """Keeps the oracle's digits, which generation does not need."""
+def assert_parity(model: DecoderModel, precision: str = "fp32") -> None:
+    ids = make_ids(model)
+    actual = decoded(start(model, precision=precision), ids)
+    if precision == "int8":  # what it computes is exactly this
+        model = copy.deepcopy(model)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(round_to_int8(module.weight.detach()))
+    oracle = recomputed(copy.deepcopy(model).double(), ids)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        plain = recomputed(model, ids)
+    assert_as_accurate(actual, plain, oracle)
 
 
-def oracle(model: DecoderModel, ids: Tensor, steps: list[list[list[int]]]) -> list[Tensor]:
-    double = copy.deepcopy(model).double()
-    lengths = [0] * len(ids)
-    last = [torch.zeros(model.vocab_size, dtype=torch.double) for _ in ids]
-    result = []
-    for tokens in steps:
-        for b, new in enumerate(tokens):
-            lengths[b] += len(new)
-            if new:
-                with torch.no_grad(), fastllm.use("ref"):
-                    last[b] = double(ids[b : b + 1, : lengths[b]])[0, -1]
-        result.append(torch.stack(last))
-    return result
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("size", SIZES)
+def test_parity_of_sizes(isa: str, size: str, precision: str) -> None:
+    assert_parity(make_model(size), precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_parity_of_models(isa: str, kind: str, precision: str) -> None:
+    assert_parity(make_model(kind=kind), precision)
+
+
+def test_parity_of_a_row_of_zeros_and_of_one_weight_alone(isa: str) -> None:
+    """Whose scales are 0, and much larger than the others."""
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = 0
+        model.lm_head.weight[4, 5] = 1000
+    assert_parity(model, "int8")
+
+
+@needs_extension
+def test_rounding_to_8_bits_is_by_half_a_step_at_most() -> None:
+    weight = torch.randn(20, 33)
+    step = weight.abs().amax(1, keepdim=True) / 127
+    rounded = round_to_int8(weight)
+    assert ((rounded - weight).abs() <= 0.501 * step).all()
+    assert ((rounded / step).round() - rounded / step).abs().max() < 1e-4
+    assert torch.equal(round_to_int8(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_same_bits(isa: str, threads: None, precision: str) -> None:
+    """For any number of threads, and whether a prompt comes in one go or not."""
+    model = make_model("even")
+    ids = make_ids(model)
+    expected = None
+    for count in (1, 2, 3, 4, 8):
+        torch.set_num_threads(count)
+        decoding = start(model, precision=precision)
+        for _ in range(10):
+            logits = decoded(decoding, ids)
+            expected = logits if expected is None else expected
+            assert torch.equal(logits, expected)
+            for b in range(3):
+                decoding.clear(b)
+    one_by_one = decoded(start(model, precision=precision), ids, [(1, 1, 1)] * 36)
+    assert torch.equal(
+        one_by_one[35, 2], decoded(start(model, 1, precision), ids[2:], [(36,)])[0, 0]
+    )
+
+
+@needs_extension
+def test_a_sequence_does_not_depend_on_the_others() -> None:
+    model = make_model()
+    ids = make_ids(model)
+    together = decoded(start(model), ids)
+    alone = decoded(start(model, 1), ids[:1], [counts[:1] for counts in STEPS])
+    assert torch.equal(alone[:, 0], together[:, 0])
+
+
+@needs_extension
+def test_a_cleared_sequence_begins_anew() -> None:
+    model = make_model()
+    ids = make_ids(model)
+    decoding = start(model)
+    decoded(decoding, ids)
+    decoding.clear(1)
+    lengths = decoding.lengths
+    assert lengths[1] == 0
+    first = decoding.extend([[], ids[1, :5].tolist(), []])[1].clone()
+    assert decoding.lengths == [lengths[0], 5, lengths[2]]
+    assert torch.equal(first, start(model).extend([[], ids[1, :5].tolist(), []])[1])
+
+
+@needs_extension
+def test_bad_input_changes_nothing() -> None:
+    model = make_model()
+    decoding = start(model, 2)
+    before = decoding.extend([[1, 2], [3]]).clone()
+    for tokens, error, message in (
+        ([[1], [67]], IndexError, "Token id 67 is outside the vocabulary of 67 tokens"),
+        ([[-1], [1]], IndexError, "Token id -1 is outside"),
+        ([[1], [1] * 40], ValueError, "Sequence length 41 exceeds maximum sequence length 40"),
+        ([[1]], ValueError, "there are 2 sequences, got tokens for 1"),
+    ):
+        with pytest.raises(error, match=message):
+            decoding.extend(tokens)
+        assert decoding.lengths == [2, 1]
+    assert torch.equal(decoding.extend([[], []]), before)
+
+
+@needs_extension
+def test_weights_are_those_of_the_beginning() -> None:
+    model = make_model()
+    decoding, same = start(model), start(model)
+    expected = same.extend([[1], [2], [3]])
+    with torch.no_grad():
+        model.transformer_blocks[0].mlp.fc1.weight.zero_()
+    assert torch.equal(decoding.extend([[1], [2], [3]]), expected)
+
+
+@needs_extension
+def test_reasons() -> None:
+    model = make_model()
+    decoder = model.fused(torch.empty(1, 40), None)
+    assert decoder is not None
+    with fastllm.use("ref"):
+        assert "reference was asked for" in str(decode.why_not(decoder))
+    half = copy.deepcopy(model).half().fused(torch.empty(1, 40), None)
+    assert half is not None and "torch.float16" in str(decode.why_not(half))
+    with isa_in_use("base"):
+        assert decode.why_not(decoder) is None
