@@ -129,6 +129,10 @@ class ModuleDecoding:
             self._logits[b] = logits[0, -1].float().cpu()
         return torch.stack(self._logits)
 
+    @property
+    def lengths(self) -> list[int]:
+        return [len(tokens) for tokens in self._tokens]
+
     def clear(self, sequence: int) -> None:
         self._tokens[sequence] = []
         self._caches[sequence] = self._model.new_caches()

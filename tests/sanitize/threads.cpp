@@ -118,7 +118,7 @@ Outputs attention(int64_t S, int64_t T, int64_t D, bool causal, bool masked, dou
 }
 
 Outputs multi_head_attention(int64_t B, int64_t S, int64_t N, int64_t D, Place place, double p,
-                             int threads) {
+                             Precision precision, int threads) {
     Source source;
     const int64_t H = N * D, rows = B * S;
     const Pair norm = parameters(source, H, 1), qkv = parameters(source, 3 * H, H),
@@ -126,7 +126,7 @@ Outputs multi_head_attention(int64_t B, int64_t S, int64_t N, int64_t D, Place p
     const Floats x = source.floats(rows * H), grad_out = source.floats(rows * H);
     const MultiHeadAttention m = {B, S, N, D, place == Place::NONE ? Norm{} : norm.norm(),
                                   place == Place::BEFORE, qkv.linear(), projection.linear(),
-                                  {}, true, p, p, KEY, KEY};
+                                  {}, true, p, p, KEY, KEY, precision};
     Floats stats = empty(2 * rows), projected = empty(3 * rows * H), heads = empty(rows * H),
            sum = empty(rows * H);
     const MultiHeadAttentionKept kept = {place == Place::NONE ? nullptr : stats.data(),
@@ -148,13 +148,13 @@ Outputs multi_head_attention(int64_t B, int64_t S, int64_t N, int64_t D, Place p
 }
 
 Outputs mlp(int64_t rows, int64_t H, int64_t I, Place place, Activation activation, double p,
-            int threads) {
+            Precision precision, int threads) {
     Source source;
     const Pair norm = parameters(source, H, 1), fc1 = parameters(source, I, H),
                fc2 = parameters(source, H, I);
     const Floats x = source.floats(rows * H), grad_out = source.floats(rows * H);
     const Mlp m = {rows, H, I, place == Place::NONE ? Norm{} : norm.norm(), place == Place::BEFORE,
-                   fc1.linear(), fc2.linear(), activation, p, KEY};
+                   fc1.linear(), fc2.linear(), activation, p, KEY, precision};
     Floats stats = empty(2 * rows), hidden = empty(rows * I), sum = empty(rows * H);
     const MlpKept kept = {place == Place::NONE ? nullptr : stats.data(), hidden.data(),
                           place == Place::BEHIND ? sum.data() : nullptr};
@@ -200,7 +200,8 @@ Outputs embedding(int64_t B, int64_t S, int64_t H, double p, int threads) {
     return {out, grad_weight, grad_positions};
 }
 
-Outputs linear_cross_entropy(int64_t rows, int64_t H, int64_t V, int threads) {
+Outputs linear_cross_entropy(int64_t rows, int64_t H, int64_t V, Precision precision,
+                             int threads) {
     Source source;
     const Ids targets = source.ids(rows, V);
     const Pair head = parameters(source, V, H);
@@ -208,7 +209,8 @@ Outputs linear_cross_entropy(int64_t rows, int64_t H, int64_t V, int threads) {
     Floats grad_x = empty(rows * H);
     Pair grad = gradients(V, H);
     const float loss = k.linear_cross_entropy(grad_x.data(), grad.linear_grad(), x.data(),
-                                              {rows, H, V, targets.data(), 5, head.linear()},
+                                              {rows, H, V, targets.data(), 5, head.linear(),
+                                               precision},
                                               threads);
     return {{loss}, grad_x, grad.weight, grad.bias};
 }
@@ -221,10 +223,11 @@ Outputs dropout(int64_t size, int threads) {
     return {out};
 }
 
+constexpr int PAIRS = 6;  // of a decoder's layer: norm, qkv, out, norm, fc1, fc2
+
 Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first, bool backward,
-                     int threads) {
+                     Precision precision, int threads) {
     constexpr int64_t V = 66, L = 2;
-    constexpr int PAIRS = 6;  // of a layer: norm, qkv, out, norm, fc1, fc2
     Source source;
     const int64_t H = N * D, I = 2 * H;
     const Ids ids = source.ids(B * S, V);
@@ -242,9 +245,9 @@ Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first
         const Pair* p = &pairs[l * PAIRS];
         Pair* g = &grads[l * PAIRS];
         layers.push_back({{B, S, N, D, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
-                           true, P, P, KEY, KEY},
+                           true, P, P, KEY, KEY, precision},
                           {B * S, H, I, p[3].norm(), norm_first, p[4].linear(), p[5].linear(),
-                           Activation::GELU, P, KEY}});
+                           Activation::GELU, P, KEY, precision}});
         layer_grads.push_back({{g[0].norm_grad(), g[1].linear_grad(), g[2].linear_grad()},
                                {g[3].norm_grad(), g[4].linear_grad(), g[5].linear_grad()}});
     }
@@ -253,7 +256,7 @@ Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first
     Floats grad_tokens = empty(V * H), grad_positions = empty(S * H);
     const Decoder d = {{B, S, H, V, ids.data(), tokens.data(), positions.data(), 1, P, KEY},
                        layers.data(), L, norm.norm(),
-                       {B * S, H, V, ids.data(), -100, head.linear()}, 5};
+                       {B * S, H, V, ids.data(), -100, head.linear(), precision}, 5};
     const DecoderGrad grad = {grad_tokens.data(), grad_positions.data(), layer_grads.data(),
                               grad_norm.norm_grad(), grad_head.linear_grad()};
     Outputs outputs = {{float(k.decoder_loss(d, backward ? &grad : nullptr, threads))}};
@@ -264,6 +267,58 @@ Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first
     grad_norm.append_to(outputs);
     grad_head.append_to(outputs);
     return outputs;
+}
+
+// Prompts of unequal lengths, one of them later, then a token for each of them.
+Outputs decode(int64_t N, int64_t D, bool norm_first, Precision precision, int threads) {
+    constexpr int64_t B = 3, V = 131, L = 2, CAPACITY = 40, STEPS = 4;
+    constexpr int64_t COUNTS[STEPS][B] = {{30, 1, 0}, {1, 1, 17}, {1, 0, 1}, {1, 1, 1}};
+    Source source;
+    const int64_t H = N * D, I = 3 * H;
+    const Floats tokens = source.floats(V * H), positions = source.floats(CAPACITY * H);
+    const int64_t sizes[PAIRS][2] = {{H, 1}, {3 * H, H}, {H, H}, {H, 1}, {I, H}, {H, I}};
+    std::vector<Pair> pairs;
+    std::vector<DecoderLayer> layers;
+    for (int64_t i = 0; i < L * PAIRS; ++i)
+        pairs.push_back(parameters(source, sizes[i % PAIRS][0], sizes[i % PAIRS][1]));
+    for (int64_t l = 0; l < L; ++l) {
+        const Pair* p = &pairs[l * PAIRS];
+        layers.push_back({{1, 1, N, D, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
+                           true, 0, 0, KEY, KEY, precision},
+                          {1, H, I, p[3].norm(), norm_first, p[4].linear(), p[5].linear(),
+                           Activation::GELU, 0, KEY, precision}});
+    }
+    const Pair norm = parameters(source, H, 1), head = parameters(source, V, H);
+    const Decoder d = {{1, 1, H, V, nullptr, tokens.data(), positions.data(), 1, 0, KEY},
+                       layers.data(), L, norm_first ? norm.norm() : Norm{},
+                       {1, H, V, nullptr, -100, head.linear(), precision}, -1};
+    Floats weights = empty(k.decode_weights_size(d, precision));
+    k.decode_pack(weights.data(), d, precision, threads);
+    Decoding g = {&d, weights.data(), precision, B, CAPACITY, nullptr};
+    Floats cache = empty(k.decode_cache_size(g));
+    g.cache = cache.data();
+    Outputs outputs;
+    Floats logits = source.floats(B * V);
+    int64_t lengths[B] = {};
+    for (const auto& counts : COUNTS) {
+        const Ids ids = source.ids(counts[0] + counts[1] + counts[2], V);
+        k.decode(logits.data(), g, ids.data(), counts, lengths, threads);
+        for (int64_t b = 0; b < B; ++b) lengths[b] += counts[b];
+        outputs.push_back(logits);
+    }
+    return outputs;
+}
+
+Outputs sampling(int64_t V, int threads) {
+    constexpr int64_t B = 5;
+    Source source;
+    const Floats logits = source.floats(B * V);
+    const std::vector<uint8_t> seen = source.mask(B * V);
+    const uint64_t seeds[B] = {1, 2, 3, 4, 5};
+    Ids tokens(B);
+    k.sample(tokens.data(), logits.data(), B, V, {0.3, 40, 0.9, 0.1, 1.2f}, seen.data(), seeds, 7,
+             threads);
+    return {Floats(tokens.begin(), tokens.end())};
 }
 
 struct Case {
@@ -288,15 +343,16 @@ std::vector<Case> cases() {
             // B >= 4 threads: by sequence; else by rows and heads.
             const auto mha = [=](int64_t B, int64_t S, int64_t N, int64_t D) {
                 return [=](int threads) {
-                    return multi_head_attention(B, S, N, D, place, p, threads);
+                    return multi_head_attention(B, S, N, D, place, p, Precision::FP32, threads);
                 };
             };
             add("multi_head_attention", mha(16, 6, 3, 16));
             add("multi_head_attention", mha(3, 40, 4, 32));
             add("multi_head_attention", mha(1, 67, 3, 11));
             for (const auto activation : {Activation::GELU, Activation::SILU}) {
-                add("mlp", [=](int n) { return mlp(120, 64, 520, place, activation, p, n); });
-                add("mlp", [=](int n) { return mlp(45, 33, 130, place, activation, p, n); });
+                const auto fp32 = Precision::FP32;
+                add("mlp", [=](int n) { return mlp(120, 64, 520, place, activation, p, fp32, n); });
+                add("mlp", [=](int n) { return mlp(45, 33, 130, place, activation, p, fp32, n); });
             }
         }
     }
@@ -304,19 +360,40 @@ std::vector<Case> cases() {
         add("layer_norm", [=](int threads) { return layer_norm(100, 200, residual, threads); });
         add("layer_norm", [=](int threads) { return layer_norm(37, 67, residual, threads); });
     }
-    add("linear_cross_entropy", [](int n) { return linear_cross_entropy(70, 48, 301, n); });
-    add("linear_cross_entropy", [](int n) { return linear_cross_entropy(20, 17, 2100, n); });
+    add("bf16 multi_head_attention", [](int n) {
+        return multi_head_attention(3, 33, 3, 11, Place::BEFORE, P, Precision::BF16, n);
+    });
+    add("bf16 mlp", [](int n) {
+        return mlp(45, 33, 130, Place::BEHIND, Activation::GELU, P, Precision::BF16, n);
+    });
+    for (const auto precision : {Precision::FP32, Precision::BF16}) {
+        add("linear_cross_entropy",
+            [=](int n) { return linear_cross_entropy(70, 48, 301, precision, n); });
+        add("linear_cross_entropy",
+            [=](int n) { return linear_cross_entropy(20, 17, 2100, precision, n); });
+    }
+    for (const auto precision : {Precision::FP32, Precision::BF16, Precision::INT8})
+        for (const bool norm_first : {false, true}) {
+            add("decode", [=](int n) { return decode(3, 16, norm_first, precision, n); });
+            add("decode", [=](int n) { return decode(2, 7, norm_first, precision, n); });
+        }
+    add("sampling", [](int threads) { return sampling(67, threads); });
+    add("sampling", [](int threads) { return sampling(3000, threads); });
     add("dropout", [](int threads) { return dropout(30001, threads); });
     for (const bool norm_first : {false, true})
         for (const bool backward : {true, false}) {
             const auto loss = [=](int64_t B, int64_t S, int64_t N, int64_t D) {
                 return [=](int threads) {
-                    return decoder_loss(B, S, N, D, norm_first, backward, threads);
+                    return decoder_loss(B, S, N, D, norm_first, backward, Precision::FP32,
+                                        threads);
                 };
             };
             add("decoder_loss", loss(13, 33, 3, 16));
             add("decoder_loss", loss(9, 70, 2, 7));
         }
+    add("bf16 decoder_loss", [](int threads) {
+        return decoder_loss(9, 35, 2, 7, true, true, Precision::BF16, threads);
+    });
     return all;
 }
 

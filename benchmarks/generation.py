@@ -1,0 +1,125 @@
+"""Tokens a second of generation, against stock PyTorch and the limit that memory sets.
+
+    python benchmarks/generation.py C E
+
+Everybody continues the same prompts by sampled tokens, in turns: *fastllm* at each precision,
+*recompute* as nanoGPT does it (the whole text again for every token, in stock PyTorch) and
+*transformers* with its cache, in fp32 and in bf16 (`pip install transformers`). The limit is how
+often the weights can be read from memory in a second, for each sequence of the batch.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from fastllm.bench import CONFIGS, Letter, build_fastllm, build_stock, measure_bandwidth
+from fastllm.generate import generate_batch
+from fastllm.models.decoder import DecoderModel
+from fastllm.ops.sampling import Sampling
+from fastllm.threads import set_threads
+
+ROUNDS = 5
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+SAMPLING = Sampling(0.8)
+
+
+def fastllm(model: DecoderModel, prompts: Tensor, new_tokens: int, precision: str) -> None:
+    for _ in generate_batch(model, prompts.tolist(), new_tokens, SAMPLING, precision=precision):
+        pass
+
+
+@torch.no_grad()
+def recompute(stock: torch.nn.Module, prompts: Tensor, new_tokens: int) -> None:
+    ids = prompts
+    for _ in range(new_tokens):
+        x = stock.embedding(ids) * stock.scale + stock.positions[: ids.size(1)]
+        logits = stock.head(stock.norm(stock.blocks(x))[:, -1])
+        chosen = torch.multinomial((logits / SAMPLING.temperature).softmax(-1), 1)
+        ids = torch.cat((ids, chosen), 1)
+
+
+def transformers(letter: Letter, dtype: torch.dtype) -> Callable[[Tensor, int], None]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    c = CONFIGS[letter]
+    config = GPT2Config(
+        vocab_size=c.V,
+        n_positions=c.S,
+        n_embd=c.H,
+        n_layer=c.L,
+        n_head=c.N,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = GPT2LMHeadModel(config).eval().to(dtype)
+
+    def run(prompts: Tensor, new_tokens: int) -> None:
+        model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            temperature=SAMPLING.temperature,
+            top_k=0,
+            pad_token_id=0,
+        )
+
+    return run
+
+
+def contestants(letter: Letter, batch: int) -> dict[str, Callable[[], None]]:
+    """Who continues the same prompts, a quarter of the window long, by 48 tokens or half of it."""
+    c = CONFIGS[letter]
+    model = build_fastllm(c).eval()
+    stock = build_stock(c, "tuned", model).eval()
+    prompts, new_tokens = torch.randint(c.V, (batch, c.S // 4)), new_tokens_of(letter)
+    runs: dict[str, Callable[[], None]] = {
+        f"fastllm {precision}": partial(fastllm, model, prompts, new_tokens, precision)
+        for precision in BYTES
+    }
+    runs["recompute"] = partial(recompute, stock, prompts, new_tokens)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        runs[f"transformers {name}"] = partial(transformers(letter, dtype), prompts, new_tokens)
+    return runs
+
+
+def new_tokens_of(letter: Letter) -> int:
+    return min(CONFIGS[letter].S // 2, 48)
+
+
+def main(letters: list[Letter]) -> None:
+    threads = set_threads()
+    print(f"{'config':8}{'batch':>6} {'who':20}{'tokens/s':>12}{'of the limit':>14}")
+    for letter in letters:
+        c = CONFIGS[letter]
+        weights = c.L * 12 * c.H * c.H + c.V * c.H  # those that every token needs
+        for batch in (1, 16):
+            runs = contestants(letter, batch)
+            times: dict[str, list[float]] = {name: [] for name in runs}
+            gigabytes_a_second = []
+            for round_ in range(ROUNDS + 1):
+                gigabytes_a_second.append(measure_bandwidth(threads, size=weights))
+                for name, run in runs.items():
+                    start = time.perf_counter()
+                    run()
+                    if round_:  # the first warms up
+                        times[name].append(time.perf_counter() - start)
+            for name, each in times.items():
+                speed = batch * new_tokens_of(letter) / median(each)
+                part = ""
+                if name.startswith("fastllm"):
+                    size = weights * BYTES[name.split()[1]]
+                    limit = batch * median(gigabytes_a_second) * 1e9 / size
+                    part = f"{100 * speed / limit:.0f} %"
+                print(f"{letter:8}{batch:6} {name:20}{speed:12,.0f}{part:>14}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["C", "E"])  # type: ignore[arg-type]
