@@ -4,8 +4,9 @@
 
 Everybody continues the same prompts by sampled tokens, in turns: *fastllm* at each precision,
 *recompute* as nanoGPT does it (the whole text again for every token, in stock PyTorch) and
-*transformers* with its cache, in fp32 and in bf16 (`pip install transformers`). The limit is how
-often the weights can be read from memory in a second, for each sequence of the batch.
+*transformers* with its cache, in fp32 and in bf16 (`pip install transformers`). Tokens a second are
+those after the first. The limit is how often the weights can be read from memory in a second, for
+each sequence of the batch.
 """
 
 import sys
@@ -24,11 +25,12 @@ from fastllm.ops.sampling import Sampling
 from fastllm.threads import set_threads
 
 ROUNDS = 5
+NEW_TOKENS = 40  # after the first, whose time goes to the prompt and whatever begins a text
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 SAMPLING = Sampling(0.8)
 
 
-def fastllm(model: DecoderModel, prompts: Tensor, new_tokens: int, precision: str) -> None:
+def fastllm(model: DecoderModel, prompts: Tensor, precision: str, new_tokens: int) -> None:
     for _ in generate_batch(model, prompts.tolist(), new_tokens, SAMPLING, precision=precision):
         pass
 
@@ -74,51 +76,59 @@ def transformers(letter: Letter, dtype: torch.dtype) -> Callable[[Tensor, int], 
     return run
 
 
-def contestants(letter: Letter, batch: int) -> dict[str, Callable[[], None]]:
-    """Who continues the same prompts, a quarter of the window long, by 48 tokens or half of it."""
+Run = Callable[[int], None]  # by how many tokens to continue
+
+
+def contestants(letter: Letter, batch: int) -> dict[str, Run]:
+    """Who continues the same prompts, a quarter of the window long."""
     c = CONFIGS[letter]
     model = build_fastllm(c).eval()
     stock = build_stock(c, "tuned", model).eval()
-    prompts, new_tokens = torch.randint(c.V, (batch, c.S // 4)), new_tokens_of(letter)
-    runs: dict[str, Callable[[], None]] = {
-        f"fastllm {precision}": partial(fastllm, model, prompts, new_tokens, precision)
-        for precision in BYTES
+    prompts = torch.randint(c.V, (batch, c.S // 4))
+    runs: dict[str, Run] = {
+        f"fastllm {precision}": partial(fastllm, model, prompts, precision) for precision in BYTES
     }
-    runs["recompute"] = partial(recompute, stock, prompts, new_tokens)
+    runs["recompute"] = partial(recompute, stock, prompts)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        runs[f"transformers {name}"] = partial(transformers(letter, dtype), prompts, new_tokens)
+        runs[f"transformers {name}"] = partial(transformers(letter, dtype), prompts)
     return runs
 
 
-def new_tokens_of(letter: Letter) -> int:
-    return min(CONFIGS[letter].S // 2, 48)
+def seconds(run: Run, new_tokens: int) -> float:
+    start = time.perf_counter()
+    run(new_tokens)
+    return time.perf_counter() - start
 
 
 def main(letters: list[Letter]) -> None:
     threads = set_threads()
-    print(f"{'config':8}{'batch':>6} {'who':20}{'tokens/s':>12}{'of the limit':>14}")
+    print(
+        f"{'config':6}{'batch':>6}  {'who':20}{'ms to the first':>16}{'tokens/s':>12}{'limit':>8}"
+    )
     for letter in letters:
         c = CONFIGS[letter]
         weights = c.L * 12 * c.H * c.H + c.V * c.H  # those that every token needs
         for batch in (1, 16):
             runs = contestants(letter, batch)
-            times: dict[str, list[float]] = {name: [] for name in runs}
-            gigabytes_a_second = []
+            firsts: dict[str, list[float]] = {name: [] for name in runs}
+            speeds: dict[str, list[float]] = {name: [] for name in runs}
+            bandwidths = []  # in GB/s
             for round_ in range(ROUNDS + 1):
-                gigabytes_a_second.append(measure_bandwidth(threads, size=weights))
+                bandwidths.append(measure_bandwidth(threads, size=weights))
                 for name, run in runs.items():
-                    start = time.perf_counter()
-                    run()
+                    first, all_ = seconds(run, 1), seconds(run, 1 + NEW_TOKENS)
                     if round_:  # the first warms up
-                        times[name].append(time.perf_counter() - start)
-            for name, each in times.items():
-                speed = batch * new_tokens_of(letter) / median(each)
-                part = ""
+                        firsts[name].append(first)
+                        speeds[name].append(batch * NEW_TOKENS / (all_ - first))
+            for name, each in speeds.items():
+                limit = ""
                 if name.startswith("fastllm"):
                     size = weights * BYTES[name.split()[1]]
-                    limit = batch * median(gigabytes_a_second) * 1e9 / size
-                    part = f"{100 * speed / limit:.0f} %"
-                print(f"{letter:8}{batch:6} {name:20}{speed:12,.0f}{part:>14}", flush=True)
+                    most = batch * median(bandwidths) * 1e9 / size
+                    limit = f"{100 * median(each) / most:.0f} %"
+                first = 1000 * median(firsts[name])
+                row = f"{letter:6}{batch:6}  {name:20}{first:16,.1f}{median(each):12,.0f}{limit:>8}"
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

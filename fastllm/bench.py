@@ -383,7 +383,7 @@ def measure_memory(letter: Letter, rivals: list[Rival], precision: Precision) ->
 def _peak_memory(letter: Letter, name: Any, precision: Precision, threads: int) -> float:
     torch.set_num_threads(threads)
     config = CONFIGS[letter]
-    before = _status_mb("VmRSS")
+    before = status_mb("VmRSS")
     model = build_fastllm(config)
     if name == "fastllm":
         step = fastllm_step(model, precision)
@@ -395,10 +395,11 @@ def _peak_memory(letter: Letter, name: Any, precision: Precision, threads: int) 
         del model
     for _ in range(3):
         step(config.random_ids())
-    return _status_mb("VmHWM") - before - state
+    return status_mb("VmHWM") - before - state
 
 
-def _status_mb(field: str) -> float:
+def status_mb(field: str) -> float:
+    """A line of this process's /proc/self/status, in MiB: `VmRSS` now, `VmHWM` at its peak."""
     # Not `ru_maxrss`: a new process begins with that of the one that started it.
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):

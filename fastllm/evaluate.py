@@ -3,12 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 
-from fastllm.command import CommandSettings, errors_in_one_line, parse_settings
+from fastllm.command import CommandSettings, choose_precision, errors_in_one_line, parse_settings
 from fastllm.data.loader import TextDataset
+from fastllm.ops.decode import round_weights_to_int8
 from fastllm.threads import set_threads
 from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
 from fastllm.training.metrics import bits_per_character, evaluate
@@ -23,6 +25,10 @@ class EvaluateConfig(CommandSettings):
     """UTF-8 text to predict."""
     batch_size: Annotated[int, Field(ge=1, le=2**24)] = 32
     """Sequences in a batch."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """What matrix products round their operands to; auto takes bf16 on CPUs that have it."""
+    quantize: Literal["int8"] | None = None
+    """Round the weights to 8 bits, as `generate --quantize` does, to see what that costs."""
     json_: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of a table."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -34,9 +40,13 @@ def main(arguments: list[str]) -> None:
     set_threads(config.threads)
     with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
         model, tokenizer, _ = load_model(find_checkpoint(config.checkpoint))
+        if config.quantize:
+            round_weights_to_int8(model)
+        precision = choose_precision(config.precision, model.hidden_size)
         # Overlapping by one, the chunks predict every token but the first exactly once.
         dataset = TextDataset(config.file_path, tokenizer, model.max_seq_len, overlap=1)
-        result = evaluate(model, dataset, config.batch_size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            result = evaluate(model, dataset, config.batch_size)
     values = {
         "loss": result.loss,
         "perplexity": result.perplexity,

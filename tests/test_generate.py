@@ -257,6 +257,11 @@ def test_evaluate_command(run_dir: Path, text: Path) -> None:
     assert values["tokens"] == len(text.read_text()) - 1
     assert values["bits_per_character"] == pytest.approx(values["loss"] / 0.6931472, rel=1e-5)
     assert "bits per character" in run("evaluate", *flags).stdout
+    for rounded in ("--quantize int8", "--precision auto"):
+        again = run("evaluate", *flags, "--json", *rounded.split())
+        assert again.returncode == 0, again.stderr
+        assert json.loads(again.stdout)["loss"] == pytest.approx(values["loss"], rel=0.01)
+    assert json.loads(run("evaluate", *flags, "--json", "--quantize", "int8").stdout) != values
     text.write_text("the QUICK fox")
     wrong = run("evaluate", *flags)
     assert wrong.returncode == 1

@@ -41,6 +41,11 @@ def plain(*modules: Any) -> bool:
     return True
 
 
+def all_are(cls: type[nn.Module], *modules: Any) -> bool:
+    """Whether all of these are of just this class: what is plain may be of another one."""
+    return all(type(module) is cls for module in modules)
+
+
 # Below, tables are read instead of attributes: PyTorch looks for a submodule or a parameter
 # everywhere else first, a microsecond each time, and a small model's step asks for a hundred.
 

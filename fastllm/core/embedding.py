@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, parts, plain
+from fastllm.core.attachments import FORWARDS, all_are, parts, plain
 from fastllm.core.positional_encoding import PositionalEncoding
 from fastllm.ops.embedding import Settings, check_token_ids, embedding
 
@@ -85,7 +85,9 @@ class EmbeddingLayer(nn.Module):
         """Whether one operation may stand for the embeddings, positions and dropout."""
         tokens, encoding = parts(self, "token_embeddings", "positional_encoding")
         return (
-            plain(tokens, encoding, *parts(encoding, "dropout"))
+            all_are(nn.Embedding, tokens)
+            and all_are(PositionalEncoding, encoding)
+            and plain(tokens, encoding, *parts(encoding, "dropout"))
             and (not encoding.learned or plain(encoding.pos_embedding))
             and tokens.max_norm is None
             and not (tokens.scale_grad_by_freq or tokens.sparse)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, parts, plain, plain_norm, weight_and_bias
+from fastllm.core.attachments import FORWARDS, all_are, parts, plain, plain_norm, weight_and_bias
 from fastllm.core.dropout import Dropout
 from fastllm.ops.mlp import mlp
 from fastllm.ops.parameters import Linear, Norm
@@ -108,7 +108,7 @@ class MLP(nn.Module):
     def plain_layers(self) -> tuple[Linear, Linear, str] | None:
         """fc1, fc2 and the activation's name, where one operation may stand for all of them."""
         fc1, activation, dropout, fc2 = parts(self, "fc1", "activation", "dropout", "fc2")
-        if not plain(fc1, activation, dropout, fc2):
+        if not all_are(nn.Linear, fc1, fc2) or not plain(fc1, activation, dropout, fc2):
             return None
         match activation:
             case nn.GELU(approximate="none"):

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, parts, plain, plain_norm
+from fastllm.core.attachments import FORWARDS, all_are, parts, plain, plain_norm
 from fastllm.core.attn.mha import KeyValueCache, MultiHeadAttention
 from fastllm.core.mlp import MLP
 from fastllm.ops.decoder_loss import Layer
@@ -98,6 +98,8 @@ class TransformerBlock(nn.Module):
     def fused(self) -> Layer | None:
         """Parameters and settings, where fused operations may stand for all of the layer."""
         norm1, attention, norm2, mlp = parts(self, "norm1", "self_attn", "norm2", "mlp")
+        if not all_are(MultiHeadAttention, attention) or not all_are(MLP, mlp):
+            return None
         if not plain(attention, mlp) or attention.norm is not None or mlp.norm is not None:
             return None
         plain_norm1, plain_norm2 = (plain_norm(n, self.hidden_size) for n in (norm1, norm2))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastllm.core.attachments import FORWARDS, parts, plain, plain_norm, weight_and_bias
+from fastllm.core.attachments import FORWARDS, all_are, parts, plain, plain_norm, weight_and_bias
 from fastllm.core.attn.mha import KeyValueCache
 from fastllm.core.embedding import EmbeddingLayer
 from fastllm.core.transformer_block import TransformerBlock
@@ -250,7 +250,7 @@ class DecoderModel(nn.Module):
         if decoder is not None and why_not(decoder, input_ids, labels) is None:
             return decoder_loss(decoder, input_ids, labels, ignore_index)
         targets = self.targets(labels, ignore_index)
-        if plain(self, self.lm_head):
+        if all_are(nn.Linear, self.lm_head) and plain(self, self.lm_head):
             # The last position is not scored: a target there that is none costs no copy of x.
             unscored = labels.size(1) - targets.size(1)
             targets = F.pad(targets, (0, unscored), value=ignore_index)
@@ -266,9 +266,12 @@ class DecoderModel(nn.Module):
         table, container, head = parts(self, "embedding_layer", "transformer_blocks", "lm_head")
         final_norm = self.final_norm  # None in a Post-LN model
         blocks: list[Any] = list(container._modules.values())
-        if not plain(self, table, head, *blocks) or not table.is_plain():
+        # Another list of blocks may go through them in its own way.
+        if not all_are(nn.ModuleList, container) or not all_are(TransformerBlock, *blocks):
             return None
-        if type(container) is not nn.ModuleList:  # it may go through its blocks in its own way
+        if not all_are(EmbeddingLayer, table) or not all_are(nn.Linear, head):
+            return None
+        if not plain(self, table, head, *blocks) or not table.is_plain():
             return None
         norm = None if final_norm is None else plain_norm(final_norm, self.hidden_size)
         layers = [block.fused() for block in blocks]

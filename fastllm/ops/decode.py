@@ -7,7 +7,7 @@ It stands for the modules with their caches, which `fastllm.generate` uses where
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastllm.ops import dispatch
 from fastllm.ops.decoder_loss import Decoder, description, why_not_decoder
@@ -26,6 +26,15 @@ def round_to_int8(weight: Tensor) -> Tensor:
     largest = weight.abs().amax(1, keepdim=True)
     inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)
     return (weight * inverse).round() * (largest / 127)
+
+
+@torch.no_grad()
+def round_weights_to_int8(model: nn.Module) -> None:
+    """Gives the linear layers of a model the weights that `Decoding` computes with under `int8`."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            # A parameter of its own: embeddings that are tied to it stay as they are.
+            module.weight = nn.Parameter(round_to_int8(module.weight))
 
 
 class Decoding:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import fastllm
-from fastllm import DecoderModel
+from fastllm import MLP, DecoderModel
 from tests.conftest import needs_extension
 from tests.drop_in.cases import (
     Calls,
@@ -322,3 +322,34 @@ def test_loss_lies_beside_the_parameters_whatever_the_default_device(kind: str) 
     with torch.device("meta"):
         loss = case.module.loss(case.x, case.x)
     assert loss.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "build"),
+    [
+        ("mlp", "fc1", lambda: nn.GELU()),
+        ("mlp", "fc1", lambda: nn.LayerNorm(16)),
+        ("attention", "out_proj", lambda: nn.ReLU()),
+        ("block", "mlp", lambda: nn.Linear(16, 16)),
+        ("block", "mlp", lambda: nn.LayerNorm(16)),
+        ("model-whole", "embedding_layer", lambda: nn.Embedding(11, 16)),
+        ("model-whole", "lm_head", lambda: MLP(16)),
+    ],
+)
+def test_parts_of_another_class_that_we_know(
+    kind: str, part: str, build: Callable[[], nn.Module]
+) -> None:
+    """They are called as they are, although operations could stand for them elsewhere."""
+
+    def loss(implementation: str) -> Tensor:
+        case = Case(kind)
+        torch.manual_seed(1)
+        owner, _, name = part.rpartition(".")
+        replacement = build()
+        if part == "fc1" and case.module.fc2.in_features != 16:  # it keeps the width
+            case.module.fc2 = nn.Linear(16, 16)
+        setattr(case.module.get_submodule(owner), name, replacement)
+        with fastllm.use(implementation):
+            return case.loss()
+
+    assert torch.allclose(loss("auto"), loss("ref"), rtol=1e-5)

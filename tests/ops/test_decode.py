@@ -3,12 +3,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastllm
 from fastllm import DecoderModel
 from fastllm.ops import decode
-from fastllm.ops.decode import Decoding, round_to_int8
+from fastllm.ops.decode import Decoding, round_to_int8, round_weights_to_int8
 from tests.conftest import assert_as_accurate, isa_in_use, needs_extension
 
 MODELS = {
@@ -85,9 +85,7 @@ def assert_parity(model: DecoderModel, precision: str = "fp32") -> None:
     actual = decoded(start(model, precision=precision), ids)
     if precision == "int8":  # what it computes is exactly this
         model = copy.deepcopy(model)
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight = nn.Parameter(round_to_int8(module.weight.detach()))
+        round_weights_to_int8(model)
     oracle = recomputed(copy.deepcopy(model).double(), ids)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         plain = recomputed(model, ids)

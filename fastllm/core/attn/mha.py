@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, parts, plain, plain_norm, weight_and_bias
+from fastllm.core.attachments import FORWARDS, all_are, parts, plain, plain_norm, weight_and_bias
 from fastllm.core.dropout import Dropout
 from fastllm.ops.attention import attention
 from fastllm.ops.dropout import draw_seed
@@ -146,7 +146,7 @@ class MultiHeadAttention(nn.Module):
     def plain_projections(self) -> tuple[Linear, Linear] | None:
         """Of q, k, v and of the output, where one operation may stand for all between them."""
         qkv_proj, out_proj, dropout = parts(self, "qkv_proj", "out_proj", "dropout")
-        if not plain(qkv_proj, out_proj, dropout):
+        if not all_are(nn.Linear, qkv_proj, out_proj) or not plain(qkv_proj, out_proj, dropout):
             return None
         return Linear(*weight_and_bias(qkv_proj)), Linear(*weight_and_bias(out_proj))
 
