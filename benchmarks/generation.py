@@ -24,7 +24,7 @@ from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling
 from fastllm.threads import set_threads
 
-ROUNDS = 5
+ROUNDS = 3
 NEW_TOKENS = 40  # after the first, whose time goes to the prompt and whatever begins a text
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 SAMPLING = Sampling(0.8)
@@ -111,23 +111,23 @@ def main(letters: list[Letter]) -> None:
         for batch in (1, 16):
             runs = contestants(letter, batch)
             firsts: dict[str, list[float]] = {name: [] for name in runs}
-            speeds: dict[str, list[float]] = {name: [] for name in runs}
+            rests: dict[str, list[float]] = {name: [] for name in runs}
             bandwidths = []  # in GB/s
             for round_ in range(ROUNDS + 1):
                 bandwidths.append(measure_bandwidth(threads, size=weights))
                 for name, run in runs.items():
-                    first, all_ = seconds(run, 1), seconds(run, 1 + NEW_TOKENS)
+                    first, whole = seconds(run, 1), seconds(run, 1 + NEW_TOKENS)
                     if round_:  # the first warms up
                         firsts[name].append(first)
-                        speeds[name].append(batch * NEW_TOKENS / (all_ - first))
-            for name, each in speeds.items():
-                limit = ""
+                        rests[name].append(whole - first)
+            for name, rest in rests.items():
+                speed, limit = batch * NEW_TOKENS / median(rest), ""
                 if name.startswith("fastllm"):
                     size = weights * BYTES[name.split()[1]]
                     most = batch * median(bandwidths) * 1e9 / size
-                    limit = f"{100 * median(each) / most:.0f} %"
+                    limit = f"{100 * speed / most:.0f} %"
                 first = 1000 * median(firsts[name])
-                row = f"{letter:6}{batch:6}  {name:20}{first:16,.1f}{median(each):12,.0f}{limit:>8}"
+                row = f"{letter:6}{batch:6}  {name:20}{first:16,.1f}{speed:12,.0f}{limit:>8}"
                 print(row, flush=True)
 
 

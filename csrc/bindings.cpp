@@ -65,18 +65,6 @@ void set_isa(const std::string& isa) {
                                 "'; it can run: " + names);
 }
 
-// Whole large pages, where the system grants them: nothing is lost where it does not.
-void* take_pages(size_t size) {
-    constexpr size_t PAGE = 2 * 1024 * 1024;
-    const size_t whole = (size + PAGE - 1) / PAGE * PAGE;
-    void* data = std::aligned_alloc(PAGE, whole);
-    if (!data) throw std::bad_alloc();
-#if defined(__linux__)
-    madvise(data, whole, MADV_HUGEPAGE);
-#endif
-    return data;
-}
-
 // Memory that stays with the process when it is given up, for the next who wants as much: fresh
 // pages of a large array cost more than filling them. Whoever finds none of his size gives the
 // rest back to the system, so that what lies idle is what the last step used.
@@ -91,7 +79,11 @@ public:
         }
         for (const auto& [idle_size, data] : idle_) std::free(data);
         idle_.clear();
-        data_ = take_pages(size);
+        data_ = std::aligned_alloc(PAGE, (size + PAGE - 1) / PAGE * PAGE);
+        if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+        madvise(data_, size, MADV_HUGEPAGE);  // a wish: nothing is lost where it is not granted
+#endif
     }
     ~Memory() {
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -99,11 +91,14 @@ public:
     }
     Memory(const Memory&) = delete;
 
+    float* floats() { return static_cast<float*>(data_); }
     py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), static_cast<ssize_t>(size_)}; }
 
 private:
     static inline std::mutex mutex_;
     static inline std::multimap<size_t, void*> idle_;
+
+    static constexpr size_t PAGE = 2 * 1024 * 1024;  // a large one
 
     size_t size_;
     void* data_;
@@ -296,13 +291,13 @@ public:
                   norm_of(norm), linear_cross_entropy_of(head), -1};
         decoding_ = {&model_, nullptr, static_cast<Precision>(precision), B, capacity, nullptr};
         const auto take = [](int64_t floats) {
-            return Floats(static_cast<float*>(take_pages(floats * sizeof(float))), std::free);
+            return std::make_unique<Memory>((floats + 1) * sizeof(float));  // there may be none
         };
         weights_ = take(kernels_->decode_weights_size(model_, decoding_.precision));
         cache_ = take(kernels_->decode_cache_size(decoding_));
-        decoding_.weights = weights_.get();
-        decoding_.cache = cache_.get();
-        kernels_->decode_pack(weights_.get(), model_, decoding_.precision, threads);
+        decoding_.weights = weights_->floats();
+        decoding_.cache = cache_->floats();
+        kernels_->decode_pack(weights_->floats(), model_, decoding_.precision, threads);
     }
     PyDecoding(const PyDecoding&) = delete;
 
@@ -336,12 +331,11 @@ public:
     const std::vector<int64_t>& lengths() const { return lengths_; }
 
 private:
-    using Floats = std::unique_ptr<float, decltype(&std::free)>;
     const Kernels* kernels_;  // whose layout the weights are packed in
     std::vector<DecoderLayer> layers_;
     Decoder model_;
     Decoding decoding_;
-    Floats weights_{nullptr, std::free}, cache_{nullptr, std::free};
+    std::unique_ptr<Memory> weights_, cache_;
     std::vector<int64_t> lengths_;
 };
 

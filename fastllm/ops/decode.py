@@ -21,10 +21,11 @@ def why_not(decoder: Decoder) -> str | None:
 def round_to_int8(weight: Tensor) -> Tensor:
     """What the kernel takes a weight [outputs, inputs] for under `int8`, in fp32.
 
-    Every row is rounded to multiples of a 127th of its largest element.
+    Every row is rounded to multiples of a 127th of its largest element; one that is nearly 0
+    becomes 0.
     """
     largest = weight.abs().amax(1, keepdim=True)
-    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)
+    inverse = torch.where(largest < 1e-30, 0, torch.full_like(largest, 127) / largest)
     return (weight * inverse).round() * (largest / 127)
 
 

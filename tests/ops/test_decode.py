@@ -9,7 +9,7 @@ import fastllm
 from fastllm import DecoderModel
 from fastllm.ops import decode
 from fastllm.ops.decode import Decoding, round_to_int8, round_weights_to_int8
-from tests.conftest import assert_as_accurate, isa_in_use, needs_extension
+from tests.conftest import BAD, assert_as_accurate, isa_in_use, needs_extension
 
 MODELS = {
     "plain": {},
@@ -110,7 +110,20 @@ def test_parity_of_a_row_of_zeros_and_of_one_weight_alone(isa: str) -> None:
     with torch.no_grad():
         model.lm_head.weight[3] = 0
         model.lm_head.weight[4, 5] = 1000
+        model.lm_head.weight[5] = 1e-40
     assert_parity(model, "int8")
+
+
+@needs_extension
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("bad", BAD)
+def test_not_a_number_and_infinity_come_out(precision: str, bad: float) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[3, 7] = bad
+    logits = start(model, 1, precision).extend([[1, 2]])[0]
+    assert not logits[3].isfinite()
+    assert logits[:3].isfinite().all() and logits[4:].isfinite().all()
 
 
 @needs_extension
