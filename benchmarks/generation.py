@@ -116,6 +116,7 @@ def main(letters: list[Letter]) -> None:
             for round_ in range(ROUNDS + 1):
                 bandwidths.append(measure_bandwidth(threads, size=weights))
                 for name, run in runs.items():
+                    run(1)  # the others left caches and memory as they wanted them
                     first, whole = seconds(run, 1), seconds(run, 1 + NEW_TOKENS)
                     if round_:  # the first warms up
                         firsts[name].append(first)
