@@ -138,7 +138,7 @@ def sample(
         seeds: one for each sequence, in [0, 2**64): the same seed and step give the same draw,
             whatever else is in the batch.
         step: which draw of the sequences it is, in [0, 2**63).
-        seen: bool [B, V], which tokens were there before; for the repetition penalty.
+        seen: bool [B, V], which tokens were there before; needed for a repetition penalty.
 
     Returns:
         [B], int64. Of equally likely tokens, the lower id counts as the likelier one.
@@ -154,5 +154,9 @@ def sample(
         raise ValueError(
             f"seen must be bool {list(logits.shape)}, got {seen.dtype} {list(seen.shape)}"
         )
+    if sampling.repetition_penalty == 1:
+        seen = None
+    elif seen is None:
+        raise ValueError("a repetition_penalty other than 1 needs `seen`: what was there before")
     arguments = (logits, sampling, seeds, step, seen)
     return dispatch.choose("sampling", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -65,13 +65,14 @@ ROWS = st.lists(st.floats(-30, 30, width=32) | st.just(-math.inf) | st.sampled_f
 def test_any_settings(row: list[float], sampling: Sampling, seed: int, step: int) -> None:
     """A token that no rule excludes, and the reference's, whatever the numbers."""
     logits = torch.tensor([row])
-    (token,) = tokens("cpu", logits, sampling, [seed], step)
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    (token,) = tokens("cpu", logits, sampling, [seed], step, seen)
     assert row[token] > -math.inf
     if sampling.temperature == 0 or sampling.top_p == 1e-9 or sampling.top_k == 1:
         assert token == row.index(max(row))
     if sampling.top_k:
         assert sum(score > row[token] for score in row) < sampling.top_k
-    assert tokens("ref", logits, sampling, [seed], step) == [token]
+    assert tokens("ref", logits, sampling, [seed], step, seen) == [token]
 
 
 def drawn(logits: Tensor, sampling: Sampling, steps: int = 20_000) -> Tensor:
@@ -162,6 +163,8 @@ def test_logits_that_give_no_probabilities(implementation: str, row: Sequence[fl
 
 
 def test_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="a repetition_penalty other than 1 needs `seen`"):
+        sample(torch.zeros(1, 3), Sampling(repetition_penalty=1.1), [0], 0)
     with pytest.raises(ValueError, match=r"logits \[2, 3\] and 1 seeds do not fit"):
         sample(torch.zeros(2, 3), Sampling(), [0], 0)
     with pytest.raises(ValueError, match=r"seen must be bool \[1, 3\], got torch.bool \[3\]"):
