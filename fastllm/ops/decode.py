@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastllm.ops import dispatch
 from fastllm.ops.decoder_loss import Decoder, description, why_not_decoder
+from fastllm.ops.parameters import Linear, Norm
 
 
 def why_not(decoder: Decoder) -> str | None:
@@ -38,12 +39,46 @@ def round_weights_to_int8(model: nn.Module) -> None:
             module.weight = nn.Parameter(round_to_int8(module.weight))
 
 
+def own(decoder: Decoder) -> Decoder:
+    """The same model, whose memory stays what it is when the modules get new weights or types.
+
+    The kernel packs the weights of linear layers and reads the rest at every step. Of that, the
+    token embeddings may be as large as all the weights, and are held where they lie.
+    """
+
+    def linear(layer: Linear) -> Linear:
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        return Linear(layer.weight.detach(), bias)
+
+    def norm(layer: Norm) -> Norm:
+        return Norm(layer.weight.detach().clone(), layer.bias.detach().clone(), layer.eps)
+
+    return decoder._replace(
+        tokens=decoder.tokens.detach(),
+        positions=decoder.positions.detach().clone(),
+        layers=[
+            layer._replace(
+                norm1=norm(layer.norm1),
+                qkv=linear(layer.qkv),
+                out=linear(layer.out),
+                norm2=norm(layer.norm2),
+                fc1=linear(layer.fc1),
+                fc2=linear(layer.fc2),
+            )
+            for layer in decoder.layers
+        ],
+        norm=None if decoder.norm is None else norm(decoder.norm),
+        head=linear(decoder.head),
+    )
+
+
 class Decoding:
     """Sequences that a decoder model continues, without dropout.
 
     Args:
-        decoder: the model as it is now, later changes of its weights are not seen; its `positions`
-            say how long a sequence can be. See `why_not` for what it must be like.
+        decoder: the model as it is now; of later changes, only those of the token embeddings in
+            place are seen. Its `positions` say how long a sequence can be. See `why_not` for what
+            it must be like.
         batch_size: sequences, B.
         precision: `fp32`; `bf16`, products of numbers so rounded; or `int8`, weights rounded to
             8-bit integers with a scale for each output.
@@ -51,7 +86,7 @@ class Decoding:
 
     def __init__(self, decoder: Decoder, batch_size: int, precision: str = "fp32") -> None:
         V = decoder.head.weight.size(0)
-        self._decoder = decoder  # the kernel reads some of it where it lies
+        self._decoder = decoder = own(decoder)  # the kernel reads some of it where it lies
         self._logits = torch.empty(batch_size, V)
         nothing = torch.empty(1, 1, dtype=torch.long)
         arguments = description(decoder, nothing, nothing, 0, [0] * len(decoder.dropout_ps()))

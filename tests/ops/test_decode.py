@@ -1,4 +1,5 @@
 import copy
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -198,13 +199,31 @@ def test_bad_input_changes_nothing() -> None:
 
 
 @needs_extension
-def test_weights_are_those_of_the_beginning() -> None:
-    model = make_model()
+@pytest.mark.parametrize("kind", ["plain", "learned", "post"])
+def test_weights_are_those_of_the_beginning(kind: str) -> None:
+    """But for the token embeddings, which are too large to be copied."""
+    model = make_model(kind=kind)
     decoding, same = start(model), start(model)
     expected = same.extend([[1], [2], [3]])
+    tokens = model.embedding_layer.token_embeddings.weight
     with torch.no_grad():
-        model.transformer_blocks[0].mlp.fc1.weight.zero_()
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor is not tokens:
+                tensor.fill_(math.nan)
     assert torch.equal(decoding.extend([[1], [2], [3]]), expected)
+
+
+@needs_extension
+def test_memory_that_the_model_gives_up_is_not_read() -> None:
+    """A model that is moved or gets another type has new memory, and the old is soon another's."""
+    model = make_model("even")
+    decoding, same = start(model), start(model)
+    expected = same.extend([[1], [2], [3]])
+    shapes = [tensor.shape for tensor in (*model.parameters(), *model.buffers())]
+    model.double()
+    others = [torch.full(shape, math.nan) for shape in shapes for _ in range(20)]
+    assert torch.equal(decoding.extend([[1], [2], [3]]), expected)
+    assert len(others) > 20
 
 
 @needs_extension
