@@ -13,7 +13,8 @@ from torch import Tensor
 from fastllm.command import CommandSettings, choose_precision, errors_in_one_line, parse_settings
 from fastllm.data.text import read_text
 from fastllm.models.decoder import DecoderModel
-from fastllm.ops import decode
+from fastllm.ops import decode, dispatch
+from fastllm.ops.embedding import check_token_ids
 from fastllm.ops.sampling import Sampling, sample
 from fastllm.threads import set_threads
 from fastllm.tokenization import Tokenizer
@@ -55,7 +56,8 @@ def generate_batch(
     that slid with every token could keep nothing in the cache.
 
     Where something is attached to the model (hooks, replaced layers), its modules run one after the
-    other; otherwise a step is one kernel, with the weights of the beginning.
+    other; otherwise a step is one kernel, with the weights of the beginning (see `Decoding`), in
+    bf16 under autocast to it.
 
     Args:
         model: as it stands; call `model.eval()` first.
@@ -79,23 +81,28 @@ def generate_batch(
         raise ValueError("the prompt is empty; give at least one token to continue")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if not 0 <= seed <= 2**64 - max(1, len(prompts)):
+        raise ValueError(f"seed must be in [0, 2**64), for every prompt, got {seed}")
     sampling.check()
-    decoding = start_decoding(model, len(prompts), use_cache, precision)
+    for prompt in prompts:  # also what lies before the window
+        check_token_ids(torch.tensor(prompt), model.vocab_size)
     window = max(1, model.max_seq_len - 1)
-    contexts = [prompt[-window:] for prompt in prompts]
+    longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+    capacity = max(1, min(window, longest))
+    decoding = start_decoding(model, len(prompts), use_cache, precision, capacity)
+    contexts = [list(prompt[-window:]) for prompt in prompts]
     unseen = list(contexts)  # what the caches do not hold yet
     seeds = [seed + b for b in range(len(prompts))]
     seen = None
     if sampling.repetition_penalty != 1:
         seen = torch.zeros(len(prompts), model.vocab_size, dtype=torch.bool)
         for row, prompt in zip(seen, prompts, strict=True):
-            row[prompt] = True
+            row[list(prompt)] = True
     for step in range(max_new_tokens):
         logits = decoding.extend(unseen)
         if model.padding_idx is not None:
             logits[:, model.padding_idx] = -math.inf  # never a target, so its logit means nothing
         tokens = sample(logits, sampling, seeds, step, seen).tolist()
-        yield tokens
         for b, token in enumerate(tokens):
             contexts[b].append(token)
             unseen[b] = [token]
@@ -105,6 +112,7 @@ def generate_batch(
                 contexts[b] = contexts[b][-max(1, window // 2) :]
                 unseen[b] = contexts[b]
                 decoding.clear(b)
+        yield tokens
 
 
 class ModuleDecoding:
@@ -139,14 +147,25 @@ class ModuleDecoding:
 
 
 def start_decoding(
-    model: DecoderModel, batch_size: int, use_cache: bool = True, precision: str = "fp32"
+    model: DecoderModel,
+    batch_size: int,
+    use_cache: bool = True,
+    precision: str = "fp32",
+    capacity: int | None = None,
 ) -> decode.Decoding | ModuleDecoding:
     """The kernel where it can serve, else the modules.
 
+    Args:
+        capacity: positions that a sequence needs; the kernel keeps memory for so many. The model's
+            `max_seq_len` unless given.
+
     Raises:
-        ValueError: the modules alone can serve, but not at this precision.
+        ValueError: the precision is unknown, or the modules alone can serve, but not at it.
     """
-    decoder = model.fused(torch.empty(1, model.max_seq_len), None)
+    if precision not in dispatch.PRECISIONS:
+        known = ", ".join(dispatch.PRECISIONS)
+        raise ValueError(f"there is no precision '{precision}'; choose from {known}")
+    decoder = model.fused(torch.empty(1, capacity or model.max_seq_len), None)
     if decoder is None:
         reason: str | None = "something is attached to the model, or a part of it is replaced"
     elif any(decoder.dropout_ps()):
@@ -154,6 +173,8 @@ def start_decoding(
     else:
         reason = decode.why_not(decoder)
     if use_cache and decoder is not None and reason is None:
+        if precision == "fp32":  # autocast may ask for less
+            precision = dispatch.PRECISIONS[dispatch.precision()]
         return decode.Decoding(decoder, batch_size, precision)
     if precision != "fp32":
         raise ValueError(

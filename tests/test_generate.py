@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -10,7 +11,15 @@ import torch
 import fastllm
 from fastllm import DecoderModel, SimpleCharacterTokenizer
 from fastllm.core.attachments import FORWARDS
-from fastllm.generate import generate_batch, generate_text, generate_tokens
+from fastllm.generate import (
+    ModuleDecoding,
+    generate_batch,
+    generate_text,
+    generate_tokens,
+    start_decoding,
+)
+from fastllm.ops import dispatch
+from fastllm.ops.decode import Decoding
 from fastllm.ops.sampling import Sampling
 from fastllm.tokenization import SubwordTokenizer
 from tests.conftest import MakeTrainer, needs_extension
@@ -107,6 +116,68 @@ def test_what_is_attached_to_the_model_is_heard(model: DecoderModel) -> None:
 
 
 @needs_extension
+def test_a_replaced_layer_is_called(model: DecoderModel) -> None:
+    """As adapters such as LoRA's stand in place of a linear layer."""
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.layer(x)
+
+    replaced, scaled = copy.deepcopy(model), copy.deepcopy(model)
+    mlp = replaced.transformer_blocks[0].mlp
+    mlp.fc2 = Doubled(mlp.fc2)
+    with torch.no_grad():
+        for p in scaled.transformer_blocks[0].mlp.fc2.parameters():
+            p *= 2
+    first, second, plain = (
+        list(generate_tokens(m, [1], 20, temperature=0)) for m in (replaced, scaled, model)
+    )
+    assert first == second != plain
+    assert isinstance(start_decoding(replaced, 1), ModuleDecoding)
+    assert isinstance(start_decoding(scaled, 1), Decoding)
+
+
+@needs_extension
+def test_autocast_is_honoured(model: DecoderModel) -> None:
+    if not dispatch.kernels.native_bf16():
+        pytest.skip("this CPU has no bf16 dot products: under autocast the modules run")
+    tokens = [[1, 2, 3]]
+    rounded = start_decoding(model, 1, precision="bf16").extend(tokens).clone()
+    plain = start_decoding(model, 1).extend(tokens).clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = start_decoding(model, 1).extend(tokens).clone()
+        assert isinstance(start_decoding(model, 1), Decoding)
+    assert torch.equal(under, rounded) and not torch.equal(under, plain)
+
+
+@needs_extension
+def test_the_kernel_keeps_memory_for_what_is_asked(model: DecoderModel) -> None:
+    decoding = start_decoding(model, 1, capacity=5)
+    decoding.extend([[1, 2, 3, 4, 5]])
+    with pytest.raises(ValueError, match="length 6 exceeds maximum sequence length 5"):
+        decoding.extend([[6]])
+
+
+@pytest.mark.parametrize("implementation", ["auto", "ref"])
+def test_what_the_caller_does_to_the_tokens_changes_nothing(
+    model: DecoderModel, implementation: str
+) -> None:
+    prompts = [[1], [2, 3]]
+    with fastllm.use(implementation):
+        expected = list(generate_batch(model, prompts, 30, Sampling(0)))
+        seen = []
+        for tokens in generate_batch(model, prompts, 30, Sampling(0)):
+            seen.append(list(tokens))
+            tokens[:] = [0, 0]
+    assert seen == expected
+    assert prompts == [[1], [2, 3]]
+
+
+@needs_extension
 def test_the_kernel_is_used_without_being_asked_for(
     model: DecoderModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,8 +253,17 @@ def test_wrong_settings(model: DecoderModel) -> None:
         list(generate_tokens(model, [1], 5, top_p=1.1))
     with pytest.raises(ValueError, match="max_new_tokens must not be negative, got -1"):
         list(generate_tokens(model, [1], -1))
-    with pytest.raises(IndexError, match="Token id 11 is outside the vocabulary of 11 tokens"):
-        list(generate_tokens(model, [1, 11], 5))
+    for wrong in (11, -1):
+        for prompt in ([1, wrong], [wrong, *[1] * 30]):  # also where the model does not see it
+            for penalty in (1.0, 1.1):
+                with pytest.raises(IndexError, match=f"Token id {wrong} is outside the vocab"):
+                    list(generate_tokens(model, prompt, 5, repetition_penalty=penalty))
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match="seed must be in"):
+            list(generate_tokens(model, [1], 5, seed=seed))
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match="no precision 'fp16'; choose from fp32, bf16, int8"):
+            list(generate_tokens(model, [1], 5, use_cache=use_cache, precision="fp16"))
 
 
 def test_empty_prompt_and_unknown_characters(model: DecoderModel) -> None:
