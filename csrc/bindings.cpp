@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -70,19 +71,9 @@ void set_isa(const std::string& isa) {
 // rest back to the system, so that what lies idle is what the last step used.
 class Memory {
 public:
-    explicit Memory(size_t size) : size_(size) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (const auto found = idle_.find(size); found != idle_.end()) {
-            data_ = found->second;
-            idle_.erase(found);
-            return;
-        }
-        for (const auto& [idle_size, data] : idle_) std::free(data);
-        idle_.clear();
-        data_ = std::aligned_alloc(PAGE, (size + PAGE - 1) / PAGE * PAGE);
-        if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-        madvise(data_, size, MADV_HUGEPAGE);  // a wish: nothing is lost where it is not granted
+    explicit Memory(size_t size) : size_(size), data_(take(size)) {
+#if defined(FASTLLM_POISON)
+        std::memset(data_, 0xFF, size);  // not a number: what is read unwritten shows
 #endif
     }
     ~Memory() {
@@ -99,6 +90,23 @@ private:
     static inline std::multimap<size_t, void*> idle_;
 
     static constexpr size_t PAGE = 2 * 1024 * 1024;  // a large one
+
+    static void* take(size_t size) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (const auto found = idle_.find(size); found != idle_.end()) {
+            void* data = found->second;
+            idle_.erase(found);
+            return data;
+        }
+        for (const auto& [idle_size, data] : idle_) std::free(data);
+        idle_.clear();
+        void* data = std::aligned_alloc(PAGE, (size + PAGE - 1) / PAGE * PAGE);
+        if (!data) throw std::bad_alloc();
+#if defined(__linux__)
+        madvise(data, size, MADV_HUGEPAGE);  // a wish: nothing is lost where it is not granted
+#endif
+        return data;
+    }
 
     size_t size_;
     void* data_;
@@ -278,7 +286,7 @@ double decoder_loss(const PyEmbedding& embedding, const PyLayers& layers, const 
 }
 
 // kernels.h's Decoding with all that it needs, but for the embeddings, biases and norms: these are
-// read where they lie, and their owner must outlive it.
+// read where they lie, and whoever makes it keeps them there. Threads take turns.
 class PyDecoding {
 public:
     PyDecoding(const PyEmbedding& embedding, const PyLayers& layers, const PyNorm& norm,
@@ -297,12 +305,14 @@ public:
         cache_ = take(kernels_->decode_cache_size(decoding_));
         decoding_.weights = weights_->floats();
         decoding_.cache = cache_->floats();
+        const py::gil_scoped_release release;
         kernels_->decode_pack(weights_->floats(), model_, decoding_.precision, threads);
     }
     PyDecoding(const PyDecoding&) = delete;
 
     // Appends tokens to each sequence, and writes logits [B, V] for those that were given any.
     void extend(const std::vector<std::vector<int64_t>>& tokens, uint64_t logits, int threads) {
+        const std::lock_guard<std::mutex> lock(mutex_);
         if (tokens.size() != lengths_.size())
             throw std::invalid_argument("there are " + std::to_string(lengths_.size()) +
                                         " sequences, got tokens for " +
@@ -319,18 +329,28 @@ public:
         }
         check_ids(ids.data(), ids.size(), model_.embedding.V);
         if (ids.empty()) return;
-        const py::gil_scoped_release release;
         kernels_->decode(at<float>(logits), decoding_, ids.data(), counts.data(), lengths_.data(),
                          threads);
         for (size_t b = 0; b < counts.size(); ++b) lengths_[b] += counts[b];
     }
 
     // The sequence begins anew.
-    void clear(size_t sequence) { lengths_.at(sequence) = 0; }
+    void clear(int64_t sequence) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto B = static_cast<int64_t>(lengths_.size());
+        if (sequence < 0 || sequence >= B)
+            throw py::index_error("there is no sequence " + std::to_string(sequence) + " among " +
+                                  std::to_string(B));
+        lengths_[sequence] = 0;
+    }
 
-    const std::vector<int64_t>& lengths() const { return lengths_; }
+    std::vector<int64_t> lengths() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return lengths_;
+    }
 
 private:
+    std::mutex mutex_;
     const Kernels* kernels_;  // whose layout the weights are packed in
     std::vector<DecoderLayer> layers_;
     Decoder model_;
@@ -358,9 +378,12 @@ PYBIND11_MODULE(_kernels, m) {
              py::arg("embedding"), py::arg("layers"), py::arg("norm"), py::arg("head"),
              py::arg("precision"), py::arg("B"), py::arg("capacity"), py::arg("threads"))
         .def("extend", &PyDecoding::extend, py::arg("tokens"), py::arg("logits"),
-             py::arg("threads"))
-        .def("clear", &PyDecoding::clear, py::arg("sequence"))
-        .def_property_readonly("lengths", &PyDecoding::lengths);
+             py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+        .def("clear", &PyDecoding::clear, py::arg("sequence"),
+             py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("lengths",
+                               py::cpp_function(&PyDecoding::lengths,
+                                                py::call_guard<py::gil_scoped_release>()));
     m.def("adam_step", adam_step, py::arg("rows"), py::arg("settings"),
           py::arg("decoupled_weight_decay"), py::arg("max_grad_norm"), py::arg("threads"));
     m.def(

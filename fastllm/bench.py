@@ -484,6 +484,10 @@ def main(arguments: list[str]) -> None:
             raise SystemExit(f"error: precision: bf16 cannot be measured: {reason}")
         if "compare" not in settings.model_fields_set:
             rivals = [*rivals, "autocast"]
+    if "chunked" in rivals and not hasattr(F, "linear_cross_entropy"):
+        raise SystemExit(
+            f"error: compare: chunked needs torch 2.13 or later, not {torch.__version__}"
+        )
     shown = [rival for rival in get_args(Rival) if rival in rivals or rival in COMPARE]
 
     def show(line: str) -> None:

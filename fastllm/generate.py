@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,8 +57,7 @@ def generate_batch(
     that slid with every token could keep nothing in the cache.
 
     Where something is attached to the model (hooks, replaced layers), its modules run one after the
-    other; otherwise a step is one kernel, with the weights of the beginning (see `Decoding`), in
-    bf16 under autocast to it.
+    other; otherwise a step is one kernel, with the weights of the beginning (see `Decoding`).
 
     Args:
         model: as it stands; call `model.eval()` first.
@@ -67,27 +67,29 @@ def generate_batch(
             next. A prompt's continuation does not depend on the others.
         use_cache: keep keys and values of earlier tokens; without, everything is computed again
             for every token, for the same result.
-        precision: of the products: `fp32`, `bf16`, or `int8` for weights rounded to 8 bits, with a
-            scale for each output. The latter two read less memory for a token.
+        precision: of the products: `fp32` (`bf16` under autocast to it), `bf16`, or `int8` for
+            weights rounded to 8 bits, with a scale for each output. The latter two read less memory
+            for a token.
 
     Yields:
         The next token of each prompt.
 
     Raises:
-        ValueError: a prompt is empty, a setting out of range, or the precision cannot be had.
+        ValueError: there is no prompt, or an empty one; a setting is out of range; or `int8` is
+            asked of a model that the kernel cannot run.
         IndexError: a token of a prompt is outside the vocabulary.
     """
-    if not all(prompts):
+    if not prompts or not all(prompts):
         raise ValueError("the prompt is empty; give at least one token to continue")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    if not 0 <= seed <= 2**64 - max(1, len(prompts)):
+    if not 0 <= seed <= 2**64 - len(prompts):
         raise ValueError(f"seed must be in [0, 2**64), for every prompt, got {seed}")
     sampling.check()
     for prompt in prompts:  # also what lies before the window
         check_token_ids(torch.tensor(prompt), model.vocab_size)
     window = max(1, model.max_seq_len - 1)
-    longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+    longest = max(map(len, prompts)) + max_new_tokens
     capacity = max(1, min(window, longest))
     decoding = start_decoding(model, len(prompts), use_cache, precision, capacity)
     contexts = [list(prompt[-window:]) for prompt in prompts]
@@ -118,10 +120,12 @@ def generate_batch(
 class ModuleDecoding:
     """What `decode.Decoding` does, by way of the modules: whatever is attached to them runs."""
 
-    def __init__(self, model: DecoderModel, batch_size: int, use_cache: bool) -> None:
-        self._model, self._use_cache = model, use_cache
+    def __init__(
+        self, model: DecoderModel, batch_size: int, use_cache: bool, precision: str
+    ) -> None:
+        self._model, self._use_cache, self._precision = model, use_cache, precision
         self._device = next(model.parameters()).device
-        self._logits: list[Tensor] = [torch.empty(model.vocab_size)] * batch_size
+        self._logits = [torch.empty(model.vocab_size, dtype=torch.float32)] * batch_size
         self._tokens: list[list[int]] = [[] for _ in range(batch_size)]
         self._caches = [model.new_caches() for _ in range(batch_size)]
 
@@ -132,10 +136,15 @@ class ModuleDecoding:
             self._tokens[b] += new
             ids = torch.tensor([new if self._use_cache else self._tokens[b]], device=self._device)
             # Around the forward only: the caller's own code runs between two tokens.
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast():
                 logits = self._model(ids, caches=self._caches[b] if self._use_cache else None)
             self._logits[b] = logits[0, -1].float().cpu()
         return torch.stack(self._logits)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._precision == "fp32":  # the caller's, if there is one
+            return nullcontext()
+        return torch.autocast(self._device.type, torch.bfloat16)
 
     @property
     def lengths(self) -> list[int]:
@@ -160,7 +169,7 @@ def start_decoding(
             `max_seq_len` unless given.
 
     Raises:
-        ValueError: the precision is unknown, or the modules alone can serve, but not at it.
+        ValueError: the precision is unknown, or `int8` and the modules alone can serve.
     """
     if precision not in dispatch.PRECISIONS:
         known = ", ".join(dispatch.PRECISIONS)
@@ -176,11 +185,9 @@ def start_decoding(
         if precision == "fp32":  # autocast may ask for less
             precision = dispatch.PRECISIONS[dispatch.precision()]
         return decode.Decoding(decoder, batch_size, precision)
-    if precision != "fp32":
-        raise ValueError(
-            f"{precision} needs the kernel and its cache: {reason or 'no cache asked'}"
-        )
-    return ModuleDecoding(model, batch_size, use_cache)
+    if precision == "int8":
+        raise ValueError(f"int8 needs the kernel and its cache: {reason or 'no cache asked'}")
+    return ModuleDecoding(model, batch_size, use_cache, precision)
 
 
 def generate_text(
@@ -249,6 +256,10 @@ def _decode_stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]
         yield rest
 
 
+# Of a file of prompts. More would hardly be faster, and their keys and values take memory.
+LINES_AT_ONCE = 16
+
+
 class GenerateConfig(CommandSettings):
     """Continue a prompt with a trained model."""
 
@@ -257,7 +268,7 @@ class GenerateConfig(CommandSettings):
     prompt: str | None = None
     """Text to continue."""
     prompt_file: Path | None = None
-    """UTF-8 text whose lines are prompts: all of them are continued at the same time."""
+    """UTF-8 text whose lines are prompts, empty ones aside; several are continued at a time."""
     max_new_tokens: Annotated[int, Field(ge=0)] = 300
     """Tokens to add."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.8
@@ -334,19 +345,24 @@ def continue_lines(
     precision: str,
 ) -> None:
     """Continues every line of a file, and prints them with a line of dashes between."""
-    lines = [line for line in "".join(read_text(path)).splitlines() if line]
+    lines = [line for line in "".join(read_text(path)).split("\n") if line]
     if not lines:
         raise ValueError(f"{path} has no line to continue")
     prompts = [tokenizer.encode(line) for line in lines]
-    steps = generate_batch(
-        model, prompts, config.max_new_tokens, sampling, config.seed, precision=precision
-    )
-    tokens = list(zip(*steps, strict=True)) or [()] * len(lines)
-    texts = (
-        line + "".join(_until(config.stop, _decode_stream(tokenizer, iter(new))))
-        for line, new in zip(lines, tokens, strict=True)
-    )
-    print("\n---\n".join(texts))
+    for first in range(0, len(lines), LINES_AT_ONCE):
+        group = slice(first, first + LINES_AT_ONCE)
+        steps = generate_batch(
+            model,
+            prompts[group],
+            config.max_new_tokens,
+            sampling,
+            config.seed + first,
+            precision=precision,
+        )
+        tokens = list(zip(*steps, strict=True)) or [()] * len(lines[group])
+        for b, (line, new) in enumerate(zip(lines[group], tokens, strict=True), first):
+            text = "".join(_until(config.stop, _decode_stream(tokenizer, iter(new))))
+            print("---\n" * (b > 0) + line + text, flush=True)
 
 
 if __name__ == "__main__":

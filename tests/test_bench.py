@@ -50,6 +50,12 @@ def test_json() -> None:
     assert (machine["torch"], machine["fastllm"]) == (torch.__version__, fastllm.__version__)
 
 
+def test_chunked_needs_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    with pytest.raises(SystemExit, match="error: compare: chunked needs torch 2.13 or later"):
+        bench.main(["--compare", "chunked"])
+
+
 @needs_extension
 def test_bf16() -> None:
     flags = "--config A --precision bf16 --compare autocast --seconds 0.1 --json".split()

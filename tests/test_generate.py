@@ -111,8 +111,24 @@ def test_what_is_attached_to_the_model_is_heard(model: DecoderModel) -> None:
     model.train()  # with dropout
     assert len(list(generate_tokens(model, [1], 5))) == 5
     with pytest.raises(ValueError, match="dropout is on; call model.eval"):
-        list(generate_tokens(model, [1], 20, precision="bf16"))
+        list(generate_tokens(model, [1], 20, precision="int8"))
     model.eval()
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "recomputed"])
+def test_the_modules_compute_in_bf16_where_it_is_asked_for(
+    model: DecoderModel, use_cache: bool
+) -> None:
+    dtypes = []
+    fc1 = model.transformer_blocks[0].mlp.fc1
+    hook = fc1.register_forward_hook(lambda module, inputs, out: dtypes.append(out.dtype))
+    for precision in ("fp32", "bf16"):
+        rounded = generate_tokens(model, [1, 2], 20, use_cache=use_cache, precision=precision)
+        assert len(list(rounded)) == 20
+    with torch.autocast("cpu", torch.bfloat16):
+        list(generate_tokens(model, [1, 2], 20, use_cache=use_cache))
+    hook.remove()
+    assert dtypes == [torch.float32] * 20 + [torch.bfloat16] * 40
 
 
 @needs_extension
@@ -269,8 +285,9 @@ def test_wrong_settings(model: DecoderModel) -> None:
 def test_empty_prompt_and_unknown_characters(model: DecoderModel) -> None:
     with pytest.raises(ValueError, match="the prompt is empty"):
         list(generate_text(model, TOKENIZER, "", 5))
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        list(generate_batch(model, [[1], []], 5))
+    for prompts in ([[1], []], []):
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            list(generate_batch(model, prompts, 5))
     with pytest.raises(KeyError, match="Character 'z' not found"):
         generate_text(model, TOKENIZER, "abz", 5)
 
@@ -324,6 +341,14 @@ def test_generate_command_on_a_file_of_prompts(run_dir: Path, tmp_path: Path) ->
     ):
         result = run("generate", *flags, *wrong.split())
         assert result.returncode == 1 and message in result.stderr
+    lines = [word for word in "the quick brown fox jumps over a lazy dog".split() for _ in range(2)]
+    prompts.write_text("\n".join(lines))
+    together = run("generate", *flags, "--seed", "5").stdout.split("\n---\n")
+    assert len(together) == len(lines) == 18  # more than are continued at a time
+    for b in (0, 15, 16, 17):
+        prompts.write_text(lines[b])
+        alone = run("generate", *flags, "--seed", str(5 + b)).stdout
+        assert alone.strip("\n") == together[b].strip("\n")
     prompts.write_text("\n")
     assert "has no line to continue" in run("generate", *flags).stderr
 

@@ -16,6 +16,13 @@ from fastllm.ops.parameters import Linear, Norm
 
 def why_not(decoder: Decoder) -> str | None:
     """Why the kernel cannot continue sequences with this model; None if it can."""
+    layers = decoder.layers
+    if len({layer.num_heads for layer in layers}) > 1:  # one cache has room for all of them
+        return "the layers differ in their number of heads"
+    if len({layer.norm_first for layer in layers}) > 1:
+        return "some layers are Pre-LN and some Post-LN"
+    if layers and not layers[0].norm_first and decoder.norm is not None:
+        return "a Post-LN model has a final norm"
     return why_not_decoder(decoder, decoder.positions.size(0))
 
 
@@ -80,15 +87,15 @@ class Decoding:
             place are seen. Its `positions` say how long a sequence can be. See `why_not` for what
             it must be like.
         batch_size: sequences, B.
-        precision: `fp32`; `bf16`, products of numbers so rounded; or `int8`, weights rounded to
-            8-bit integers with a scale for each output.
+        precision: `fp32`; `bf16`, products of numbers so rounded, on any CPU; or `int8`, weights
+            rounded to 8-bit integers with a scale for each output.
     """
 
     def __init__(self, decoder: Decoder, batch_size: int, precision: str = "fp32") -> None:
         V = decoder.head.weight.size(0)
         self._decoder = decoder = own(decoder)  # the kernel reads some of it where it lies
-        self._logits = torch.empty(batch_size, V)
-        nothing = torch.empty(1, 1, dtype=torch.long)
+        self._logits = torch.empty(batch_size, V, dtype=torch.float32, device="cpu")
+        nothing = torch.empty(1, 1, dtype=torch.long, device="cpu")
         arguments = description(decoder, nothing, nothing, 0, [0] * len(decoder.dropout_ps()))
         self._kernel = dispatch.kernels.Decoding(
             *arguments[:4],
@@ -113,7 +120,11 @@ class Decoding:
         return self._logits
 
     def clear(self, sequence: int) -> None:
-        """Forgets the tokens of a sequence."""
+        """Forgets the tokens of a sequence.
+
+        Raises:
+            IndexError: there is no such sequence.
+        """
         self._kernel.clear(sequence)
 
     @property

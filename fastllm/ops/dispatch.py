@@ -164,11 +164,13 @@ def precision() -> int:
     return PRECISIONS.index("bf16" if torch.is_autocast_enabled("cpu") else "fp32")
 
 
-def autocast_input(x: Tensor) -> Tensor:
-    """What another module made under autocast, as the kernels take it: they round it themselves."""
-    if x.dtype is torch.bfloat16 and torch.is_autocast_enabled("cpu"):
-        return x.float()
-    return x
+def autocast_input(x: Tensor, weight: Tensor) -> Tensor:
+    """What another module made under autocast, as the kernels take it: they round it themselves.
+
+    Anything else stays as it is, such as the input of a module whose weights are bf16.
+    """
+    made = x.dtype is torch.bfloat16 and weight.dtype is torch.float32 and x.is_cpu
+    return x.float() if made and torch.is_autocast_enabled("cpu") else x
 
 
 def inside_torch_func() -> bool:

@@ -118,5 +118,5 @@ def linear_cross_entropy(
     if targets.shape != x.shape[:-1]:
         raise ValueError(f"x {list(x.shape)} and targets {list(targets.shape)} do not fit")
     check_token_ids(targets[targets != ignore_index], head.weight.size(0))
-    arguments = (dispatch.autocast_input(x), head, targets, ignore_index)
+    arguments = (dispatch.autocast_input(x, head.weight), head, targets, ignore_index)
     return dispatch.choose("linear_cross_entropy", IMPLEMENTATIONS, *arguments).run(*arguments)

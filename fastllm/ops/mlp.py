@@ -202,6 +202,6 @@ def mlp(
             f"x {list(x.shape)}, fc1 {[I, H]} and fc2 {list(fc2.weight.shape)} do not fit: "
             "[..., H], [I, H] and [H, I] are needed"
         )
-    x = dispatch.autocast_input(x)
+    x = dispatch.autocast_input(x, fc1.weight)
     arguments = (x, fc1, fc2, activation, dropout_p, seed, norm, norm_first)
     return dispatch.choose("mlp", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -192,5 +192,5 @@ def multi_head_attention(
         )
     if H % settings.num_heads:
         raise ValueError(f"the width {H} must be divisible by num_heads ({settings.num_heads})")
-    arguments = (dispatch.autocast_input(x), qkv, out, settings, norm)
+    arguments = (dispatch.autocast_input(x, qkv.weight), qkv, out, settings, norm)
     return dispatch.choose("multi_head_attention", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -35,13 +35,17 @@ class Sampling(NamedTuple):
         """Raises a `ValueError` that names a setting out of range."""
         for name, good, wanted in (
             ("temperature", 0 <= self.temperature < math.inf, "a number from 0 on"),
-            ("top_k", self.top_k >= 0, "an integer from 0 on"),
+            ("top_k", _is_integer(self.top_k, 63), "an integer from 0 on"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
+            ("repetition_penalty", 1e-37 < self.repetition_penalty < 1e38, "above 0, in fp32"),
         ):
             if not good:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
+
+
+def _is_integer(number: object, bits: int) -> bool:
+    return isinstance(number, int) and 0 <= number < 2**bits
 
 
 def sample_ref(
@@ -67,8 +71,8 @@ def sample_ref(
     weights[before >= sampling.top_p * weights.sum(-1, keepdim=True)] = 0
     weights[weights < sampling.min_p] = 0
     below = torch.zeros_like(weights).scatter(-1, ids, weights).cumsum(-1)
-    drawn = [[_uniform(seed, step)] for seed in seeds]
-    return (below <= torch.tensor(drawn, dtype=torch.double) * below[:, -1:]).sum(-1)
+    drawn = torch.tensor([_uniform(seed, step) for seed in seeds], dtype=torch.double)
+    return (below <= drawn.to(below.device)[:, None] * below[:, -1:]).sum(-1)
 
 
 NO_PROBABILITIES = (
@@ -87,7 +91,7 @@ def sample_cpu(
     logits: Tensor, sampling: Sampling, seeds: Sequence[int], step: int, seen: Tensor | None
 ) -> Tensor:
     B, V = logits.shape
-    tokens = torch.empty(B, dtype=torch.long)
+    tokens = torch.empty(B, dtype=torch.long, device="cpu")
     good = dispatch.kernels.sample(
         tokens.data_ptr(),
         logits.data_ptr(),
@@ -112,8 +116,10 @@ def why_not_cpu(
 ) -> str | None:
     if logits is None:
         return dispatch.why_not_cpu()
-    if not logits.is_contiguous() or (seen is not None and not seen.is_contiguous()):
+    if not logits.is_contiguous():
         return "the logits are not contiguous"
+    if seen is not None and not seen.is_contiguous():
+        return "what was seen is not contiguous"
     return dispatch.why_not_cpu(logits)
 
 
@@ -144,15 +150,22 @@ def sample(
         [B], int64. Of equally likely tokens, the lower id counts as the likelier one.
 
     Raises:
-        ValueError: a setting is out of range, the shapes do not fit, or the logits of a sequence
-            are not numbers or all -inf.
+        ValueError: a setting, a seed or the step is out of range; shapes or devices do not fit; or
+            the logits of a sequence are not numbers or all -inf.
     """
     sampling.check()
     if logits.ndim != 2 or len(seeds) != logits.size(0) or logits.size(1) == 0:
         raise ValueError(f"logits {list(logits.shape)} and {len(seeds)} seeds do not fit: [B, V]")
-    if seen is not None and (seen.shape != logits.shape or seen.dtype is not torch.bool):
+    if not all(_is_integer(seed, 64) for seed in seeds):
+        raise ValueError(f"seeds must be integers in [0, 2**64), got {list(seeds)}")
+    if not _is_integer(step, 63):
+        raise ValueError(f"step must be an integer in [0, 2**63), got {step}")
+    if seen is not None and (
+        seen.shape != logits.shape or seen.dtype is not torch.bool or seen.device != logits.device
+    ):
         raise ValueError(
-            f"seen must be bool {list(logits.shape)}, got {seen.dtype} {list(seen.shape)}"
+            f"seen must be bool {list(logits.shape)} on {logits.device}, "
+            f"got {seen.dtype} {list(seen.shape)} on {seen.device}"
         )
     if sampling.repetition_penalty == 1:
         seen = None

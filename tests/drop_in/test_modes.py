@@ -243,6 +243,18 @@ def test_inputs_that_autocast_made(kind: str, calls: Calls) -> None:
     assert x.grad is not None and x.grad.dtype is torch.bfloat16 and x.grad.any()
 
 
+@each_layer
+def test_modules_of_bf16_weights_stay_so_under_autocast(kind: str, calls: Calls) -> None:
+    """As PyTorch's own do, whatever the CPU has."""
+    case = Case(kind)
+    case.module.bfloat16()
+    x = case.x.detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = case.module(x)
+    assert calls.names() <= {"dropout"}
+    assert under.dtype is torch.bfloat16 and under.isfinite().all()
+
+
 @each_kind
 def test_autocast_goes_through_the_modules_without_bf16(kind: str, calls: Calls) -> None:
     results = []

@@ -1,13 +1,15 @@
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastllm
-from fastllm import DecoderModel
+from fastllm import DecoderModel, TransformerBlock
+from fastllm.generate import ModuleDecoding, start_decoding
 from fastllm.ops import decode
 from fastllm.ops.decode import Decoding, round_to_int8, round_weights_to_int8
 from tests.conftest import BAD, assert_as_accurate, isa_in_use, needs_extension
@@ -56,7 +58,9 @@ def start(model: DecoderModel, batch_size: int = 3, precision: str = "fp32") -> 
     return Decoding(decoder, batch_size, precision)
 
 
-def decoded(decoding: Decoding, ids: Tensor, steps: Sequence[Sequence[int]] = STEPS) -> Tensor:
+def decoded(
+    decoding: Decoding | ModuleDecoding, ids: Tensor, steps: Sequence[Sequence[int]] = STEPS
+) -> Tensor:
     """Logits of every step, [steps, B, V]."""
     results = []
     for counts in steps:
@@ -139,7 +143,7 @@ def test_rounding_to_8_bits_is_by_half_a_step_at_most() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_same_bits(isa: str, threads: None, precision: str) -> None:
-    """For any number of threads, and whether a prompt comes in one go or not."""
+    """For any number of threads, and whether a short prompt comes in one go or not."""
     model = make_model("even")
     ids = make_ids(model)
     expected = None
@@ -195,7 +199,37 @@ def test_bad_input_changes_nothing() -> None:
         with pytest.raises(error, match=message):
             decoding.extend(tokens)
         assert decoding.lengths == [2, 1]
+    for sequence in (2, -1):
+        with pytest.raises(IndexError, match=f"there is no sequence {sequence} among 2"):
+            decoding.clear(sequence)
     assert torch.equal(decoding.extend([[], []]), before)
+
+
+@needs_extension
+def test_threads_take_turns() -> None:
+    """Every token gets a place of its own, whoever brings it."""
+    model = make_model()
+    decoding = start(model, 2)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda _: decoding.extend([[1, 1], [1]]), range(20)):
+            pass
+    assert decoding.lengths == [40, 20]
+    decoding.clear(0)
+    again = decoding.extend([[2], [1]]).clone()
+    assert torch.equal(again, start(model, 2).extend([[2], [1] * 21]))
+
+
+@needs_extension
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_another_default_type_changes_nothing(precision: str) -> None:
+    model = make_model()
+    expected = start(model, precision=precision).extend([[1], [2], [3]])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = start(model, precision=precision).extend([[1], [2], [3]])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert actual.dtype is torch.float32 and torch.equal(actual, expected)
 
 
 @needs_extension
@@ -237,3 +271,48 @@ def test_reasons() -> None:
     assert half is not None and "torch.float16" in str(decode.why_not(half))
     with isa_in_use("base"):
         assert decode.why_not(decoder) is None
+
+
+def other_heads() -> DecoderModel:
+    model = DecoderModel(67, 32, 2, 2)
+    model.transformer_blocks[1] = TransformerBlock(32, 8, is_causal=True)
+    return model
+
+
+def post_after_pre(first: bool) -> DecoderModel:
+    model = DecoderModel(67, 32, 2, 2, norm_first=not first)
+    model.transformer_blocks[0] = TransformerBlock(32, 2, norm_first=first, is_causal=True)
+    return model
+
+
+def post_with_a_final_norm() -> DecoderModel:
+    model = DecoderModel(67, 32, 2, 2, norm_first=False)
+    model.final_norm = nn.LayerNorm(32)
+    return model
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (other_heads, "the layers differ in their number of heads"),
+        (lambda: post_after_pre(True), "some layers are Pre-LN and some Post-LN"),
+        (lambda: post_after_pre(False), "some layers are Pre-LN and some Post-LN"),
+        (post_with_a_final_norm, "a Post-LN model has a final norm"),
+    ],
+    ids=["heads", "pre-post", "post-pre", "final-norm"],
+)
+def test_models_of_other_layers_are_left_to_the_modules(
+    make: Callable[[], DecoderModel], reason: str
+) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    decoder = model.fused(torch.empty(1, 40), None)
+    assert decoder is not None and decode.why_not(decoder) == reason
+    ids = make_ids(model)
+    actual = decoded(start_decoding(model, 3), ids)
+    plain = recomputed(model, ids)
+    assert_as_accurate(actual, plain, recomputed(copy.deepcopy(model).double(), ids))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import fastllm
+from fastllm.ops import sampling
 from fastllm.ops.sampling import Sampling, sample
 from tests.conftest import needs_extension
 
@@ -139,9 +140,12 @@ def test_a_draw_is_a_function_of_seed_and_step(threads: None) -> None:
         (Sampling(-1), "temperature must be a number from 0 on, got -1"),
         (Sampling(math.nan), "temperature must be"),
         (Sampling(top_k=-1), "top_k must be an integer from 0 on, got -1"),
+        (Sampling(top_k=1.5), "top_k must be an integer from 0 on, got 1.5"),  # type: ignore[arg-type]
         (Sampling(top_p=0), r"top_p must be in \(0, 1\], got 0"),
         (Sampling(min_p=1.1), r"min_p must be in \[0, 1\], got 1.1"),
-        (Sampling(repetition_penalty=0), "repetition_penalty must be a number above 0, got 0"),
+        (Sampling(repetition_penalty=0), "repetition_penalty must be above 0, in fp32, got 0"),
+        (Sampling(repetition_penalty=1e-46), "repetition_penalty must be above 0, in fp32"),
+        (Sampling(repetition_penalty=1e39), "repetition_penalty must be above 0, in fp32"),
     ],
     ids=str,
 )
@@ -167,5 +171,30 @@ def test_what_does_not_fit() -> None:
         sample(torch.zeros(1, 3), Sampling(repetition_penalty=1.1), [0], 0)
     with pytest.raises(ValueError, match=r"logits \[2, 3\] and 1 seeds do not fit"):
         sample(torch.zeros(2, 3), Sampling(), [0], 0)
-    with pytest.raises(ValueError, match=r"seen must be bool \[1, 3\], got torch.bool \[3\]"):
-        sample(torch.zeros(1, 3), Sampling(), [0], 0, torch.ones(3, dtype=torch.bool))
+    for seen, got in (
+        (torch.ones(3, dtype=torch.bool), r"torch.bool \[3\] on cpu"),
+        (torch.ones(1, 3), r"torch.float32 \[1, 3\] on cpu"),
+        (torch.ones(1, 3, dtype=torch.bool, device="meta"), r"torch.bool \[1, 3\] on meta"),
+    ):
+        with pytest.raises(ValueError, match=rf"seen must be bool \[1, 3\] on cpu, got {got}"):
+            sample(torch.zeros(1, 3), Sampling(), [0], 0, seen)
+    for seed in (-1, 2**64, 1.0):
+        with pytest.raises(ValueError, match=r"seeds must be integers in \[0, 2\*\*64\), got"):
+            sample(torch.zeros(1, 3), Sampling(), [seed], 0)  # type: ignore[list-item]
+    for step in (-1, 2**63, 0.5):
+        with pytest.raises(ValueError, match=r"step must be an integer in \[0, 2\*\*63\), got"):
+            sample(torch.zeros(1, 3), Sampling(), [0], step)  # type: ignore[arg-type]
+
+
+@needs_extension
+def test_reasons() -> None:
+    columns = torch.zeros(3, 2).t()
+    for logits, seen, reason in (
+        (columns, None, "the logits are not contiguous"),
+        (torch.zeros(2, 3), columns.bool(), "what was seen is not contiguous"),
+        (torch.zeros(2, 3).double(), None, "a tensor is torch.float64"),
+    ):
+        arguments = (logits, Sampling(repetition_penalty=1.1), [0, 1], 0, seen)
+        assert str(sampling.why_not_cpu(*arguments)).startswith(reason)
+        if seen is not None:
+            assert tokens("auto", *arguments) == tokens("ref", *arguments)
