@@ -8,7 +8,7 @@ BIN := .venv/bin
 # Built again when the metadata or a C++ source has changed; Python sources are used in place.
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: install demo test sanitize bench lint clean
+.PHONY: install demo test test-cuda sanitize bench lint clean
 
 install: .venv/package  ## the package and what it needs to run
 
@@ -29,6 +29,9 @@ demo: install  ## train for about a minute on Python's documentation and print a
 
 test: .venv/development  ## the tests
 	$(BIN)/python -m pytest
+
+test-cuda: .venv/development  ## the Triton kernels on this machine's GPU
+	FASTLLM_TEST_TRITON=cuda $(BIN)/python -m pytest tests/triton
 
 sanitize: .venv/development  ## the kernels under GCC's sanitizers: addresses, undefined, threads
 	tests/sanitize/run

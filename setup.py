@@ -56,6 +56,9 @@ class BuildKernels(build_ext):
                     depends=ext.depends,
                 )
             super().build_extension(ext)
+            # Python started in this folder imports the sources of it, installed or not.
+            if not self.inplace:
+                self.copy_file(self.get_ext_fullpath(ext.name), "fastllm")
         except Exception as error:  # whatever the compiler's driver raises: the install goes on
             if SANITIZE:
                 raise

@@ -64,10 +64,14 @@ def describe(error: Exception) -> str:
     """One line for each wrong setting, naming it and what it must be."""
     if not isinstance(error, ValidationError):
         return str(error)
-    return "\n       ".join(
-        f"{'.'.join(map(str, each['loc'])) or 'settings'}: {each['msg']} (got {each['input']!r})"
-        for each in error.errors(include_url=False)
-    )
+    return "\n       ".join(map(_describe_one, error.errors(include_url=False)))
+
+
+def _describe_one(error: Any) -> str:
+    name, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], dict):  # all settings, of which several do not fit
+        return f"{name}: {message}" if name else message
+    return f"{name}: {message} (got {error['input']!r})"
 
 
 @contextmanager
@@ -95,17 +99,42 @@ def say(*parts: Any) -> None:
 NARROWEST_BF16 = 32
 
 
-def choose_precision(asked: str, hidden_size: int) -> Literal["fp32", "bf16"]:
-    """What `--precision` comes to on this CPU; warns where bf16 cannot be had."""
-    if asked == "fp32":
-        return "fp32"
-    reason = dispatch.why_not_autocast(torch.bfloat16)
+Device = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "bf16", "fp16", "auto"]
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(asked: Device) -> Device:
+    """What `--device` comes to on this machine; warns where there is no CUDA."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        say("warning: CUDA requested but not available, falling back to the CPU")
+        return "cpu"
+    return asked
+
+
+def choose_precision(asked: Precision, hidden_size: int, device: Device) -> Precision:
+    """What `--precision` comes to on this machine; warns where it cannot be had."""
     if asked == "auto":
-        return "fp32" if reason or hidden_size < NARROWEST_BF16 else "bf16"
+        slow = dispatch.why_not_autocast(torch.bfloat16) or hidden_size < NARROWEST_BF16
+        return "fp32" if slow or device == "cuda" else "bf16"  # on GPUs, nothing was measured
+    if asked == "fp32" or device == "cuda":
+        return asked
+    reason = dispatch.why_not_autocast(TYPES[asked])
     if reason:
-        say(f"warning: bf16 was asked for, but {reason}; computing in fp32")
+        say(f"warning: {asked} was asked for, but {reason}; computing in fp32")
         return "fp32"
-    return "bf16"
+    return asked
+
+
+def check_quantize(quantize: str | None, precision: Precision) -> None:
+    """Raises a `ValueError` where weights are to be rounded in two ways."""
+    if quantize and precision in TYPES:
+        raise ValueError(f"quantize and precision {precision} exclude each other: leave one out")
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """What is computed inside has products of this precision."""
+    return torch.autocast(device, TYPES.get(precision), enabled=precision in TYPES)
 
 
 def underscored(arguments: list[str]) -> list[str]:

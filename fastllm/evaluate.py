@@ -5,10 +5,19 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fastllm.command import CommandSettings, choose_precision, errors_in_one_line, parse_settings
+from fastllm.command import (
+    CommandSettings,
+    Device,
+    Precision,
+    autocast,
+    check_quantize,
+    choose_device,
+    choose_precision,
+    errors_in_one_line,
+    parse_settings,
+)
 from fastllm.data.loader import TextDataset
 from fastllm.ops.decode import round_weights_to_int8
 from fastllm.threads import set_threads
@@ -25,14 +34,21 @@ class EvaluateConfig(CommandSettings):
     """UTF-8 text to predict."""
     batch_size: Annotated[int, Field(ge=1, le=2**24)] = 32
     """Sequences in a batch."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Precision = "fp32"
     """What matrix products round their operands to; auto takes bf16 on CPUs that have it."""
+    device: Device = "cpu"
+    """Where to compute; the CPU serves where there is no CUDA."""
     quantize: Literal["int8"] | None = None
     """Round the weights to 8 bits, as `generate --quantize` does, to see what that costs."""
     json_: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of a table."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "EvaluateConfig":
+        check_quantize(self.quantize, self.precision)
+        return self
 
 
 def main(arguments: list[str]) -> None:
@@ -42,10 +58,12 @@ def main(arguments: list[str]) -> None:
         model, tokenizer, _ = load_model(find_checkpoint(config.checkpoint))
         if config.quantize:
             round_weights_to_int8(model)
-        precision = choose_precision(config.precision, model.hidden_size)
+        device = choose_device(config.device)
+        model.to(device)
+        precision = choose_precision(config.precision, model.hidden_size, device)
         # Overlapping by one, the chunks predict every token but the first exactly once.
         dataset = TextDataset(config.file_path, tokenizer, model.max_seq_len, overlap=1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             result = evaluate(model, dataset, config.batch_size)
     values = {
         "loss": result.loss,

@@ -11,7 +11,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fastllm.command import CommandSettings, choose_precision, errors_in_one_line, parse_settings
+from fastllm.command import (
+    CommandSettings,
+    Device,
+    Precision,
+    autocast,
+    check_quantize,
+    choose_device,
+    choose_precision,
+    errors_in_one_line,
+    parse_settings,
+)
 from fastllm.data.text import read_text
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import decode, dispatch
@@ -67,9 +77,9 @@ def generate_batch(
             next. A prompt's continuation does not depend on the others.
         use_cache: keep keys and values of earlier tokens; without, everything is computed again
             for every token, for the same result.
-        precision: of the products: `fp32` (`bf16` under autocast to it), `bf16`, or `int8` for
-            weights rounded to 8 bits, with a scale for each output. The latter two read less memory
-            for a token.
+        precision: of the products: `fp32` (`bf16` under autocast to it), `bf16`, `fp16`, or `int8`
+            for weights rounded to 8 bits, with a scale for each output. All but the first read less
+            memory for a token.
 
     Yields:
         The next token of each prompt.
@@ -144,7 +154,7 @@ class ModuleDecoding:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._precision == "fp32":  # the caller's, if there is one
             return nullcontext()
-        return torch.autocast(self._device.type, torch.bfloat16)
+        return autocast(self._device.type, self._precision)
 
     @property
     def lengths(self) -> list[int]:
@@ -171,12 +181,14 @@ def start_decoding(
     Raises:
         ValueError: the precision is unknown, or `int8` and the modules alone can serve.
     """
-    if precision not in dispatch.PRECISIONS:
+    if precision not in (*dispatch.PRECISIONS, "fp16"):
         known = ", ".join(dispatch.PRECISIONS)
-        raise ValueError(f"there is no precision '{precision}'; choose from {known}")
+        raise ValueError(f"there is no precision '{precision}'; choose from {known}, fp16")
     decoder = model.fused(torch.empty(1, capacity or model.max_seq_len), None)
     if decoder is None:
         reason: str | None = "something is attached to the model, or a part of it is replaced"
+    elif precision == "fp16":
+        reason = "the kernel does not know fp16"
     elif any(decoder.dropout_ps()):
         reason = "dropout is on; call model.eval() first"
     else:
@@ -285,8 +297,10 @@ class GenerateConfig(CommandSettings):
     """The same seed gives the same text; further lines of a prompt file have the next ones."""
     stop: str | None = None
     """End before this text."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Precision = "fp32"
     """What matrix products round their operands to; auto takes bf16 on CPUs that have it."""
+    device: Device = "cpu"
+    """Where to compute; the CPU serves where there is no CUDA."""
     quantize: Literal["int8"] | None = None
     """Round the weights to 8 bits: a quarter of the memory to be read for each token."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -296,8 +310,9 @@ class GenerateConfig(CommandSettings):
     def _check_together(self) -> "GenerateConfig":
         if (self.prompt is None) == (self.prompt_file is None):
             raise ValueError("give either a prompt or a prompt_file")
-        if self.quantize and self.precision == "bf16":
-            raise ValueError("quantize and precision bf16 exclude each other: leave one out")
+        check_quantize(self.quantize, self.precision)
+        if self.stop == "":
+            raise ValueError("stop is empty: leave it out, or give the text to end before")
         return self
 
 
@@ -307,7 +322,10 @@ def main(arguments: list[str]) -> None:
     with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
         model, tokenizer, _ = load_model(find_checkpoint(config.checkpoint))
         model.eval()
-        precision = config.quantize or choose_precision(config.precision, model.hidden_size)
+        device = choose_device(config.device)
+        model.to(device)
+        chosen = choose_precision(config.precision, model.hidden_size, device)
+        precision = config.quantize or chosen
         sampling = Sampling(
             config.temperature,
             config.top_k,
@@ -329,7 +347,8 @@ def main(arguments: list[str]) -> None:
             seed=config.seed,
             precision=precision,
         )
-        sys.stdout.write(prompt)
+        first = next(pieces, "")  # what can go wrong has, before anything is printed
+        sys.stdout.write(prompt + first)
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()

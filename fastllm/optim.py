@@ -24,8 +24,6 @@ class Adam(torch.optim.Optimizer):
             is at most this, as after `torch.nn.utils.clip_grad_norm_`; `.grad` itself stays as
             it is. None for no clipping.
 
-    After a step with clipping, `grad_norm` is the norm of the unscaled gradients.
-
     Raises:
         ValueError: a setting is out of range.
         RuntimeError: a gradient is sparse; use `torch.optim.SparseAdam` for those.
@@ -55,13 +53,18 @@ class Adam(torch.optim.Optimizer):
                 f"Invalid max_grad_norm: {max_grad_norm}; it must be positive, or None"
             )
         self.max_grad_norm = max_grad_norm
-        self.grad_norm: float | None = None
+        self._grad_norm: float | torch.Tensor | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of the gradients at the last step with clipping, unscaled."""
+        return None if self._grad_norm is None else float(self._grad_norm)
+
     def __getstate__(self) -> dict[str, Any]:
         # PyTorch's own names the attributes it knows; a copy must clip as well.
-        own = {"max_grad_norm": self.max_grad_norm, "grad_norm": self.grad_norm}
+        own = {"max_grad_norm": self.max_grad_norm, "_grad_norm": self.grad_norm}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,7 +132,7 @@ class Adam(torch.optim.Optimizer):
             )
         max_grad_norm = -1.0 if self.max_grad_norm is None else self.max_grad_norm
         norm = adam(groups, self._decoupled_weight_decay, max_grad_norm)
-        self.grad_norm = None if self.max_grad_norm is None else norm
+        self._grad_norm = None if self.max_grad_norm is None else norm
         return loss
 
 

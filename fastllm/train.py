@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from fastllm.command import choose_precision, errors_in_one_line, say
+from fastllm.command import choose_device, choose_precision, errors_in_one_line, say
 from fastllm.data.loader import TextDataset
 from fastllm.data.text import clean_lines, read_text
 from fastllm.files import replace_file
@@ -83,11 +83,8 @@ def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
         checkpoint = find_checkpoint(run_dir)
         model, tokenizer, _ = load_model(checkpoint)
         model.gradient_checkpointing = config.gradient_checkpointing
-    device = choose_device(config)
-    if device == "cpu":
-        config.precision = choose_precision(config.precision, config.hidden_size)
-    elif config.precision == "auto":  # nothing was measured there
-        config.precision = "fp32"
+    device = choose_device(config.device)
+    config.precision = choose_precision(config.precision, config.hidden_size, device)
     text = config.file_path or demo_text(run_dir, tell)
     if not checkpoint:
         tokenizer = make_tokenizer(config, text)
@@ -108,20 +105,22 @@ def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
         train_set, val_set = dataset.split(config.val_fraction)
     with torch.device("meta"):
         sketch = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
-    memory = at_start + estimate_memory_mb(sketch, config, torch.get_num_threads())
     tell(
         f"data        {text}: {len(dataset.tokens):,} tokens of {tokenizer.vocab_size:,} kinds, "
         f"{len(train_set):,} training sequences"
     )
     tell(f"parameters  {sum(p.numel() for p in sketch.parameters()):,}")
     tell(f"precision   {config.precision}")
-    tell(f"memory      about {memory:,.0f} MiB at its peak")
-    there = psutil.virtual_memory().total / 2**20
-    if device == "cpu" and memory > there:
-        raise ValueError(
-            f"training needs about {memory:,.0f} MiB of memory and this machine has {there:,.0f}; "
-            "choose a smaller model, batch_size or max_seq_len, or gradient_checkpointing"
-        )
+    if device == "cpu":
+        memory = at_start + estimate_memory_mb(sketch, config, torch.get_num_threads())
+        tell(f"memory      about {memory:,.0f} MiB at its peak")
+        there = psutil.virtual_memory().total / 2**20
+        if memory > there:
+            raise ValueError(
+                f"training needs about {memory:,.0f} MiB of memory and this machine has "
+                f"{there:,.0f}; choose a smaller model, batch_size or max_seq_len, or "
+                "gradient_checkpointing"
+            )
     if not checkpoint:
         torch.manual_seed(mix(config.seed, "start"))
         model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
@@ -152,13 +151,6 @@ def make_tokenizer(config: TrainConfig, text: Path) -> Tokenizer:
     if config.tokenizer == "char":
         return SimpleCharacterTokenizer.from_pieces(pieces)
     return SubwordTokenizer.train(pieces, config.tokenizer, config.vocab_size)
-
-
-def choose_device(config: TrainConfig) -> str:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        say("warning: CUDA requested but not available, falling back to the CPU")
-        return "cpu"
-    return config.device
 
 
 def estimate_memory_mb(model: DecoderModel, config: TrainConfig, threads: int) -> float:

@@ -278,8 +278,8 @@ def test_wrong_settings(model: DecoderModel) -> None:
         with pytest.raises(ValueError, match="seed must be in"):
             list(generate_tokens(model, [1], 5, seed=seed))
     for use_cache in (True, False):
-        with pytest.raises(ValueError, match="no precision 'fp16'; choose from fp32, bf16, int8"):
-            list(generate_tokens(model, [1], 5, use_cache=use_cache, precision="fp16"))
+        with pytest.raises(ValueError, match="no precision 'fp8'; choose from fp32, bf16, int8, "):
+            list(generate_tokens(model, [1], 5, use_cache=use_cache, precision="fp8"))
 
 
 def test_empty_prompt_and_unknown_characters(model: DecoderModel) -> None:

@@ -90,24 +90,39 @@ def adam_cpu(
 
 
 def why_not_cpu(groups: Sequence[AdamGroup] = ()) -> str | None:
+    reason = why_not_sizes(groups)
+    return reason or dispatch.why_not_cpu(
+        *chain(*[tensors for group in groups for tensors in group[:5]])
+    )
+
+
+def why_not_triton(groups: Sequence[AdamGroup] = ()) -> str | None:
+    tensors = list(chain(*[tensors for group in groups for tensors in group[:4]]))
+    if any(tensor.dtype is not torch.float32 for tensor in tensors):
+        return "a parameter, its gradient or its state is not torch.float32"
+    return why_not_sizes(groups) or dispatch.why_not_triton(*tensors)
+
+
+def why_not_sizes(groups: Sequence[AdamGroup]) -> str | None:
     for group in groups:
         sizes = [list(map(Tensor.numel, tensors)) for tensors in group[:4]]
         if sizes.count(sizes[0]) != 4:
             return "a parameter, its gradient and its state differ in size"
         if not all(map(Tensor.is_contiguous, chain(*group[:4]))):
             return "a parameter, its gradient or its state is not contiguous"
-    return dispatch.why_not_cpu(*chain(*[tensors for group in groups for tensors in group[:5]]))
+    return None
 
 
 IMPLEMENTATIONS: list[dispatch.Implementation] = [
     dispatch.Implementation("cpu", adam_cpu, why_not_cpu),
+    dispatch.Implementation("triton", dispatch.run_triton("adam"), why_not_triton),
     dispatch.Implementation("ref", adam_ref),
 ]
 
 
 def adam(
     groups: Sequence[AdamGroup], decoupled_weight_decay: bool = False, max_grad_norm: float = -1.0
-) -> float:
+) -> float | Tensor:
     """Update parameters, moments and step counts in place.
 
     Args:
@@ -116,7 +131,8 @@ def adam(
             writing them back; negative for no clipping.
 
     Returns:
-        The norm of all gradients before clipping; 0 when nothing is clipped.
+        The norm of all gradients before clipping, as a scalar tensor where only a GPU knows it yet;
+        0 when nothing is clipped.
     """
     run = dispatch.choose("adam", IMPLEMENTATIONS, groups).run
     return run(groups, decoupled_weight_decay, max_grad_norm)

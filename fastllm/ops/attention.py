@@ -126,13 +126,18 @@ def why_not_cpu(
 ) -> str | None:
     if q is None or k is None or v is None:
         return dispatch.why_not_cpu()
+    reason = why_not_qkv(q, k, v, dropout_p)
+    return reason or why_not_mask(attn_mask) or dispatch.why_not_fused(q, k, v)
+
+
+def why_not_qkv(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> str | None:
     if not q.ndim == k.ndim == v.ndim == 4 or q.shape[:2] != k.shape[:2] or k.shape != v.shape:
         return "q, k and v are not [B, N, S, D] and twice [B, N, T, D]"
     if q.numel() == 0 or k.numel() == 0:
         return "there are no elements"
     if not 0 <= dropout_p < 1:
         return "everything is dropped, or the probability is none"
-    return why_not_mask(attn_mask) or dispatch.why_not_fused(q, k, v)
+    return None
 
 
 def why_not_mask(attn_mask: Tensor | None) -> str | None:
@@ -141,8 +146,32 @@ def why_not_mask(attn_mask: Tensor | None) -> str | None:
     return None
 
 
+def why_not_triton(
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> str | None:
+    if q is None or k is None or v is None:
+        return dispatch.why_not_triton()
+    if (reason := why_not_qkv(q, k, v, dropout_p)) is not None:
+        return reason
+    if not q.dtype == k.dtype == v.dtype:
+        return "q, k and v differ in type"
+    widest = 64 if q.dtype is torch.float32 else 128
+    if q.size(-1) > widest:
+        return f"the heads are wider than {widest}, which does not fit into registers in {q.dtype}"
+    if attn_mask is not None and attn_mask.device != q.device:
+        return f"attn_mask is on {attn_mask.device}"
+    return dispatch.why_not_triton(q, k, v)
+
+
 IMPLEMENTATIONS: list[dispatch.Implementation] = [
     dispatch.Implementation("cpu", attention_cpu, why_not_cpu),
+    dispatch.Implementation("triton", dispatch.run_triton("attention"), why_not_triton),
     dispatch.Implementation("ref", attention_ref),
 ]
 

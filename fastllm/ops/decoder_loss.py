@@ -218,8 +218,8 @@ def why_not_shape(B: int, S: int, V: int) -> str | None:
 
 def why_not_decoder(decoder: Decoder, S: int) -> str | None:
     """Why the kernels cannot read this model, for sequences of length S; None if they can."""
-    if dispatch.requested() == "ref":
-        return "the reference was asked for"
+    if dispatch.requested() not in ("auto", "cpu"):
+        return f"'{dispatch.requested()}' was asked for"
     if not decoder.fits(S):
         return "sizes do not fit each other"
     parameters = decoder.parameters()

@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -35,6 +37,9 @@ def best_isa(cap: str, runnable: Sequence[str]) -> str:
         )
     return next(isa for isa in reversed(ISAS[: ISAS.index(cap) + 1]) if isa in runnable)
 
+
+# Triton then runs its kernels on CPU tensors: slowly, to test what they compute.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 kernels: Any = None
 extension_problem: str | None = None
@@ -73,7 +78,6 @@ def use(name: str) -> AbstractContextManager[None]:
 
     Raises:
         ValueError: the name is none of these.
-        ImplementationError: no operation has an implementation of that name.
     """
     return _using(_checked(name, "fastllm.use"))
 
@@ -127,11 +131,64 @@ def why_not_cpu(*tensors: Tensor) -> str | None:
         if dtype is not torch.float32:
             return f"a tensor is {dtype}; the kernels compute in torch.float32"
     for cls in set(map(type, tensors)):
-        if cls is not Tensor and cls is not torch.nn.Parameter:
-            return f"a tensor is a {cls.__name__}, whose memory may not be plain"
+        if (reason := _why_not_class(cls)) is not None:
+            return reason
     if inside_torch_func():
         return "a torch.func transform is under way"
     return None
+
+
+def _why_not_class(cls: type) -> str | None:
+    if cls is Tensor or cls is torch.nn.Parameter:
+        return None
+    return f"a tensor is a {cls.__name__}, whose memory may not be plain"
+
+
+@cache
+def _why_no_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if TRITON_INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA GPU, or this PyTorch is built without CUDA"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the GPU's compute capability is {major}.{minor}; the kernels need 8.0"
+    return None
+
+
+def why_not_triton(*tensors: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot take these tensors: the reason that all of them share."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    for tensor in present:
+        interpreted = TRITON_INTERPRETED and tensor.is_cpu and requested() == "triton"
+        if not tensor.is_cuda and not interpreted:
+            return f"a tensor is on {tensor.device}; the Triton kernels are for CUDA"
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"a tensor is {tensor.dtype}; the kernels take fp32, bf16 and fp16"
+        if (reason := _why_not_class(type(tensor))) is not None:
+            return reason
+        if tensor.device != present[0].device:
+            return f"tensors are on {present[0].device} and on {tensor.device}"
+        autocast = torch.is_autocast_enabled(tensor.device.type)
+        if tensor.dtype != present[0].dtype and not autocast:
+            return f"tensors are {present[0].dtype} and {tensor.dtype}"
+    if inside_torch_func():
+        return "a torch.func transform is under way"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is under way"
+    return _why_no_triton()
+
+
+def run_triton(operation: str) -> Callable[..., Any]:
+    """`{operation}_triton` of the file of that name, which is imported when it is called."""
+
+    def run(*arguments: Any) -> Any:
+        name = f"{operation}_triton"
+        return getattr(import_module(f"fastllm.ops.{name}"), name)(*arguments)
+
+    return run
 
 
 def why_not_fused(*tensors: Tensor | None) -> str | None:
@@ -153,7 +210,7 @@ def why_not_autocast(dtype: torch.dtype) -> str | None:
     if kernels is None:
         return extension_problem
     if dtype is not torch.bfloat16:
-        return f"autocast to {dtype} is on; the kernels know torch.bfloat16"
+        return f"autocast to {dtype} is on; on a CPU the kernels know torch.bfloat16"
     if not kernels.native_bf16():
         return f"this CPU has no dot product of bf16 numbers ({kernels.isa()} is in use)"
     return None
@@ -182,10 +239,6 @@ def _checked(name: str, source: str) -> str:
     if name not in NAMES:
         raise ValueError(
             f"{source}: there is no implementation '{name}'; choose from {', '.join(NAMES)}"
-        )
-    if name == "triton":
-        raise ImplementationError(
-            f"{source}: this version of fastllm has no Triton kernels; choose auto, ref or cpu"
         )
     return name
 

@@ -60,17 +60,17 @@ def keep_mask(shape: torch.Size, p: float, seed: int, stream: int, device: Any) 
     w0, w1, w2, w3 = philox(counters.view(-1, 8), seed, stream)
     pairs = [torch.stack(pair, dim=-1).flatten(1) for pair in ((w0, w1), (w2, w3))]
     halves = [half for words in pairs for half in (words & 0xFFFF, words >> 16)]
-    return (torch.stack(halves, dim=1) >= _dropped(p)).flatten()[:size].view(shape)
+    return (torch.stack(halves, dim=1) >= dropped_of_65536(p)).flatten()[:size].view(shape)
 
 
-def _dropped(p: float) -> int:
-    """How many of the 65,536 values of 16 random bits drop an element."""
-    return min(max(int(p * 65536 + 0.5), 1), 65535)
+def dropped_of_65536(p: float) -> int:
+    """How many of the 65,536 values of 16 random bits drop an element; none at `p` = 0 alone."""
+    return 0 if p == 0 else min(max(int(p * 65536 + 0.5), 1), 65535)
 
 
 def dropout_ref(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
     keep = keep_mask(x.shape, p, seed, stream, x.device)
-    return x * (keep * (1 / (1 - _dropped(p) / 65536))).to(x.dtype)
+    return x * (keep * (1 / (1 - dropped_of_65536(p) / 65536))).to(x.dtype)
 
 
 class DropoutFunction(torch.autograd.Function):
@@ -101,6 +101,7 @@ def dropout_cpu(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
 
 IMPLEMENTATIONS: list[dispatch.Implementation] = [
     dispatch.Implementation("cpu", dropout_cpu, dispatch.why_not_cpu),
+    dispatch.Implementation("triton", dispatch.run_triton("dropout"), dispatch.why_not_triton),
     dispatch.Implementation("ref", dropout_ref),
 ]
 

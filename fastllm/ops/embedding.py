@@ -10,6 +10,8 @@ from fastllm.ops import dispatch
 from fastllm.ops.dropout import dropout
 from fastllm.ops.parameters import address, check_first_derivative, contiguous, new_grad
 
+CPU = torch.device("cpu")
+
 
 class Settings(NamedTuple):
     """What is no tensor."""
@@ -77,9 +79,9 @@ def embedding_cpu(ids: Tensor, weight: Tensor, positions: Tensor, settings: Sett
     return EmbeddingFunction.apply(*contiguous(ids.long(), weight, positions), settings)
 
 
-def why_not_ids(ids: Tensor) -> str | None:
-    """Why the kernels cannot read these ids or targets, or None."""
-    if type(ids) is not Tensor or not ids.is_cpu:
+def why_not_ids(ids: Tensor, device: torch.device = CPU) -> str | None:
+    """Why kernels on that device cannot read these ids or targets, or None."""
+    if type(ids) is not Tensor or ids.device != device:
         return f"the ids are a {type(ids).__name__} on {ids.device}"
     if ids.is_floating_point() or ids.dtype is torch.bool:
         return f"the ids are {ids.dtype}, which is no integer"
@@ -94,19 +96,35 @@ def why_not_cpu(
 ) -> str | None:
     if ids is None or weight is None or positions is None or settings is None:
         return dispatch.why_not_cpu()
+    reason = why_not_ids(ids) or why_not_fused(ids, weight, positions, settings)
+    return reason or dispatch.why_not_fused(weight, positions)
+
+
+def why_not_triton(
+    ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    positions: Tensor | None = None,
+    settings: Settings | None = None,
+) -> str | None:
+    if ids is None or weight is None or positions is None or settings is None:
+        return dispatch.why_not_triton()
+    reason = why_not_ids(ids, weight.device) or why_not_fused(ids, weight, positions, settings)
+    return reason or dispatch.why_not_triton(weight, positions)
+
+
+def why_not_fused(ids: Tensor, weight: Tensor, positions: Tensor, settings: Settings) -> str | None:
     if ids.ndim != 2 or ids.numel() == 0:
         return "the ids are not [B, S], or none"
     if not 0 <= settings.dropout_p < 1:
         return "everything is dropped, or the probability is none"
-    if (reason := why_not_ids(ids)) is not None:
-        return reason
     if positions.shape != (ids.size(1), weight.size(1)):
         return "the positions do not fit the ids and the embeddings"
-    return dispatch.why_not_fused(weight, positions)
+    return None
 
 
 IMPLEMENTATIONS: list[dispatch.Implementation] = [
     dispatch.Implementation("cpu", embedding_cpu, why_not_cpu),
+    dispatch.Implementation("triton", dispatch.run_triton("embedding"), why_not_triton),
     dispatch.Implementation("ref", embedding_ref),
 ]
 

@@ -77,17 +77,44 @@ def why_not_cpu(
 ) -> str | None:
     if x is None or norm is None:
         return dispatch.why_not_cpu()
+    reason = why_not_rows(x, norm, residual)
+    return reason or dispatch.why_not_fused(x, norm.weight, norm.bias, residual)
+
+
+def why_not_triton(
+    x: Tensor | None = None, norm: Norm | None = None, residual: Tensor | None = None
+) -> str | None:
+    if x is None or norm is None:
+        return dispatch.why_not_triton()
+    if (reason := why_not_rows(x, norm, residual)) is not None:
+        return reason
+    H = x.size(-1)
+    if H > LONGEST_TRITON:
+        return f"a row of {H} elements does not fit into registers"
+    if H <= NARROWEST_TRITON and dispatch.requested() != "triton":
+        return f"PyTorch's own kernel is faster up to a width of {NARROWEST_TRITON}"
+    return dispatch.why_not_triton(x, norm.weight, norm.bias, residual)
+
+
+def why_not_rows(x: Tensor, norm: Norm, residual: Tensor | None) -> str | None:
     if residual is not None and residual.shape != x.shape:
         return "the residual is broadcast"
     if x.numel() == 0:
         return "there are no elements"
     if not norm.fits(x.size(-1)):
         return "the norm is not one over the last dimension"
-    return dispatch.why_not_fused(x, norm.weight, norm.bias, residual)
+    return None
 
+
+# Widths beyond which a kernel in Triton is faster than PyTorch's, by measurements that others have
+# published; `python -m fastllm.bench --device cuda` shows what holds on a GPU at hand. Asked for by
+# name, the kernel runs at any width.
+NARROWEST_TRITON = 2048
+LONGEST_TRITON = 16384
 
 IMPLEMENTATIONS: list[dispatch.Implementation] = [
     dispatch.Implementation("cpu", layer_norm_cpu, why_not_cpu),
+    dispatch.Implementation("triton", dispatch.run_triton("layer_norm"), why_not_triton),
     dispatch.Implementation("ref", layer_norm_ref),
 ]
 

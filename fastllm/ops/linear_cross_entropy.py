@@ -82,17 +82,33 @@ def why_not_cpu(
 ) -> str | None:
     if x is None or head is None or targets is None:
         return dispatch.why_not_cpu()
+    reason = why_not_ids(targets) or why_not_head(x, head)
+    return reason or dispatch.why_not_fused(x, *head)
+
+
+def why_not_triton(
+    x: Tensor | None = None,
+    head: Linear | None = None,
+    targets: Tensor | None = None,
+    ignore_index: int = -100,
+) -> str | None:
+    if x is None or head is None or targets is None:
+        return dispatch.why_not_triton()
+    reason = why_not_ids(targets, x.device) or why_not_head(x, head)
+    return reason or dispatch.why_not_triton(x, *head)
+
+
+def why_not_head(x: Tensor, head: Linear) -> str | None:
     if x.numel() == 0:
         return "there are no elements"
-    if (reason := why_not_ids(targets)) is not None:
-        return reason
     if not head.fits(head.weight.size(0), x.size(-1)):
         return "the head does not fit x"
-    return dispatch.why_not_fused(x, *head)
+    return None
 
 
 IMPLEMENTATIONS: list[dispatch.Implementation] = [
     dispatch.Implementation("cpu", linear_cross_entropy_cpu, why_not_cpu),
+    dispatch.Implementation("triton", dispatch.run_triton("linear_cross_entropy"), why_not_triton),
     dispatch.Implementation("ref", linear_cross_entropy_ref),
 ]
 

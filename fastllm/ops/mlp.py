@@ -154,6 +154,29 @@ def why_not_cpu(
 ) -> str | None:
     if x is None or fc1 is None or fc2 is None:
         return dispatch.why_not_cpu()
+    reason = why_not_fused(x, fc1, fc2, dropout_p, norm)
+    return reason or dispatch.why_not_fused(x, *fc1, *fc2, *(norm[:2] if norm else ()))
+
+
+def why_not_triton(
+    x: Tensor | None = None,
+    fc1: Linear | None = None,
+    fc2: Linear | None = None,
+    activation: str = "gelu",
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    norm: Norm | None = None,
+    norm_first: bool = True,
+) -> str | None:
+    if x is None or fc1 is None or fc2 is None:
+        return dispatch.why_not_triton()
+    reason = why_not_fused(x, fc1, fc2, dropout_p, norm)
+    return reason or dispatch.why_not_triton(x, *fc1, *fc2, *(norm[:2] if norm else ()))
+
+
+def why_not_fused(
+    x: Tensor, fc1: Linear, fc2: Linear, dropout_p: float, norm: Norm | None
+) -> str | None:
     if x.numel() == 0:
         return "there are no elements"
     if not 0 <= dropout_p < 1:
@@ -161,11 +184,12 @@ def why_not_cpu(
     I, H = fc1.weight.shape
     if not (fc1.fits(I, H) and fc2.fits(H, I) and (norm is None or norm.fits(H))):
         return "a bias or a norm does not fit the weights"
-    return dispatch.why_not_fused(x, *fc1, *fc2, *(norm[:2] if norm else ()))
+    return None
 
 
 IMPLEMENTATIONS: list[dispatch.Implementation] = [
     dispatch.Implementation("cpu", mlp_cpu, why_not_cpu),
+    dispatch.Implementation("triton", dispatch.run_triton("mlp"), why_not_triton),
     dispatch.Implementation("ref", mlp_ref),
 ]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastllm.ops import dispatch
 from fastllm.ops.attention import attention, check_mask, mask_description, why_not_mask
 from fastllm.ops.dropout import dropout
-from fastllm.ops.layer_norm import layer_norm_ref
+from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.parameters import (
     Linear,
     Norm,
@@ -46,14 +46,14 @@ def multi_head_attention_ref(
 ) -> Tensor:
     B, S, H = x.shape
     N = settings.num_heads
-    normed = layer_norm_ref(x, norm, None) if norm and settings.norm_first else x
+    normed = layer_norm(x, norm) if norm and settings.norm_first else x
     q, k, v = F.linear(normed, *qkv).view(B, S, 3, N, H // N).permute(2, 0, 3, 1, 4)
     _, attn_mask, is_causal, dropout_p, seed, out_dropout_p, out_seed, norm_first = settings
     heads = attention(q, k, v, attn_mask, is_causal, dropout_p, seed)
     y = dropout(F.linear(heads.transpose(1, 2).reshape(B, S, H), *out), out_dropout_p, out_seed)
     if norm is None:
         return y
-    return x + y if norm_first else layer_norm_ref(y, norm, x)
+    return x + y if norm_first else layer_norm(y, norm, x)
 
 
 class MultiHeadAttentionFunction(torch.autograd.Function):
@@ -157,8 +157,14 @@ def why_not_cpu(
     )
 
 
+def why_not_triton(x: Tensor | None = None, *others: Any) -> str | None:
+    return dispatch.why_not_triton(x)
+
+
 IMPLEMENTATIONS: list[dispatch.Implementation] = [
     dispatch.Implementation("cpu", multi_head_attention_cpu, why_not_cpu),
+    # Its parts by their own implementations, between products that cuBLAS does best.
+    dispatch.Implementation("triton", multi_head_attention_ref, why_not_triton),
     dispatch.Implementation("ref", multi_head_attention_ref),
 ]
 

@@ -21,7 +21,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Progress:
     best_step: int | None = None
     evaluations_since_best: int = 0
     text_sha256: str | None = None
+    loss_scale: dict[str, int | float] = field(default_factory=dict)  # of fp16
 
 
 def save_checkpoint(
@@ -146,6 +147,11 @@ def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig]:
         CheckpointError: a file is missing, truncated, changed or foreign.
     """
     _verify(checkpoint)
+    if _is_gpt2(checkpoint / "config.json"):
+        raise CheckpointError(
+            f"{checkpoint} holds a GPT-2 in Hugging Face's format, not a run of train; load it "
+            "in Python with DecoderModel.from_gpt2"
+        )
     try:
         config = read_config(checkpoint / "config.json")
         tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
@@ -167,6 +173,14 @@ def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig]:
         )
     model.to_empty(device="cpu").load_state_dict(_read_tensors(file))
     return model, tokenizer, config
+
+
+def _is_gpt2(config: Path) -> bool:
+    try:
+        settings = json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("model_type") == "gpt2"
 
 
 def load_training_state(checkpoint: Path, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:

@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from fastllm.command import CommandSettings, describe, parse_settings, underscored
+from fastllm.command import (
+    CommandSettings,
+    Device,
+    Precision,
+    describe,
+    parse_settings,
+    underscored,
+)
 from fastllm.models.decoder import DecoderModel
 
 if sys.version_info >= (3, 11):
@@ -123,15 +130,15 @@ class TrainConfig(CommandSettings):
     """Print only warnings and errors."""
 
     # Machine
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     """Where to train; the CPU serves where there is no CUDA."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that load data; 0 loads it in the training process."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Precision = "fp32"
     """What matrix products round their operands to; weights and sums are fp32 always. bf16 is up to
-    1.8 times as fast on CPUs that have it; auto takes it there."""
+    1.8 times as fast on CPUs that have it; auto takes it there. fp16 is for GPUs."""
     impl: Literal["auto", "ref", "cpu", "triton"] = "auto"
     """Implementation of the operations: auto takes the fastest that can serve."""
     gradient_checkpointing: bool = False

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastllm.command import say
+from fastllm.command import autocast, say
 from fastllm.data.loader import TextDataset, collate
 from fastllm.generate import generate_tokens
 from fastllm.models.decoder import DecoderModel
@@ -116,6 +116,10 @@ class Trainer:
         self.val_set = val_set
         self.run_dir = run_dir
         self.optimizers = make_optimizers(model, config)
+        # fp16 knows no gradient below 6e-8; elsewhere this does nothing.
+        self.scaler = torch.amp.GradScaler(
+            next(model.parameters()).device.type, enabled=config.precision == "fp16"
+        )
         self.progress = Progress(text_sha256=train_set.text_sha256)
         if checkpoint is not None:
             self.progress = load_training_state(checkpoint, self.optimizers)
@@ -124,6 +128,8 @@ class Trainer:
                     f"{train_set.file_path} is not the text that this run began with; give its "
                     "text back, or start a new run in another out_dir"
                 )
+            if self.progress.loss_scale and self.scaler.is_enabled():
+                self.scaler.load_state_dict(self.progress.loss_scale)
         self.batches_per_epoch = math.ceil(len(train_set) / config.batch_size)
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.grad_accum)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
@@ -227,12 +233,12 @@ class Trainer:
                     optimizer.zero_grad()
                 return None
             if tokens:
-                with self._autocast():
+                with autocast(device.type, config.precision):
                     batch_loss = self.model.loss(ids, ids)
                 if count > 1:
                     # By its tokens, so that the sum is the gradient of one big batch.
                     batch_loss = batch_loss * (tokens / sum(predicted))
-                batch_loss.backward()
+                self.scaler.scale(batch_loss).backward()
                 loss += batch_loss.item()
         self._check_finite("loss", loss)
         lr = self._set_learning_rates()
@@ -241,21 +247,20 @@ class Trainer:
         progress.tokens += sum(ids.numel() for ids in step_batches)
         return loss, grad_norm, lr
 
-    def _autocast(self) -> torch.autocast:
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
-
     def _update(self) -> float:
         norm = 0.0
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         if len(self.optimizers) > 1 and self.config.max_grad_norm:
             norm = float(
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             )
         for optimizer in self.optimizers:
-            optimizer.step()
+            self.scaler.step(optimizer)  # unless a gradient overflowed
             if isinstance(optimizer, Adam) and optimizer.grad_norm is not None:
                 norm = optimizer.grad_norm
             optimizer.zero_grad()
+        self.scaler.update()
         return norm
 
     def _check_finite(self, name: str, value: float) -> None:
@@ -309,7 +314,8 @@ class Trainer:
 
     def _validate(self, val_set: TextDataset) -> float:
         progress = self.progress
-        with self._autocast():
+        device = next(self.model.parameters()).device.type
+        with autocast(device, self.config.precision):
             self.evaluation = evaluate(self.model, val_set, self.config.batch_size)
         progress.val_loss = self.evaluation.loss
         self._check_finite("validation loss", progress.val_loss)
@@ -339,7 +345,9 @@ class Trainer:
         """
         progress = self.progress
         for name, parameter in self.model.named_parameters():
-            self._check_finite(f"sum of {name}", float(parameter.detach().sum(dtype=torch.float64)))
+            for extreme in torch.aminmax(parameter.detach()):
+                self._check_finite(f"largest or smallest number of {name}", float(extreme))
+        progress.loss_scale = self.scaler.state_dict()
         save_checkpoint(
             self.run_dir,
             self.config,

@@ -266,7 +266,7 @@ def test_reasons() -> None:
     decoder = model.fused(torch.empty(1, 40), None)
     assert decoder is not None
     with fastllm.use("ref"):
-        assert "reference was asked for" in str(decode.why_not(decoder))
+        assert "'ref' was asked for" in str(decode.why_not(decoder))
     half = copy.deepcopy(model).half().fused(torch.empty(1, 40), None)
     assert half is not None and "torch.float16" in str(decode.why_not(half))
     with isa_in_use("base"):

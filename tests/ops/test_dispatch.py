@@ -8,6 +8,7 @@ import torch
 import fastllm
 from fastllm.ops import dispatch
 from fastllm.ops.dispatch import Implementation, choose
+from fastllm.ops.dropout import dropout
 from tests.conftest import needs_extension
 
 TABLE = [
@@ -52,9 +53,44 @@ def test_unknown_name_is_refused(name: str) -> None:
         fastllm.use(name)
 
 
-def test_triton_is_known_and_says_why_it_cannot_serve() -> None:
-    with pytest.raises(dispatch.ImplementationError, match="no Triton kernels"):
-        fastllm.use("triton")
+def test_triton_says_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(3)
+    with fastllm.use("auto"):
+        assert "the Triton kernels are for CUDA" in str(dispatch.why_not_triton(x))
+    monkeypatch.setattr(dispatch, "TRITON_INTERPRETED", True)
+    for tensors, reason in (
+        ([x.double()], "torch.float64; the kernels take fp32, bf16 and fp16"),
+        ([x, x.half()], "tensors are torch.float32 and torch.float16"),
+        ([x.to("meta")], "a tensor is on meta"),
+        ([x.as_subclass(Odd)], "a tensor is a Odd, whose memory"),
+    ):
+        with fastllm.use("triton"):
+            assert reason in str(dispatch.why_not_triton(*tensors))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("find_spec", lambda name: None, "Triton is not installed: pip install triton"),
+        ("TRITON_INTERPRETED", False, "this machine has no CUDA GPU"),
+    ],
+)
+def test_triton_says_what_the_machine_lacks(
+    setting: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if setting == "TRITON_INTERPRETED" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU")
+    monkeypatch.setattr(dispatch, setting, value)
+    dispatch._why_no_triton.cache_clear()
+    try:
+        assert str(dispatch.why_not_triton()).startswith(reason)
+        with (
+            fastllm.use("triton"),
+            pytest.raises(dispatch.ImplementationError, match="'triton' was asked for"),
+        ):
+            dropout(torch.ones(3), 0.5, 1)
+    finally:
+        dispatch._why_no_triton.cache_clear()
 
 
 def test_unknown_name_in_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,10 +107,11 @@ def test_default_is_not_the_reference_where_there_are_kernels() -> None:
     assert chosen["adam"]["ref"] == "available"
 
 
-def test_why_not_cpu_names_what_is_wrong() -> None:
-    class Odd(torch.Tensor):
-        pass
+class Odd(torch.Tensor):
+    pass
 
+
+def test_why_not_cpu_names_what_is_wrong() -> None:
     if dispatch.kernels is None:
         assert "extension" in str(dispatch.why_not_cpu())
         return

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastllm
 from fastllm.training.checkpoint import find_checkpoint, load_model, load_training_state
 from fastllm.training.config import parse_train_config
 from fastllm.training.loop import Trainer, TrainingError, batches, make_optimizers
@@ -95,6 +96,33 @@ def test_looking_on_changes_nothing(make_trainer: MakeTrainer) -> None:
     )
     watched.train()
     assert all(torch.equal(x, y) for x, y in zip(weights(plain), weights(watched), strict=True))
+
+
+def test_a_gradient_that_overflows_fp16_is_skipped_and_the_scale_is_saved(
+    make_trainer: MakeTrainer,
+) -> None:
+    """With the reference: the kernels of CPUs do not know fp16."""
+
+    def make(*flags: str) -> Trainer:
+        trainer = make_trainer("run", "--impl", "ref", "--max_steps", "4", *flags)
+        trainer.config.precision = "fp16"
+        trainer.scaler = torch.amp.GradScaler("cpu")
+        return trainer
+
+    trainer = make()
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # which overflows
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with fastllm.use("ref"):
+        trainer.train()
+    assert all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before, strict=True))
+    assert trainer.progress.loss_scale["scale"] == 2.0**36
+    resumed = make("--resume", "--max_steps", "40")
+    resumed.scaler.load_state_dict(resumed.progress.loss_scale)
+    with fastllm.use("ref"):
+        resumed.train()
+    assert resumed.progress.loss_scale["scale"] < 2.0**36
+    moved = zip(resumed.model.parameters(), before, strict=True)
+    assert any(not torch.equal(p, b) for p, b in moved)
 
 
 def test_accumulated_batches_equal_the_big_batch(make_trainer: MakeTrainer) -> None:

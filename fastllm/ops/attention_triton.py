@@ -1,0 +1,348 @@
+"""Attention in Triton: tiles of scores that are never in memory (Dao, "FlashAttention-2", 2023).
+
+The forward keeps the logarithm of each row's sum of exponentials, and the backward computes the
+weights from it again: one kernel takes blocks of queries, another blocks of keys, so that each sums
+up its own gradients and no two write to the same place.
+
+Roofline: a block of 64 queries computes 4 * 64 * D operations for every key and value, 4 D bytes in
+16 bits: 64 a byte from L2, which gives an A100 more than it can multiply. So blocks are as large as
+registers allow, and what counts is that scores never go to memory.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllm.ops.blocks_triton import dot, dot_precision, keep_mask, power_of_2, rounded, tuned
+from fastllm.ops.dropout import dropped_of_65536
+from fastllm.ops.parameters import check_first_derivative
+
+# exp2 is an instruction, exp is not.
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+def config(block_s: int, block_t: int, warps: int, stages: int = 2) -> triton.Config:
+    sizes = {"BLOCK_S": block_s, "BLOCK_T": block_t}
+    return triton.Config(sizes, num_warps=warps, num_stages=stages)
+
+
+class Tiles(NamedTuple):
+    """What fits into registers on every GPU from sm_80 to sm_100, by the type and the head's width.
+
+    With dropout, which takes most; `benchmarks/triton_targets.py` shows it.
+    """
+
+    narrow: tuple[triton.Config, ...]  # 16 bits, D <= 64
+    wide: tuple[triton.Config, ...]  # 16 bits, D <= 128
+    fp32: tuple[triton.Config, ...]  # D <= 64
+
+
+# Of two to measure, the first has fewer threads to wait for each other, the second more warps to
+# hide what it waits for, or reads less for each query.
+FORWARD = Tiles(
+    narrow=(config(64, 64, 4), config(128, 64, 8)),
+    wide=(config(64, 64, 4), config(64, 32, 8)),
+    fp32=(config(16, 32, 4),),
+)
+BACKWARD_Q = Tiles(
+    narrow=(config(64, 64, 4), config(128, 64, 8)),
+    wide=(config(32, 64, 4), config(64, 32, 8)),
+    fp32=(config(16, 32, 4),),
+)
+BACKWARD_KV = Tiles(
+    narrow=(config(32, 64, 4), config(32, 64, 8)),
+    wide=(config(64, 64, 8),),
+    fp32=(config(16, 32, 8, 1),),
+)
+
+
+def tuned_tiles(tiles: Tiles) -> Callable[[Any], Any]:
+    """Chooses among the tiles that fit."""
+
+    def fitting(configs: Any, arguments: Any, **constants: Any) -> list[triton.Config]:
+        if arguments["q"].dtype is torch.float32:
+            return list(tiles.fp32)
+        return list(tiles.narrow if constants["BLOCK_D"] <= 64 else tiles.wide)
+
+    return tuned(sum(tiles, ()), ("BLOCK_D", "CAUSAL", "MASKED", "DROPOUT", "PRECISION"), fitting)
+
+
+def widest_head(dtype: torch.dtype) -> int:
+    """The largest D for which there are tiles."""
+    return 64 if dtype is torch.float32 else 128
+
+
+@triton.jit
+def _hidden(mask, mask_strides, rows, columns, S, T, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
+    """Which of a block's scores do not count."""
+    hidden = columns[None, :] >= T
+    if CAUSAL:
+        hidden = hidden | (columns[None, :] > rows[:, None] + (T - S))
+    if MASKED:
+        inside = (rows[:, None] < S) & (columns[None, :] < T)
+        at = rows[:, None].to(tl.int64) * mask_strides[2] + columns[None, :] * mask_strides[3]
+        hidden = hidden | (tl.load(mask + at, inside, other=1) != 0)
+    return hidden
+
+
+@triton.jit
+def _kept(head, rows, column, S, T, seed, dropped, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Which weights of a block survive dropout; rows are filled up to a multiple of 64."""
+    first = (head * S + rows.to(tl.int64)) * (tl.cdiv(T, 64) * 64) + column
+    return keep_mask(first, seed, 0, dropped, BLOCK_S, BLOCK_T)
+
+
+@triton.jit
+def _block(x, row, stride, size, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of [size, D] in memory, 0 beyond its ends: [BLOCK, BLOCK_D]."""
+    rows, d = row + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    inside = (rows[:, None] < size) & (d[None, :] < D)
+    return tl.load(x + rows[:, None].to(tl.int64) * stride + d[None, :], inside, other=0)
+
+
+@triton.jit
+def _write(x, block, row, stride, size, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    rows, d = row + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    inside = (rows[:, None] < size) & (d[None, :] < D)
+    block = rounded(block, x.dtype.element_ty)
+    tl.store(x + rows[:, None].to(tl.int64) * stride + d[None, :], block, inside)
+
+
+@triton.jit
+def _head(strides, head, N):
+    """Where the head begins in a tensor of strides [B, N, ...]."""
+    return (head // N).to(tl.int64) * strides[0] + (head % N).to(tl.int64) * strides[1]
+
+
+@tuned_tiles(FORWARD)
+@triton.jit(do_not_specialize=["S", "T", "seed", "dropped"])
+def attention_fwd(
+    out, lse, q, k, v, mask, out_strides, q_strides, k_strides, v_strides, mask_strides,
+    N, S, T, D, scale, seed, dropped,
+    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head, over all keys that they see; `scale` is of the exponents."""
+    row, head = tl.program_id(0) * BLOCK_S, tl.program_id(1)
+    rows = row + tl.arange(0, BLOCK_S)
+    k += _head(k_strides, head, N)
+    v += _head(v_strides, head, N)
+    mask += _head(mask_strides, head, N)
+    queries = _block(q + _head(q_strides, head, N), row, q_strides[2], S, D, BLOCK_S, BLOCK_D)
+    largest = tl.full((BLOCK_S,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_S,), tl.float32)
+    sums = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    end = tl.minimum(T, row + BLOCK_S + T - S) if CAUSAL else T
+    for column in range(0, end, BLOCK_T):
+        columns = column + tl.arange(0, BLOCK_T)
+        keys = _block(k, column, k_strides[2], T, D, BLOCK_T, BLOCK_D)
+        scores = dot(queries, tl.trans(keys), PRECISION) * scale
+        hidden = _hidden(mask, mask_strides, rows, columns, S, T, CAUSAL, MASKED)
+        scores = tl.where(hidden, float("-inf"), scores)
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        # A row that has seen nothing yet must not become -inf - -inf.
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(largest - base)
+        total = total * shrink + tl.sum(weights, 1)
+        if DROPOUT:
+            kept = _kept(head, rows, column, S, T, seed, dropped, BLOCK_S, BLOCK_T)
+            weights = tl.where(kept, weights, 0.0)
+        values = _block(v, column, v_strides[2], T, D, BLOCK_T, BLOCK_D)
+        product = dot(rounded(weights, values.dtype), values, PRECISION)
+        sums = sums * shrink[:, None] + product
+        largest = larger
+    nothing = total == 0
+    factor = 1.0 / tl.where(nothing, 1.0, total)
+    if DROPOUT:
+        factor *= 65536.0 / (65536 - dropped)
+    out += _head(out_strides, head, N)
+    _write(out, sums * factor[:, None], row, out_strides[2], S, D, BLOCK_S, BLOCK_D)
+    # Infinite where nothing was seen: every weight that is computed from it is 0.
+    logarithms = tl.where(nothing, float("inf"), largest + tl.log2(total))
+    tl.store(lse + head.to(tl.int64) * S + rows, logarithms, rows < S)
+
+
+@tuned_tiles(BACKWARD_Q)
+@triton.jit(do_not_specialize=["S", "T", "seed", "dropped"])
+def attention_bwd_q(
+    grad_q, delta, grad_out, out, lse, q, k, v, mask,
+    out_strides, q_strides, k_strides, v_strides, mask_strides,
+    N, S, T, D, scale, seed, dropped,
+    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Gradient by a block of queries; also delta, each row's product of output and gradient.
+
+    `grad_q`, `out` and `grad_out` have the strides `out_strides`.
+    """
+    row, head = tl.program_id(0) * BLOCK_S, tl.program_id(1)
+    rows = row + tl.arange(0, BLOCK_S)
+    at, stride = _head(out_strides, head, N), out_strides[2]
+    k += _head(k_strides, head, N)
+    v += _head(v_strides, head, N)
+    mask += _head(mask_strides, head, N)
+    queries = _block(q + _head(q_strides, head, N), row, q_strides[2], S, D, BLOCK_S, BLOCK_D)
+    grads = _block(grad_out + at, row, stride, S, D, BLOCK_S, BLOCK_D)
+    outs = _block(out + at, row, stride, S, D, BLOCK_S, BLOCK_D)
+    deltas = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
+    places = head.to(tl.int64) * S + rows
+    tl.store(delta + places, deltas, rows < S)
+    logarithms = tl.load(lse + places, rows < S, other=float("inf"))
+    sums = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    end = tl.minimum(T, row + BLOCK_S + T - S) if CAUSAL else T
+    for column in range(0, end, BLOCK_T):
+        columns = column + tl.arange(0, BLOCK_T)
+        keys = _block(k, column, k_strides[2], T, D, BLOCK_T, BLOCK_D)
+        values = _block(v, column, v_strides[2], T, D, BLOCK_T, BLOCK_D)
+        scores = dot(queries, tl.trans(keys), PRECISION) * scale
+        hidden = _hidden(mask, mask_strides, rows, columns, S, T, CAUSAL, MASKED)
+        weights = tl.exp2(tl.where(hidden, float("-inf"), scores) - logarithms[:, None])
+        for_weights = dot(grads, tl.trans(values), PRECISION)
+        if DROPOUT:
+            kept = _kept(head, rows, column, S, T, seed, dropped, BLOCK_S, BLOCK_T)
+            for_weights = tl.where(kept, for_weights * (65536.0 / (65536 - dropped)), 0.0)
+        for_scores = weights * (for_weights - deltas[:, None])
+        sums += dot(rounded(for_scores, keys.dtype), keys, PRECISION)
+    _write(grad_q + at, sums * (scale / LOG2_E), row, stride, S, D, BLOCK_S, BLOCK_D)
+
+
+@tuned_tiles(BACKWARD_KV)
+@triton.jit(do_not_specialize=["S", "T", "seed", "dropped"])
+def attention_bwd_kv(
+    grad_k, grad_v, delta, grad_out, lse, q, k, v, mask,
+    grad_strides, out_strides, q_strides, k_strides, v_strides, mask_strides,
+    N, S, T, D, scale, seed, dropped,
+    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Gradients by a block of keys and values; both have the strides `grad_strides`."""
+    column, head = tl.program_id(0) * BLOCK_T, tl.program_id(1)
+    columns = column + tl.arange(0, BLOCK_T)
+    q += _head(q_strides, head, N)
+    grad_out += _head(out_strides, head, N)
+    mask += _head(mask_strides, head, N)
+    keys = _block(k + _head(k_strides, head, N), column, k_strides[2], T, D, BLOCK_T, BLOCK_D)
+    values = _block(v + _head(v_strides, head, N), column, v_strides[2], T, D, BLOCK_T, BLOCK_D)
+    for_keys = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for_values = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    # The first query that sees the first of these keys, in whole blocks.
+    begin = tl.maximum(0, column - (T - S)) // BLOCK_S * BLOCK_S if CAUSAL else 0
+    for row in range(begin, S, BLOCK_S):
+        rows = row + tl.arange(0, BLOCK_S)
+        places = head.to(tl.int64) * S + rows
+        queries = _block(q, row, q_strides[2], S, D, BLOCK_S, BLOCK_D)
+        grads = _block(grad_out, row, out_strides[2], S, D, BLOCK_S, BLOCK_D)
+        logarithms = tl.load(lse + places, rows < S, other=float("inf"))
+        scores = dot(keys, tl.trans(queries), PRECISION) * scale  # [BLOCK_T, BLOCK_S]
+        hidden = _hidden(mask, mask_strides, rows, columns, S, T, CAUSAL, MASKED)
+        weights = tl.where(tl.trans(hidden), float("-inf"), scores) - logarithms[None, :]
+        weights = tl.exp2(weights)
+        for_weights = dot(values, tl.trans(grads), PRECISION)
+        used = weights
+        if DROPOUT:
+            kept = tl.trans(_kept(head, rows, column, S, T, seed, dropped, BLOCK_S, BLOCK_T))
+            factor = 65536.0 / (65536 - dropped)
+            used = tl.where(kept, weights * factor, 0.0)
+            for_weights = tl.where(kept, for_weights * factor, 0.0)
+        for_values += dot(rounded(used, grads.dtype), grads, PRECISION)
+        deltas = tl.load(delta + places, rows < S, other=0)
+        for_scores = weights * (for_weights - deltas[None, :])
+        for_keys += dot(rounded(for_scores, queries.dtype), queries, PRECISION)
+    at, stride = _head(grad_strides, head, N), grad_strides[2]
+    _write(grad_k + at, for_keys * (scale / LOG2_E), column, stride, T, D, BLOCK_T, BLOCK_D)
+    _write(grad_v + at, for_values, column, stride, T, D, BLOCK_T, BLOCK_D)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """The kernels; keeps the inputs, the output and a number for each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        dropout_p: float,
+        seed: int,
+    ) -> Tensor:
+        B, N, S = q.shape[:3]
+        ctx.settings = is_causal, dropout_p, seed
+        out = heads_beside_each_other(q)
+        lse = q.new_empty(B, N, S, dtype=torch.float32)
+        mask, numbers, constants = arguments(q, k, attn_mask, *ctx.settings)
+        attention_fwd[lambda meta: (triton.cdiv(S, meta["BLOCK_S"]), B * N)](
+            out, lse, q, k, v, mask, out.stride(), q.stride(), k.stride(), v.stride(),
+            mask.stride(), *numbers, **constants,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, lse, attn_mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
+        q, k, v, out, lse, attn_mask = ctx.saved_tensors
+        (B, N, S), T = q.shape[:3], k.size(2)
+        mask, numbers, constants = arguments(q, k, attn_mask, *ctx.settings)
+        if grad_out.stride() != out.stride():
+            grad_out = torch.empty_like(out).copy_(grad_out)
+        grad_q, delta = torch.empty_like(out), torch.empty_like(lse)
+        grad_k, grad_v = heads_beside_each_other(k), heads_beside_each_other(k)
+        attention_bwd_q[lambda meta: (triton.cdiv(S, meta["BLOCK_S"]), B * N)](
+            grad_q, delta, grad_out, out, lse, q, k, v, mask, out.stride(), q.stride(),
+            k.stride(), v.stride(), mask.stride(), *numbers, **constants,
+        )  # fmt: skip
+        attention_bwd_kv[lambda meta: (triton.cdiv(T, meta["BLOCK_T"]), B * N)](
+            grad_k, grad_v, delta, grad_out, lse, q, k, v, mask, grad_k.stride(), out.stride(),
+            q.stride(), k.stride(), v.stride(), mask.stride(), *numbers, **constants,
+        )  # fmt: skip
+        return grad_q, grad_k, grad_v, None, None, None, None
+
+
+def heads_beside_each_other(x: Tensor) -> Tensor:
+    """New memory for [B, N, S, D], in which a position's heads are one row for what comes next."""
+    B, N, S, D = x.shape
+    return x.new_empty(B, S, N, D).transpose(1, 2)
+
+
+def arguments(
+    q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout_p: float, seed: int
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """What all kernels take: the mask, numbers and constants."""
+    B, N, S, D = q.shape
+    T = k.size(2)
+    if attn_mask is None:
+        mask = q.new_empty(1, dtype=torch.uint8).expand(1, 1, 1, 1)
+    else:
+        mask = attn_mask.view(torch.uint8).expand(B, N, S, T)
+    scale = math.log2(math.e) / math.sqrt(D)
+    numbers = (N, S, T, D, scale, seed, dropped_of_65536(dropout_p))
+    constants = {
+        "BLOCK_D": power_of_2(D),
+        "CAUSAL": is_causal,
+        "MASKED": attn_mask is not None,
+        "DROPOUT": dropout_p > 0,
+        "PRECISION": dot_precision(q),
+    }
+    return mask, numbers, constants
+
+
+def attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    seed: int,
+) -> Tensor:
+    """See `fastllm.ops.attention.attention`."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return AttentionFunction.apply(q, k, v, attn_mask, is_causal, dropout_p, seed)

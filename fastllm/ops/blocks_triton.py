@@ -1,0 +1,95 @@
+"""What the Triton kernels share: dropout masks, products of blocks, activations, tile sizes.
+
+Kernels are compiled for CUDA tensors. With TRITON_INTERPRET=1 in the environment before Triton is
+imported, Triton runs them on CPU tensors, slowly, to test what they compute.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def tuned(
+    configs: Sequence[triton.Config], key: Sequence[str], fitting: Callable[..., Any] | None = None
+) -> Callable[[Any], Any]:
+    """`triton.autotune`, which measures on a GPU and keeps its choice on disk.
+
+    Args:
+        configs: the first is taken where there is nothing to measure on.
+        key: arguments for whose values it measures anew, as for those of other types.
+        fitting: which of the configs to measure, as `early_config_prune` of `triton.autotune`.
+    """
+    return triton.autotune(
+        list(configs[:1] if INTERPRETED else configs),
+        list(key),
+        prune_configs_by={"early_config_prune": fitting} if fitting else None,
+        cache_results=True,
+    )
+
+
+def dot_precision(x: Tensor) -> str:
+    """How `dot` multiplies fp32 numbers: as PyTorch is told to."""
+    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def in_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the type that products take under autocast, where it is on."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def power_of_2(size: int) -> int:
+    """The block that `size` elements fit in; products need 16 at least."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """Product of two blocks, summed in fp32."""
+    if _INTERPRETED:  # which multiplies the bits of bf16 numbers as if they were integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """A block of fp32 numbers in another type, to the nearest."""
+    if _INTERPRETED and tl.bfloat16 == DTYPE:  # which cuts bits off
+        word = x.to(tl.uint32, bitcast=True)
+        nearest = (word + 0x7FFF + (word >> 16 & 1)) & 0xFFFF0000
+        x = tl.where(x == x, nearest, word).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def keep_mask(first, seed, stream, dropped, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Which elements survive dropout: [ROWS, SIZE], each row beginning with element `first` [ROWS].
+
+    As `fastllm.ops.dropout.keep_mask`: of 64 elements every counter of Philox decides eight. SIZE
+    is 32 or a multiple of 64, and rows begin at multiples of it.
+    """
+    GROUPS: tl.constexpr = (SIZE + 63) // 64
+    groups = first[:, None] // 64 + tl.arange(0, GROUPS)[None, :]
+    counters = groups[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    low, high = counters.to(tl.uint32), (counters >> 32).to(tl.uint32)
+    x0, x1, x2, x3 = tl.philox(seed, low, high, low * 0 + stream, low * 0)
+    if SIZE == 32:  # half of the words are for the other half of the elements
+        upper = (first // 32 % 2 == 1)[:, None, None]
+        words = tl.join(tl.where(upper, x2, x0), tl.where(upper, x3, x1))
+        halves = tl.join(words & 0xFFFF, words >> 16)  # [ROWS, 1, 8, w, q % 2]
+        halves = tl.permute(halves, (0, 1, 4, 2, 3))
+    else:
+        words = tl.join(tl.join(x0, x1), tl.join(x2, x3))  # [ROWS, GROUPS, 8, w, q // 2]
+        halves = tl.join(words & 0xFFFF, words >> 16)  # [..., q % 2]
+        halves = tl.permute(halves, (0, 1, 4, 5, 2, 3))  # [ROWS, GROUPS, q // 2, q % 2, 8, w]
+    return tl.reshape(halves, (ROWS, SIZE)) >= dropped

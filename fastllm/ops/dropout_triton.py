@@ -1,0 +1,51 @@
+"""Dropout in Triton: an element is read and written once, its random bits never."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllm.ops.blocks_triton import keep_mask, rounded
+from fastllm.ops.dropout import dropout, dropped_of_65536
+
+# One memory transaction of 16 bytes a thread, several in flight.
+ELEMENTS = 1024
+
+
+@triton.jit(do_not_specialize=["seed", "stream", "dropped"])
+def dropout_kernel(out, x, size, seed, stream, dropped, factor, ELEMENTS: tl.constexpr):
+    ROWS: tl.constexpr = ELEMENTS // 64
+    first = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ROWS) * 64
+    at = first[:, None] + tl.arange(0, 64)[None, :]
+    inside = at < size
+    kept = keep_mask(first, seed, stream, dropped, ROWS, 64)
+    # A product, so that what is not a number stays so where it is dropped.
+    y = tl.load(x + at, inside, other=0).to(tl.float32) * tl.where(kept, factor, 0.0)
+    tl.store(out + at, rounded(y, out.dtype.element_ty), inside)
+
+
+class DropoutFunction(torch.autograd.Function):
+    """It is linear, so it is its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int, stream: int) -> Tensor:
+        ctx.settings = p, seed, stream
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dropped = dropped_of_65536(p)
+        factor = 65536 / (65536 - dropped)
+        dropout_kernel[(triton.cdiv(x.numel(), ELEMENTS),)](
+            out, x, x.numel(), seed, stream, dropped, factor, ELEMENTS=ELEMENTS
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
+        return dropout(grad_out, *ctx.settings), None, None, None
+
+
+def dropout_triton(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
+    """See `fastllm.ops.dropout.dropout`."""
+    return DropoutFunction.apply(x, p, seed, stream)

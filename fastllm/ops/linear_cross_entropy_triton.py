@@ -1,0 +1,120 @@
+"""Linear layer with cross-entropy in Triton: logits of some rows at a time, never of all.
+
+The products are cuBLAS's: V is far beyond where one of our own would pay (see `mlp_triton`). One
+kernel between them turns a chunk of logits into their gradients in place, so that the forward gives
+the gradients as well (as in Liger Kernel; Hsu et al. 2024).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllm.ops.blocks_triton import in_autocast, rounded
+from fastllm.ops.parameters import Linear, check_first_derivative, needs_grad
+
+# Of a chunk: 128 MB in 16 bits, large enough for products at full speed.
+LOGITS = 2**26
+# Of a row that a program has in registers at a time.
+BLOCK_V = 4096
+
+
+@triton.jit
+def cross_entropy(
+    losses, logits, targets, share, V, ignore_index, KEEP: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """One row of logits becomes its gradient times `share`; also its loss, 0 where ignored."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * V
+    target = tl.load(targets + row)
+    largest = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        x = tl.load(logits + v, v < V, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(x))
+        # A row that has seen nothing finite yet must not become -inf - -inf.
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(largest - base) + tl.sum(tl.exp(x - base))
+        largest = larger
+    scored = target != ignore_index
+    at_target = tl.load(logits + tl.where(scored, target, 0)).to(tl.float32)
+    loss = largest + tl.log(total) - at_target
+    tl.store(losses + row, tl.where(scored, loss, 0.0))
+    if KEEP:
+        tl.debug_barrier()  # the target's logit is read before its place is written
+        factor = tl.where(scored, tl.load(share), 0.0)
+        for first in range(0, V, BLOCK_V):
+            v = first + tl.arange(0, BLOCK_V)
+            x = tl.load(logits + v, v < V, other=float("-inf")).to(tl.float32)
+            grad = tl.exp(x - largest) / total - tl.where(v == target, 1.0, 0.0)
+            grad = tl.where(scored, grad * factor, 0.0)
+            tl.store(logits + v, rounded(grad, logits.dtype.element_ty), v < V)
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """Its forward gives the gradients as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        ignore_index: int,
+        keep: bool,
+        loss_type: torch.dtype,
+    ) -> Tensor:
+        rows, targets = x.reshape(-1, x.size(-1)), targets.flatten()
+        (R, H), V = rows.shape, weight.size(0)
+        wanted = ctx.needs_input_grad if keep else (False, False, False)
+        grad_x = torch.empty_like(rows) if wanted[0] else None
+        # Sums over the chunks, in fp32.
+        grad_weight = weight.new_zeros(V, H, dtype=torch.float32) if wanted[1] else None
+        grad_bias = weight.new_zeros(V, dtype=torch.float32) if wanted[2] else None
+        losses = rows.new_empty(R, dtype=torch.float32)
+        scored = (targets != ignore_index).sum()
+        # Half of the division by their number comes now and half in the backward: so fp16 neither
+        # loses small probabilities nor overflows in sums over many rows.
+        share = scored.clamp(min=1).float().rsqrt()
+        chunk = max(1, LOGITS // V)
+        for first in range(0, R, chunk):
+            part = slice(first, first + chunk)
+            logits = torch.nn.functional.linear(rows[part], weight, bias)
+            cross_entropy[(logits.size(0),)](
+                losses[part], logits, targets[part], share, V, ignore_index,
+                KEEP=keep, BLOCK_V=min(BLOCK_V, triton.next_power_of_2(V)), num_warps=8,
+            )  # fmt: skip
+            if grad_x is not None:
+                torch.mm(logits, weight, out=grad_x[part])
+            if grad_weight is not None:
+                grad_weight += logits.t() @ rows[part]
+            if grad_bias is not None:
+                grad_bias += logits.sum(0)
+        ctx.save_for_backward(share, grad_x, grad_weight, grad_bias)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return (losses.sum() / scored).to(loss_type)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
+        share, *grads = ctx.saved_tensors
+        factor = grad_out.float() * share
+        grad_x, *others = [None if g is None else (g * factor).to(ctx.dtype) for g in grads]
+        grad_x = None if grad_x is None else grad_x.view(ctx.shape)
+        return grad_x, *others, None, None, None, None
+
+
+def linear_cross_entropy_triton(
+    x: Tensor, head: Linear, targets: Tensor, ignore_index: int
+) -> Tensor:
+    """See `fastllm.ops.linear_cross_entropy.linear_cross_entropy`; an fp32 loss under autocast."""
+    loss_type = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    x, weight, bias = in_autocast(x, *head)  # type: ignore[assignment]
+    keep = needs_grad(x, weight, bias)
+    return LinearCrossEntropyFunction.apply(
+        x, weight, bias, targets.long().contiguous(), ignore_index, keep, loss_type
+    )

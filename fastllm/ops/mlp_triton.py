@@ -1,0 +1,234 @@
+"""The feed-forward network in Triton: bias, activation and dropout go with the products.
+
+Kept for the backward is what `fc1` gave; the rest is computed again there.
+
+Roofline: to leave the elementwise work to a kernel of its own costs one more trip of [rows, I] to
+memory and back, 4 rows I bytes in 16 bits. To do it in a product of our own costs what that is
+slower than cuBLAS: at four fifths of its speed, a quarter of the time for 2 rows H I operations. On
+an A100 (312 TFLOP/s, 2.0 TB/s) the two are equal at H = 1,248, on an H100 (990, 3.35) at 2,364: so
+16-bit products are our own up to `WIDEST_DOT`. In fp32 (19.5) they are at 78: it is cuBLAS's.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllm.ops.blocks_triton import dot, in_autocast, keep_mask, rounded, tuned
+from fastllm.ops.dropout import dropped_of_65536
+from fastllm.ops.layer_norm import layer_norm
+from fastllm.ops.parameters import Linear, Norm, check_first_derivative
+
+WIDEST_DOT = 1024
+
+
+def config(block_r: int, block_i: int, warps: int, stages: int) -> triton.Config:
+    sizes = {"BLOCK_R": block_r, "BLOCK_I": block_i}
+    return triton.Config(sizes, num_warps=warps, num_stages=stages)
+
+
+TILES = (
+    config(64, 64, 4, 4),  # many of them: few rows still keep every multiprocessor busy
+    config(128, 64, 8, 3),  # reads the weight less often
+    config(64, 128, 8, 3),  # reads the rows less often
+)
+# One memory transaction of 16 bytes a thread, several in flight.
+ELEMENTS = 1024
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """The activation and its derivative."""
+    if ACTIVATION == "gelu":
+        share = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        return x * share, share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACTIVATION == "gelu_tanh":
+        share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        slope = 1.5957691216057308 * (1 + 0.134145 * x * x)
+        return x * share, share + x * share * (1 - share) * slope
+    elif ACTIVATION == "relu":
+        positive = tl.where(x <= 0, 0.0, 1.0)
+        return tl.where(x <= 0, 0.0, x), positive
+    elif ACTIVATION == "silu":
+        share = tl.sigmoid(x)
+        return x * share, share * (1 + x * (1 - share))
+    else:
+        slope = tl.where(x > 0, 1.0, 0.01)
+        return x * slope, slope
+
+
+@triton.jit
+def _finish(product, before, kept, factor, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr):
+    """What is stored in the place of the product, and the hidden activations.
+
+    Forward, the product lacks its bias, `before`; backward it is the gradient by the hidden
+    activations, and `before` what the forward stored.
+    """
+    x = before if BACKWARD else product + before
+    hidden, slope = activated(x, ACTIVATION)
+    hidden = tl.where(kept, hidden * factor, 0.0)
+    if BACKWARD:
+        return tl.where(kept, product * factor * slope, 0.0), hidden
+    else:
+        return x, hidden
+
+
+@tuned(TILES, ("H", "I", "ACTIVATION", "BACKWARD", "DROPOUT"))
+@triton.jit(do_not_specialize=["seed", "dropped"])
+def mlp_product(
+    out, hidden, x, weight, before, R, H, I, weight_strides, seed, dropped, factor,
+    ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """x [R, H] times a weight with strides [I, H], finished: two results [R, I]."""
+    BLOCK_H: tl.constexpr = 32
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_I
+    columns, h = column + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_H)
+    x += rows[:, None].to(tl.int64) * H + h[None, :]
+    weight += h[:, None].to(tl.int64) * weight_strides[1] + columns[None, :] * weight_strides[0]
+    sums = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
+    for first in range(0, H, BLOCK_H):
+        left = tl.load(x + first, (rows[:, None] < R) & (first + h[None, :] < H), other=0)
+        inside = (first + h[:, None] < H) & (columns[None, :] < I)
+        right = tl.load(weight + first * weight_strides[1], inside, other=0)
+        sums += dot(left, right, "ieee")
+    inside = (rows[:, None] < R) & (columns[None, :] < I)
+    at = rows[:, None].to(tl.int64) * I + columns[None, :]
+    if BACKWARD:
+        earlier = tl.load(before + at, inside, other=0).to(tl.float32)
+    elif BIAS:
+        earlier = tl.load(before + columns, columns < I, other=0).to(tl.float32)[None, :]
+    else:
+        earlier = 0.0
+    if DROPOUT:
+        first = rows.to(tl.int64) * I + column
+        kept = keep_mask(first, seed, 0, dropped, BLOCK_R, BLOCK_I)
+    else:
+        kept = inside
+    stored, after = _finish(sums, earlier, kept, factor, ACTIVATION, BACKWARD)
+    tl.store(out + at, rounded(stored, out.dtype.element_ty), inside)
+    tl.store(hidden + at, rounded(after, hidden.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["seed", "dropped"])
+def mlp_elements(
+    out, hidden, before, size, I, seed, dropped, factor,
+    ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """The same for products that are in memory, in `out`, which the result takes the place of."""
+    ROWS: tl.constexpr = ELEMENTS // 64
+    first = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ROWS) * 64
+    at = first[:, None] + tl.arange(0, 64)[None, :]
+    inside = at < size
+    product = tl.load(out + at, inside, other=0).to(tl.float32)
+    if BACKWARD:
+        earlier = tl.load(before + at, inside, other=0).to(tl.float32)
+    elif BIAS:
+        earlier = tl.load(before + at % I, inside, other=0).to(tl.float32)
+    else:
+        earlier = 0.0
+    kept = keep_mask(first, seed, 0, dropped, ROWS, 64) if DROPOUT else inside
+    stored, after = _finish(product, earlier, kept, factor, ACTIVATION, BACKWARD)
+    tl.store(out + at, rounded(stored, out.dtype.element_ty), inside)
+    tl.store(hidden + at, rounded(after, hidden.dtype.element_ty), inside)
+
+
+def finished_product(
+    x: Tensor,
+    weight: Tensor,
+    before: Tensor | None,
+    backward: bool,
+    activation: str,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """x [R, H] times weight^T [H, I], finished: what is stored and the hidden activations."""
+    (R, H), I = x.shape, weight.size(0)
+    dropped = dropped_of_65536(dropout_p)
+    numbers = (seed, dropped, 65536 / (65536 - dropped))
+    constants = {
+        "ACTIVATION": activation,
+        "BACKWARD": backward,
+        "BIAS": before is not None,
+        "DROPOUT": dropout_p > 0,
+    }
+    before = x if before is None else before
+    # Dropout's groups of 64 elements must not lie across the end of a row.
+    if x.dtype is not torch.float32 and H <= WIDEST_DOT and (I % 64 == 0 or not dropout_p):
+        out, hidden = x.new_empty(R, I), x.new_empty(R, I)
+
+        def grid(meta: dict[str, int]) -> tuple[int, int]:
+            return triton.cdiv(R, meta["BLOCK_R"]), triton.cdiv(I, meta["BLOCK_I"])
+
+        mlp_product[grid](
+            out, hidden, x, weight, before, R, H, I, weight.stride(), *numbers, **constants
+        )
+        return out, hidden
+    out = x @ weight.t()
+    hidden = torch.empty_like(out)
+    mlp_elements[(triton.cdiv(R * I, ELEMENTS),)](
+        out, hidden, before, R * I, I, *numbers, **constants, ELEMENTS=ELEMENTS
+    )
+    return out, hidden
+
+
+class MLPFunction(torch.autograd.Function):
+    """Two products forward, four backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor | None,
+        *settings: Any,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.size(-1))
+        before, hidden = finished_product(rows, fc1_weight, fc1_bias, False, *settings)
+        ctx.settings = settings
+        ctx.save_for_backward(x, before, fc1_weight, fc2_weight)
+        return F.linear(hidden, fc2_weight, fc2_bias).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
+        x, before, fc1_weight, fc2_weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        x, grad_out = (t.reshape(-1, t.size(-1)) for t in (x, grad_out.contiguous()))
+        grad, hidden = finished_product(grad_out, fc2_weight.t(), before, True, *ctx.settings)
+        return (
+            (grad @ fc1_weight).view(ctx.saved_tensors[0].shape) if wanted[0] else None,
+            grad.t() @ x if wanted[1] else None,
+            grad.sum(0) if wanted[2] else None,
+            grad_out.t() @ hidden if wanted[3] else None,
+            grad_out.sum(0) if wanted[4] else None,
+            None,
+            None,
+            None,
+        )
+
+
+def mlp_triton(
+    x: Tensor,
+    fc1: Linear,
+    fc2: Linear,
+    activation: str,
+    dropout_p: float,
+    seed: int,
+    norm: Norm | None,
+    norm_first: bool,
+) -> Tensor:
+    """See `fastllm.ops.mlp.mlp`."""
+    normed = layer_norm(x, norm) if norm and norm_first else x
+    normed, *parameters = in_autocast(normed, *fc1, *fc2)  # type: ignore[assignment]
+    out = MLPFunction.apply(normed.contiguous(), *parameters, activation, dropout_p, seed)
+    if norm is None:
+        return out
+    return x + out if norm_first else layer_norm(out, norm, x)

@@ -1,0 +1,364 @@
+"""The Triton kernels against the reference: in Triton's interpreter, or on a GPU."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastllm
+from fastllm import DecoderModel
+from fastllm.ops import dispatch
+from fastllm.ops.attention import attention
+from fastllm.ops.dropout import dropout, keep_mask
+from fastllm.ops.embedding import Settings, embedding
+from fastllm.ops.layer_norm import layer_norm
+from fastllm.ops.linear_cross_entropy import linear_cross_entropy
+from fastllm.ops.mlp import ACTIVATIONS, mlp
+from fastllm.ops.parameters import Linear, Norm
+from fastllm.optim import Adam, AdamW
+from tests import TRITON_DEVICE, TRITON_OPERATIONS
+from tests.conftest import (
+    BAD,
+    LAYOUTS,
+    MASKS,
+    assert_as_accurate,
+    named_sizes,
+    poisoned_memory,
+    shape_name,
+    stacked,
+)
+
+with fastllm.use("triton"):
+    REASON = dispatch.why_not_triton()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return DTYPES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    torch.set_default_device(TRITON_DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(sum(shape) + seed)
+    return torch.randn(shape, generator=generator, device="cpu").to(TRITON_DEVICE)
+
+
+def assert_parity(function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor) -> None:
+    """Output and every gradient are as accurate as plain PyTorch's in the same type.
+
+    The few digits of 16 bits may be right by luck: there, errors are the largest of several runs.
+    """
+    factors = [1.0] if dtype is torch.float32 else [1 + i / 50 for i in range(4)]
+
+    def run(implementation: str, kind: torch.dtype, factor: float) -> list[Tensor]:
+        inputs = [(t.to(dtype) * factor).to(kind).requires_grad_() for t in tensors]
+        poison = poisoned_memory() if implementation == "triton" else nullcontext()
+        with fastllm.use(implementation), poison:
+            out = function(*inputs)
+            grad = randn(*out.shape, seed=1).to(dtype).to(kind)
+            return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    kinds = (("triton", dtype), ("ref", dtype), ("ref", torch.float64))
+    results = (stacked([run(*kind, factor) for factor in factors]) for kind in kinds)
+    for i, (actual, plain, oracle) in enumerate(zip(*results, strict=True)):
+        assert actual.dtype is dtype
+        assert_as_accurate(actual, plain, oracle, f"gradient {i}" if i else "output")
+
+
+# B, N, S, T, D
+ATTENTION = [(2, 3, 7, 7, 20), (1, 1, 65, 65, 64), (1, 1, 5, 70, 16), (1, 2, 70, 50, 3)]
+
+
+@pytest.mark.parametrize(
+    ("dropout_p", "is_causal"),
+    [(0.0, False), (0.0, True), (0.3, True)],
+    ids=["all", "causal", "causal-dropout"],
+)
+@pytest.mark.parametrize("shape", ATTENTION, ids=shape_name("BNSTD"))
+def test_attention(
+    dtype: torch.dtype, shape: tuple[int, ...], dropout_p: float, is_causal: bool
+) -> None:
+    B, N, S, T, D = shape
+    tensors = randn(B, N, S, D), randn(B, N, T, D, seed=1), randn(B, N, T, D, seed=2)
+    assert_parity(
+        lambda *qkv: attention(*qkv, None, is_causal, dropout_p, 2**62 + 5), dtype, *tensors
+    )
+
+
+def test_attention_to_one_key(dtype: torch.dtype) -> None:
+    """Gradients by queries and keys are 0: what rounding leaves of their terms is all there is."""
+    q, k, v = (randn(1, 2, 1, 8, seed=i).to(dtype).requires_grad_() for i in range(3))
+    with fastllm.use("triton"):
+        out = attention(q, k, v)
+        grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert torch.equal(out, v) and torch.equal(grads[2], torch.ones_like(v))
+    assert max(float(grad.abs().max()) for grad in grads[:2]) < 20 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_masks(mask: str) -> None:
+    B, N, S = 2, 3, 9
+    attn_mask = randn(*named_sizes(mask, B=B, N=N, S=S, T=S)) < -0.7
+    tensors = [randn(B, N, S, 16, seed=i) for i in range(3)]
+    assert_parity(lambda *qkv: attention(*qkv, attn_mask, True, 0.2, 7), torch.float32, *tensors)
+
+
+def test_attention_of_wide_heads() -> None:
+    tensors = [randn(1, 1, 33, 100, seed=i) for i in range(3)]
+    assert_parity(lambda *qkv: attention(*qkv, None, True, 0.1, 3), torch.bfloat16, *tensors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_layouts(layout: str) -> None:
+    tensors = [randn(2, 2, 8, 8, seed=i) for i in range(3)]
+
+    def run(*qkv: Tensor) -> Tensor:
+        return attention(*(LAYOUTS[layout](x) for x in qkv), None, True)
+
+    assert_parity(run, torch.float32, *tensors)
+
+
+@pytest.mark.parametrize("block_t", [32, 64, 128])
+def test_attention_tiles(block_t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every width that dropout's random numbers come in."""
+    from fastllm.ops import attention_triton as kernels
+
+    for kernel in (kernels.attention_fwd, kernels.attention_bwd_q, kernels.attention_bwd_kv):
+        monkeypatch.setattr(kernel, "configs", [kernels.config(16, block_t, 4)])
+    tensors = [randn(1, 2, 150, 8, seed=i) for i in range(3)]
+    assert_parity(lambda *qkv: attention(*qkv, None, True, 0.3, 7), torch.float32, *tensors)
+
+
+@pytest.mark.parametrize("norm", ["none", "pre", "post"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mlp(dtype: torch.dtype, activation: str, norm: str) -> None:
+    H, I = 20, 64
+    tensors = [randn(3, 3, H), randn(I, H) / 4, randn(I), randn(H, I) / 8, randn(H)]
+    tensors += [1 + randn(H) / 4, randn(H, seed=5)]
+
+    def run(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *n: Tensor) -> Tensor:
+        which = Norm(*n, 1e-5) if norm != "none" else None
+        out = mlp(x, Linear(w1, b1), Linear(w2, b2), activation, 0.3, 11, which, norm == "pre")
+        return out if which else out + 0 * sum(t.sum() for t in n)
+
+    assert_parity(run, dtype, *tensors)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["", "dropout"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 33, 100), (3, 40, 192)], ids=shape_name("RHI"))
+def test_mlp_shapes(
+    dtype: torch.dtype, shape: tuple[int, ...], dropout_p: float, bias: bool
+) -> None:
+    """Also rows whose groups of random numbers lie across their ends."""
+    R, H, I = shape
+    tensors = [randn(R, H), randn(I, H) / math.sqrt(H), randn(H, I) / math.sqrt(I)]
+    biases = [randn(I), randn(H)] if bias else []
+
+    def run(x: Tensor, w1: Tensor, w2: Tensor, *b: Tensor) -> Tensor:
+        b1, b2 = b or (None, None)
+        return mlp(x, Linear(w1, b1), Linear(w2, b2), "gelu", dropout_p, 2**40)
+
+    assert_parity(run, dtype, *tensors, *biases)
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["sum", ""])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (30, 17), (5, 2500)], ids=shape_name("RH"))
+def test_layer_norm(
+    dtype: torch.dtype, shape: tuple[int, int], residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By programs of several rows each."""
+    from fastllm.ops import layer_norm_triton as kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", 8)
+    R, H = shape
+    tensors = [randn(R, H) + 1, 1 + randn(H) / 4, randn(H)]
+    tensors += [randn(R, H, seed=3)] if residual else []
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+        return layer_norm(x, Norm(weight, bias, 1e-5), *rest)
+
+    assert_parity(run, dtype, *tensors)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 7, 20, 30), (2, 40, 64, 5)], ids=str)
+def test_embedding(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    B, S, H, V = shape
+    ids = (randn(B, S).abs() * V).int() % V
+    settings = Settings(H**0.5, 0, 0.25, 77)
+    assert_parity(lambda w, p: embedding(ids, w, p, settings), dtype, randn(V, H), randn(S, H))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+@pytest.mark.parametrize("shape", [(1, 1, 2), (19, 20, 66), (5, 8, 5000)], ids=shape_name("RHV"))
+def test_linear_cross_entropy(
+    dtype: torch.dtype, shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks of a few rows, some of them ignored."""
+    from fastllm.ops import linear_cross_entropy_triton as kernels
+
+    R, H, V = shape
+    monkeypatch.setattr(kernels, "LOGITS", 4 * V)
+    targets = (randn(R).abs() * 10 * V).long() % V
+    targets[1::5] = -100
+    tensors = [randn(R, H), randn(V, H) / 4, *([randn(V)] if bias else [])]
+
+    def run(x: Tensor, weight: Tensor, *biases: Tensor) -> Tensor:
+        return linear_cross_entropy(x, Linear(weight, *biases or [None]), targets)
+
+    assert_parity(run, dtype, *tensors)
+
+
+def test_linear_cross_entropy_of_nothing_and_of_impossible_tokens() -> None:
+    weight = randn(8000, 4).requires_grad_()
+    with fastllm.use("triton"):
+        nothing = linear_cross_entropy(randn(3, 4), Linear(weight, None), torch.full((3,), -100))
+        bias = torch.zeros(8000).index_fill(0, torch.arange(5000), -math.inf)
+        loss = linear_cross_entropy(randn(3, 4), Linear(weight, bias), torch.full((3,), 6000))
+    assert nothing.isnan()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("p", [0.0001, 0.5, 0.9])
+@pytest.mark.parametrize("size", [1, 63, 64, 5000])
+def test_dropout_draws_the_same_mask(size: int, p: float) -> None:
+    ones = torch.ones(size)
+    with fastllm.use("triton"):
+        kept = dropout(ones, p, 2**63 - 1, 3) > 0
+    assert torch.equal(kept, keep_mask(ones.shape, p, 2**63 - 1, 3, TRITON_DEVICE))
+
+
+def test_dropout(dtype: torch.dtype) -> None:
+    assert_parity(lambda x: dropout(x, 0.3, 5, 2), dtype, randn(7, 30))
+
+
+def bad_cases() -> Iterator[tuple[str, Callable[..., Tensor], list[Tensor]]]:
+    H = 16
+    norm = Norm(torch.ones(H), torch.zeros(H), 1e-5)
+    layer = Linear(randn(64, H), None), Linear(randn(H, 64), None)
+    yield "attention", lambda x: attention(x, x, x, None, True), [randn(1, 1, 8, H)]
+    yield "mlp", lambda x: mlp(x, *layer, "gelu", 0.5, 3), [randn(8, H)]
+    yield "layer_norm", lambda x: layer_norm(x, norm), [randn(8, H)]
+    yield "dropout", lambda x: dropout(x, 0.5, 3), [randn(8, H)]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_not_a_number_and_infinity_come_out(bad: float) -> None:
+    for name, function, (x,) in bad_cases():
+        x[..., 3, 5] = bad
+        with fastllm.use("triton"):
+            actual = function(x).isfinite()
+        with fastllm.use("ref"):
+            expected = function(x).isfinite()
+        assert torch.equal(actual, expected), name
+        assert not actual.all(), name
+
+
+@pytest.mark.parametrize("optimizer", [Adam, AdamW])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e9], ids=["", "clipped", "kept"])
+def test_adam(optimizer: type[Adam], max_grad_norm: float | None) -> None:
+    shapes = [(3,), (1025,), (), (40, 60)]
+
+    def run(implementation: str, dtype: torch.dtype) -> list[Tensor]:
+        params = [randn(*shape).to(dtype).requires_grad_() for shape in shapes]
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.1, "weight_decay": 0.2}]
+        steps = optimizer(groups, 0.01, weight_decay=0.05, max_grad_norm=max_grad_norm)
+        with fastllm.use(implementation):
+            for i in range(3):
+                for p in params:
+                    p.grad = randn(*p.shape, seed=i).to(dtype)
+                steps.step()
+        norm = torch.tensor([steps.grad_norm or 0.0])
+        return [norm, *(p.detach() for p in params)]
+
+    kinds = (("triton", torch.float32), ("ref", torch.float32), ("ref", torch.float64))
+    for results in zip(*(run(*kind) for kind in kinds), strict=True):
+        assert_as_accurate(*results)
+
+
+def test_gradients_of_huge_norm_are_clipped_and_one_that_is_no_number_shows() -> None:
+    param = torch.ones(5, requires_grad=True)
+    optimizer = Adam([param], 0.1, max_grad_norm=1.0)
+    with fastllm.use("triton"):
+        param.grad = torch.full((5,), 1e30)
+        optimizer.step()
+        assert optimizer.grad_norm == pytest.approx(math.sqrt(5) * 1e30)
+        assert torch.allclose(param, torch.full((5,), 0.9))
+        param.grad[2] = math.nan
+        optimizer.step()
+    assert math.isnan(optimizer.grad_norm or 0) and param.isnan().all()
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pre": {"padding_idx": 3},
+    "post": {"norm_first": False, "mlp_activation": "silu"},
+    "learned": {"pos_encoding_learned": True, "mlp_activation": "gelu_tanh", "qkv_bias": False},
+    "tied": {"tie_word_embeddings": True, "lm_head_bias": False, "scale_embeddings": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("pre", "fp32"), ("post", "bf16"), ("learned", "bf16"), ("tied", "fp32")],
+)
+def test_training_steps(kind: str, precision: str, calls: list[str]) -> None:
+    """Losses of a whole model are the reference's, dropout included, and every part is a kernel."""
+
+    def losses(implementation: str) -> list[float]:
+        torch.manual_seed(0)
+        model = DecoderModel(40, 32, 1, 2, 20, 64, **SETTINGS[kind]).to(TRITON_DEVICE)
+        optimizer = AdamW(model.parameters(), 1e-2, max_grad_norm=1.0)
+        ids = torch.randint(0, 40, (2, 12), device="cpu").to(TRITON_DEVICE)
+        result = []
+        with fastllm.use(implementation):
+            for _ in range(3):
+                with torch.autocast(TRITON_DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+                    loss = model.loss(ids, ids)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                result.append(loss.item())
+        return result
+
+    expected = losses("ref")
+    calls.clear()
+    actual = losses("triton")
+    assert set(calls) == {
+        *TRITON_OPERATIONS
+    }  # fmt: skip
+    assert actual[-1] < actual[0]
+    assert actual == pytest.approx(expected, rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations whose kernels were launched."""
+    seen: list[str] = []
+
+    def watch(operation: str) -> None:
+        module = import_module(f"fastllm.ops.{operation}_triton")
+        original = getattr(module, f"{operation}_triton")
+
+        def run(*arguments: Any) -> Any:
+            seen.append(operation)
+            return original(*arguments)
+
+        monkeypatch.setattr(module, f"{operation}_triton", run)
+
+    for operation in TRITON_OPERATIONS:
+        watch(operation)
+    return seen
