@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from fastllm import DecoderModel, TextDataset
-from fastllm.bench import Precision, in_precision, status_mb
-from fastllm.command import CommandSettings, parse_settings
+from fastllm.bench import Precision, status_mb
+from fastllm.command import CommandSettings, autocast, parse_settings
 from fastllm.optim import AdamW
 from fastllm.threads import set_threads
 from fastllm.tokenization import load_tokenizer
@@ -56,7 +56,7 @@ def train_fastllm(config: FinetuneConfig, precision: Precision) -> list[float]:
     ends = []
     for step in batches:
         for ids in step:
-            with in_precision(precision):
+            with autocast("cpu", precision):
                 loss = model.loss(ids, ids) / ACCUMULATION
             loss.backward()
         optimizer.step()

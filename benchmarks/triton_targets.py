@@ -120,8 +120,8 @@ def cases() -> Iterator[Case]:
                 continue
             yield Case(name, dtype, partial(attention, dtype, D, dropout_p, masked))
 
-    def mlp(dtype: str, dropout_p: float) -> None:
-        H, I = 384, 1536
+    def mlp(dtype: str, dropout_p: float, H: int = 384) -> None:
+        I = 4 * H
         fc1 = Linear(random(dtype, I, H), random(dtype, I))
         fc2 = Linear(random(dtype, H, I), random(dtype, H))
         x = random(dtype, 64, H)
@@ -152,6 +152,8 @@ def cases() -> Iterator[Case]:
         yield Case("dropout", dtype, partial(embedding, dtype))
         yield Case("V=50257", dtype, partial(cross_entropy, dtype))
         yield Case("", dtype, partial(dropout, dtype))
+
+    yield Case("H=2048, dropout", "bf16", partial(mlp, "bf16", 0.1, 2048))
 
     def adam(decoupled: bool) -> None:
         lists = [[torch.ones(2000)] for _ in range(4)]
@@ -228,60 +230,71 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def floors(kernel: str, dtype: str) -> tuple[str, float, float] | None:
-    """A shape, and the operations and bytes there; None for what no configuration takes.
+def floors(kernel: str, dtype: str) -> tuple[float, float]:
+    """Operations and bytes at configuration D; E for the cross-entropy, DistilGPT-2 for Adam.
 
     Attention is causal: half of the products.
     """
     size = 4 if dtype in ("fp32", "tf32") else 2
     B, N, S, D, H, I, R, V = 8, 6, 256, 64, 384, 1536, 2048, 50257
-    score = B * N * S * S * D  # multiply-adds of a product, both halves
-    heads = B * S * H * size
-    weights = H * I * size
-    parameters = 82_000_000
+    score = B * N * S * S * D  # operations of a product, causal
+    row, hidden, parameters = R * H * size, R * I * size, 82_000_000
     return {
-        "attention_fwd": ("D", 2 * score, 4 * heads),
-        "attention_bwd_q": ("D", 3 * score, 6 * heads),
-        "attention_bwd_kv": ("D", 4 * score, 6 * heads),
-        "mlp_product": ("D", 2 * R * H * I, R * H * size + weights + 2 * R * I * size),
-        "mlp_elements": ("D", 0, 3 * R * I * size),
-        "layer_norm_fwd": ("D", 0, 4 * R * H * size),
-        "layer_norm_bwd": ("D", 0, 3 * R * H * size),
-        "embedding_fwd": ("D", 0, 2 * R * H * size),
-        "dropout_kernel": ("D", 0, 2 * R * H * size),
-        "cross_entropy": ("E", 0, 3 * 512 * V * size),
-        "adam_norms": ("E", 0, 4 * parameters),
-        "adam_update": ("E", 0, 28 * parameters),
-    }.get(kernel)
+        "attention_fwd": (2 * score, 4 * row),
+        "attention_bwd_q": (3 * score, 6 * row),
+        "attention_bwd_kv": (4 * score, 6 * row),
+        "mlp_product": (2 * R * H * I, row + H * I * size + 2 * hidden),
+        "mlp_elements": (0, 3 * hidden),
+        "layer_norm_fwd": (0, 4 * row),
+        "layer_norm_bwd": (0, 3 * row),
+        "embedding_fwd": (0, 2 * row),
+        "dropout_kernel": (0, 2 * row),
+        "cross_entropy": (0, 3 * 512 * V * size),
+        "adam_norms": (0, 4 * parameters),
+        "adam_update": (0, 28 * parameters),
+    }[kernel]
 
 
 def table(compiled: list[Compiled]) -> Iterator[str]:
-    """Markdown: of each kernel and type, over all cases and tiles, the most that any takes."""
-    yield "Computed by the compiler, not measured on a GPU.\n"
+    """Markdown: of each kernel and type, the most that any case and tile takes on each GPU."""
+    names = ", ".join(gpu.name for gpu in GPUS.values())
+    yield f"{len(compiled)} compiled. Where a cell has three numbers, they are for {names}.\n"
     yield (
-        "| kernel | type | compiled | GPU | registers | spilled | shared KiB | occupancy | "
-        "matrix instruction | floor, µs |"
+        "| kernel | type | compiled for each | registers | spilled | shared KiB | occupancy, % | "
+        "matrix instructions | floor, µs |"
     )
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    groups: dict[tuple[str, str, int], list[Compiled]] = {}
-    for each in compiled:
-        groups.setdefault((each.kernel, each.dtype, each.capability), []).append(each)
-    for (kernel, dtype, capability), group in sorted(groups.items()):
-        gpu = GPUS[capability]
-        occupancies = [each.occupancy for each in group]
-        instructions = sorted({each.matrix_instruction or "" for each in group})
-        floor = "-"
-        if (found := floors(kernel, dtype)) is not None:
-            config, operations, size = found
-            seconds = max(operations / gpu.tflops[dtype] / 1e12, size / gpu.tbs / 1e12)
-            floor = f"{seconds * 1e6:.1f} at {config}"
-        yield (
-            f"| `{kernel}` | {dtype} | {len(group)} | {gpu.name} "
-            f"| {max(each.registers for each in group)} | {max(each.spilled for each in group)} "
-            f"| {max(each.shared for each in group) / 1024:.0f} "
-            f"| {min(occupancies):.0%} to {max(occupancies):.0%} "
-            f"| {', '.join(filter(None, instructions)) or '-'} | {floor} |"
-        )
+    yield "| --- | --- | ---: | --- | --- | --- | --- | --- | --- |"
+    for kernel, dtype in sorted({(each.kernel, each.dtype) for each in compiled}):
+        groups = [
+            [c for c in compiled if (c.kernel, c.dtype, c.capability) == (kernel, dtype, sm)]
+            for sm in GPUS
+        ]
+        cells = [
+            [str(max(each.registers for each in group)) for group in groups],
+            [str(max(each.spilled for each in group)) for group in groups],
+            [f"{max(each.shared for each in group) / 1024:.0f}" for group in groups],
+            [_range([round(100 * each.occupancy) for each in group]) for group in groups],
+            [_instruction(group) for group in groups],
+            [_floor(kernel, dtype, gpu) for gpu in GPUS.values()],
+        ]
+        columns = [cell[0] if len(set(cell)) == 1 else ", ".join(cell) for cell in cells]
+        yield f"| `{kernel}` | {dtype} | {len(groups[0])} | {' | '.join(columns)} |"
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _instruction(group: list[Compiled]) -> str:
+    """The newest that any of them has: small tiles may have an older one."""
+    found = {each.matrix_instruction for each in group}
+    return next((name for name in MATRIX_INSTRUCTIONS if name in found), "-")
+
+
+def _floor(kernel: str, dtype: str, gpu: Gpu) -> str:
+    operations, size = floors(kernel, dtype)
+    return f"{max(operations / gpu.tflops[dtype], size / gpu.tbs) / 1e6:.1f}"
 
 
 def main() -> None:

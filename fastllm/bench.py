@@ -20,11 +20,18 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 import fastllm
-from fastllm.command import CommandSettings, errors_in_one_line, parse_settings, say
+from fastllm.command import (
+    CommandSettings,
+    Device,
+    autocast,
+    errors_in_one_line,
+    parse_settings,
+    say,
+)
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import dispatch, implementation_line
 from fastllm.optim import Adam
@@ -133,9 +140,17 @@ def measure_bandwidth(threads: int, update: bool = False, size: int = 2**26) -> 
 
 
 def _seconds(run: Callable[..., Any], *arguments: Any) -> float:
+    wait_for_gpu()
     start = time.perf_counter()
     run(*arguments)
+    wait_for_gpu()
     return time.perf_counter() - start
+
+
+def wait_for_gpu() -> None:
+    """What was launched there, if anything, has been done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 class StockBlock(nn.Module):
@@ -227,17 +242,12 @@ def build_stock(config: StepConfig, rival: Rival, model: DecoderModel) -> StockD
     return stock
 
 
-def in_precision(precision: Precision) -> torch.autocast:
-    """What is computed inside has products of this precision."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-
-
 def fastllm_step(model: DecoderModel, precision: Precision = "fp32") -> Step:
     """A training step on token ids [B, S] with fastllm."""
     optimizer = Adam(model.parameters(), max_grad_norm=1.0)
 
     def step(ids: Tensor) -> None:
-        with in_precision(precision):
+        with autocast(ids.device.type, precision):
             loss = model.loss(ids, ids)
         loss.backward()
         optimizer.step()
@@ -246,18 +256,18 @@ def fastllm_step(model: DecoderModel, precision: Precision = "fp32") -> Step:
     return step
 
 
-def stock_step(stock: StockDecoder, rival: Rival) -> Step:
+def stock_step(stock: StockDecoder, rival: Rival, precision: Precision = "fp32") -> Step:
     """The same step with PyTorch alone; that of `compile` compiles when first called."""
     # Left to itself, torch.compile would take the second configuration of a process for a sign that
     # sizes change, and generate slower code.
     compute_loss = torch.compile(stock, dynamic=False) if rival == "compile" else stock
     params = list(stock.parameters())
     optimizer = torch.optim.Adam(params, fused=None if rival == "eager" else True)
-
-    precision: Precision = "bf16" if rival == "autocast" else "fp32"
+    if rival == "autocast":
+        precision = "bf16"
 
     def step(ids: Tensor) -> None:
-        with in_precision(precision):
+        with autocast(ids.device.type, precision):
             loss = compute_loss(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -284,7 +294,7 @@ def check_parity(
 
     def run(network: DecoderModel | StockDecoder, precision: Precision = "fp32") -> list[Any]:
         network.eval()
-        with in_precision(precision):
+        with autocast(ids.device.type, precision):
             loss = network.loss(ids, ids) if isinstance(network, DecoderModel) else network(ids)
         loss.backward()
         results = [loss.detach(), *(p.grad for p in network.parameters())]
@@ -312,7 +322,11 @@ def _errors(actual: list[Tensor], expected: list[Tensor]) -> list[float]:
 
 
 def time_config(
-    letter: Letter, rivals: list[Rival], seconds: float, precision: Precision = "fp32"
+    letter: Letter,
+    rivals: list[Rival],
+    seconds: float,
+    precision: Precision = "fp32",
+    device: Device = "cpu",
 ) -> dict[str, float]:
     """Median milliseconds of a training step, by `fastllm` and by each rival.
 
@@ -320,38 +334,46 @@ def time_config(
 
     Args:
         seconds: how long to time all of them together, after warming up; three rounds at least.
+        device: on a GPU the rivals' products are of the same precision.
 
     Raises:
         ParityError: fastllm and a rival disagree; nothing was timed.
     """
     config = CONFIGS[letter]
     torch.manual_seed(0)
-    model, ids = build_fastllm(config), config.random_ids()
+    model, ids = build_fastllm(config).to(device), config.random_ids().to(device)
     steps = {"fastllm": fastllm_step(model, precision)}
     for rival in rivals:
-        stock = build_stock(config, rival, model)
+        stock = build_stock(config, rival, model).to(device)
         try:
             check_parity(model, stock, ids, precision)
         except ParityError as error:
             raise ParityError(f"config {letter}, {rival}: {error}; nothing was timed") from None
-        steps[rival] = stock_step(stock, rival)
+        steps[rival] = stock_step(stock, rival, precision if device == "cuda" else "fp32")
     for name, step in list(steps.items()):
         if name != "compile":
             step(ids)
         elif not _compiles(letter, step, ids):
             del steps[name]
 
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    return time_in_turns(steps, seconds, lambda: config.random_ids().to(device))
+
+
+def time_in_turns(
+    runs: dict[str, Callable[[Any], Any]], seconds: float, make_argument: Callable[[], Any]
+) -> dict[str, float]:
+    """Median milliseconds of each run, on arguments that are new in every round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     deadline = time.perf_counter() + seconds
-    while len(times["fastllm"]) < 3 or time.perf_counter() < deadline:
-        ids = config.random_ids()
-        for name, step in steps.items():
+    while any(len(each) < 3 for each in times.values()) or time.perf_counter() < deadline:
+        argument = make_argument()
+        for name, run in runs.items():
             # Several in a row, as in training: the first of them finds the others' data in the
             # caches.
             end = time.perf_counter() + TURN_SECONDS
-            times[name].append(_seconds(step, ids))
+            times[name].append(_seconds(run, argument))
             while time.perf_counter() < end:
-                times[name].append(_seconds(step, ids))
+                times[name].append(_seconds(run, argument))
     return {name: 1000 * median(each) for name, each in times.items()}
 
 
@@ -465,21 +487,32 @@ class BenchConfig(CommandSettings):
     and compile, and in bf16 autocast as well."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 15
     """Time for each configuration, after warming up; three rounds are made at least."""
+    device: Device = "cpu"
+    """With cuda, every operation is measured as well, against stock PyTorch on the same GPU."""
     memory: bool = False
     """Measure peak memory instead of time (Linux alone)."""
     json_: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of a table."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
-    impl: Literal["auto", "ref", "cpu"] = "auto"
+    impl: Literal["auto", "ref", "cpu", "triton"] = "auto"
     """Implementation of fastllm's operations: auto takes the fastest that can serve."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "BenchConfig":
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: there is no CUDA GPU to measure, or this PyTorch has no CUDA")
+        if self.device == "cuda" and self.memory:
+            raise ValueError("memory is measured on a CPU; leave --device out")
+        return self
 
 
 def main(arguments: list[str]) -> None:
     settings = parse_settings(BenchConfig, arguments)
     threads = set_threads(settings.threads)
     precision, rivals = settings.precision, settings.compare
-    if precision == "bf16":
+    on_gpu = settings.device == "cuda"
+    if precision == "bf16" and not on_gpu:
         if reason := dispatch.why_not_autocast(torch.bfloat16):
             raise SystemExit(f"error: precision: bf16 cannot be measured: {reason}")
         if "compare" not in settings.model_fields_set:
@@ -510,20 +543,35 @@ def main(arguments: list[str]) -> None:
     with chosen:
         with errors_in_one_line(dispatch.ImplementationError, ValueError):
             say(f"operations  {implementation_line()}")
-        machine = describe_machine(threads, precision)
-        if dispatch.kernels is None:
+        if on_gpu:
+            from fastllm import bench_cuda  # which imports this module
+
+            machine = bench_cuda.describe_gpu(precision)
+        else:
+            machine = describe_machine(threads, precision)
+        if dispatch.kernels is None and not on_gpu:
             say(f"the machine's peak cannot be measured: {dispatch.extension_problem}")
         show("\n".join(f"{name:15}{_text(value)}" for name, value in machine.items()))
+        operations = []
+        if on_gpu:
+            show("\nOperations, forward and backward, and how many times as long PyTorch takes:")
+            show(bench_cuda.OPERATIONS_HEAD)
+            for result in bench_cuda.measure_operations("cuda", precision, settings.seconds / 5):
+                operations.append(result)
+                show(bench_cuda.operation_row(result, machine))
         show("\nA step by fastllm, and how many times as long stock PyTorch takes:")
         show(_line("config", "ms", "tokens/s", "GFLOP/s", "% of peak", *shown))
         results = []
         for letter in dict.fromkeys(settings.config):
             with errors_in_one_line(ParityError):
-                milliseconds = time_config(letter, rivals, settings.seconds, precision)
+                milliseconds = time_config(
+                    letter, rivals, settings.seconds, precision, settings.device
+                )
             results.append(report(letter, milliseconds, machine["peak_gflops"], precision))
             show(row(results[-1]))
     if settings.json_:
-        print(json.dumps({"configs": results, "machine": machine}))
+        found = {"operations": operations} if on_gpu else {}
+        print(json.dumps({"configs": results, "machine": machine, **found}))
 
 
 if __name__ == "__main__":

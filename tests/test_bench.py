@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastllm
-from fastllm import bench
+from fastllm import bench, bench_cuda
 from fastllm.bench import CONFIGS, ParityError
 from fastllm.ops import dispatch
 from tests.conftest import REPOSITORY, needs_extension
@@ -209,6 +209,43 @@ def test_memory() -> None:
     assert result.returncode == 0, result.stderr
     (peaks,) = json.loads(result.stdout)["memory_mb"].values()
     assert 0 < peaks["fastllm"] < peaks["eager"] < 1000
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU")
+    result = run("--device", "cuda")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: device: there is no CUDA GPU to measure")
+
+
+def test_operations_as_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same calls on the CPU; without torch.compile, whose failing is told."""
+
+    def compile_nothing(function: object, **settings: object) -> object:
+        def compiled(*arguments: object) -> None:
+            raise RuntimeError("no compiler")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    results = list(bench_cuda.measure_operations("cpu", "fp32", 0.01, ("A",)))
+    assert [result["operation"] for result in results] == [
+        *("attention", "mlp", "layer_norm", "embedding", "linear_cross_entropy", "dropout", "adam")
+    ]
+    for result in results:
+        assert result["ms"] > 0 and result["gbs"] > 0
+        assert result["ratio"]["compile"] is None
+        assert max(result["ratio"]["eager"] or 0, result["ratio"]["tuned"] or 0) > 0
+        row = bench_cuda.operation_row(result, {"peak_gflops": 100.0, "bandwidth_gbs": 10.0})
+        assert len(row) == len(bench_cuda.OPERATIONS_HEAD)
+    assert "attention: torch.compile cannot run: no compiler" in capsys.readouterr().err
+    for operation in bench_cuda.operations("cpu", "fp32", "A"):
+        for rival in (operation.eager, operation.tuned):
+            if rival is not None:
+                assert rival(*operation.tensors).shape == operation.ours(*operation.tensors).shape
 
 
 def test_benchmarks_run() -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import fastllm
-from fastllm.bench import CONFIGS, Precision, build_fastllm, in_precision
+from fastllm.bench import CONFIGS, Precision, build_fastllm
+from fastllm.command import autocast
 from fastllm.ops import dispatch
 from fastllm.optim import Adam
 from fastllm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
@@ -35,7 +36,7 @@ def losses(
         for _ in range(steps):
             starts = torch.randint(len(ids) - config.S, (config.B, 1))
             batch = ids[starts + torch.arange(config.S)]
-            with in_precision(precision):
+            with autocast("cpu", precision):
                 loss = model.loss(batch, batch)
             loss.backward()
             optimizer.step()
