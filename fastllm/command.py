@@ -119,7 +119,9 @@ def choose_precision(asked: Precision, hidden_size: int, device: Device) -> Prec
         return "fp32" if slow or device == "cuda" else "bf16"  # on GPUs, nothing was measured
     if asked == "fp32" or device == "cuda":
         return asked
-    reason = dispatch.why_not_autocast(TYPES[asked])
+    reason = dispatch.why_not_autocast(torch.bfloat16)
+    if asked == "fp16":
+        reason = "that is for GPUs"
     if reason:
         say(f"warning: {asked} was asked for, but {reason}; computing in fp32")
         return "fp32"

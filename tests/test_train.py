@@ -106,7 +106,7 @@ def test_subword_tokenizers(tmp_path: Path, text: Path, tokenizer: str) -> None:
         (b"ab" * 99, "--val_fraction 0.999", "leaves 0 for training"),
         (b"ab" * 99, "--tokenizer bpe --vocab_size 9", "byte-level BPE needs at least 257"),
         (b"ab" * 99, "--tokenizer nowhere.json", "nowhere.json does not exist"),
-        (b"ab" * 99, "--impl triton", "has no Triton kernels"),
+        (b"ab" * 99, "--impl triton", "this machine has no CUDA GPU"),
         (b"ab" * 99, "--hidden_size 65536 --num_layers 900", "MiB of memory and this machine has"),
         (b"ab" * 99, "--hidden_size 7", "hidden_size (7) must be divisible by num_heads (2)"),
     ],

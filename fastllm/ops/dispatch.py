@@ -146,15 +146,14 @@ def _why_not_class(cls: type) -> str | None:
 
 @cache
 def _why_no_triton() -> str | None:
+    if not TRITON_INTERPRETED:
+        if not torch.cuda.is_available():
+            return "this machine has no CUDA GPU, or this PyTorch is built without CUDA"
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"the GPU's compute capability is {major}.{minor}; the kernels need 8.0"
     if find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
-    if TRITON_INTERPRETED:
-        return None
-    if not torch.cuda.is_available():
-        return "this machine has no CUDA GPU, or this PyTorch is built without CUDA"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"the GPU's compute capability is {major}.{minor}; the kernels need 8.0"
     return None
 
 

@@ -18,6 +18,7 @@ stays whole.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -122,12 +123,13 @@ def save_checkpoint(
     return final
 
 
-def find_checkpoint(folder: Path) -> Path:
+def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
     """The folder itself if it is a checkpoint, else the newest one of the run in it.
 
     Raises:
         CheckpointError: there is none.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; give a run's folder or a checkpoint in it")
     found = _checkpoints(folder)
