@@ -109,22 +109,25 @@ def adam_triton(
     addresses = torch.tensor(lists, device=device)
     rows = []
     for group in groups:
-        torch._foreach_add_(group.steps, 1)
-        rows += [settings_of(group, step.item(), decoupled_weight_decay) for step in group.steps]
+        for step in group.steps:
+            step += 1
+            rows.append(settings_of(group, step.item(), decoupled_weight_decay))
     settings = torch.tensor(rows, dtype=torch.float32, device=device)
     places = programs_of(tuple(param.numel() for param in params), device)
     grid = (len(places[0]),)
     norm: float | Tensor = 0.0
     clipping = torch.ones((), dtype=torch.float32, device=device)
-    if max_grad_norm >= 0:
-        norms = torch.empty(grid, dtype=torch.float64, device=device)
-        adam_norms[grid](norms, addresses[1], *places, ELEMENTS=ELEMENTS)
-        norm = norms.sum().sqrt()
-        scale = max_grad_norm / (norm + 1e-6)
-        clipping = torch.where(scale >= 1, 1, scale).float()  # not a number stays so, as in torch
-    adam_update[grid](
-        *addresses, settings, clipping, *places, DECOUPLED=decoupled_weight_decay, ELEMENTS=ELEMENTS
-    )
+    with torch.cuda.device_of(params[0]):  # where Triton launches
+        if max_grad_norm >= 0:
+            norms = torch.empty(grid, dtype=torch.float64, device=device)
+            adam_norms[grid](norms, addresses[1], *places, ELEMENTS=ELEMENTS)
+            norm = norms.sum().sqrt()
+            scale = max_grad_norm / (norm + 1e-6)
+            clipping = torch.where(scale >= 1, 1, scale).float()  # as in torch, also if it is none
+        adam_update[grid](
+            *addresses, settings, clipping, *places,
+            DECOUPLED=decoupled_weight_decay, ELEMENTS=ELEMENTS,
+        )  # fmt: skip
     # So that a backward through what was computed before the step is refused, as after torch's.
     torch.autograd.graph.increment_version(params)
     return norm

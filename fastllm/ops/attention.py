@@ -166,6 +166,8 @@ def why_not_triton(
         return f"the heads are wider than {widest}, which does not fit into registers in {q.dtype}"
     if attn_mask is not None and attn_mask.device != q.device:
         return f"attn_mask is on {attn_mask.device}"
+    if q.size(0) * q.size(1) > 65535:  # of what CUDA counts in the second direction of a grid
+        return "there are more than 65,535 heads in the batch"
     return dispatch.why_not_triton(q, k, v)
 
 

@@ -185,7 +185,13 @@ def run_triton(operation: str) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         name = f"{operation}_triton"
-        return getattr(import_module(f"fastllm.ops.{name}"), name)(*arguments)
+        function = getattr(import_module(f"fastllm.ops.{name}"), name)
+        first = arguments[0]
+        if not isinstance(first, Tensor):
+            return function(*arguments)
+        # Triton launches on the current GPU, wherever the tensors are.
+        with torch.cuda.device_of(first):
+            return function(*arguments)
 
     return run
 

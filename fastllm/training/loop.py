@@ -242,7 +242,7 @@ class Trainer:
                 loss += batch_loss.item()
         self._check_finite("loss", loss)
         lr = self._set_learning_rates()
-        grad_norm = self._update()
+        grad_norm = self._update() if any(predicted) else 0.0
         progress.step += 1
         progress.tokens += sum(ids.numel() for ids in step_batches)
         return loss, grad_norm, lr

@@ -290,6 +290,16 @@ def test_adam(optimizer: type[Adam], max_grad_norm: float | None) -> None:
         assert_as_accurate(*results)
 
 
+def test_adam_where_a_group_has_no_gradients() -> None:
+    frozen, trained = (torch.ones(3, requires_grad=True) for _ in range(2))
+    trained.grad = torch.ones(3)
+    with fastllm.use("triton"):
+        Adam([{"params": [frozen]}, {"params": [trained]}], 0.1, max_grad_norm=1.0).step()
+        Adam([frozen], 0.1).step()
+    assert torch.allclose(trained, torch.full((3,), 0.9))
+    assert torch.equal(frozen, torch.ones(3))
+
+
 def test_gradients_of_huge_norm_are_clipped_and_one_that_is_no_number_shows() -> None:
     param = torch.ones(5, requires_grad=True)
     optimizer = Adam([param], 0.1, max_grad_norm=1.0)
