@@ -57,7 +57,7 @@ class BuildKernels(build_ext):
                 )
             super().build_extension(ext)
             # Python started in this folder imports the sources of it, installed or not.
-            if not self.inplace:
+            if not (self.inplace or SANITIZE):
                 self.copy_file(self.get_ext_fullpath(ext.name), "fastllm")
         except Exception as error:  # whatever the compiler's driver raises: the install goes on
             if SANITIZE:
