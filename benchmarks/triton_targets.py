@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from fastllm.ops import adam_triton, attention_triton, dropout_triton
 from fastllm.ops.adam import AdamGroup
+from fastllm.ops.attention import widest_triton_head
 from fastllm.ops.embedding import Settings
 from fastllm.ops.embedding_triton import embedding_triton
 from fastllm.ops.layer_norm_triton import layer_norm_triton
@@ -112,11 +113,11 @@ def cases() -> Iterator[Case]:
     for dtype in TYPES:
         for name, D, dropout_p, masked in (
             ("D=64", 64, 0.0, False),
-            ("D=64, dropout", 64, 0.1, False),
+            ("D=64, dropout, mask", 64, 0.1, True),
             ("D=32, dropout, mask", 32, 0.1, True),
-            ("D=128, dropout", 128, 0.1, False),
+            ("D=128, dropout, mask", 128, 0.1, True),
         ):
-            if attention_triton.widest_head(TYPES[dtype]) < D or (dtype == "fp16" and D != 64):
+            if widest_triton_head(TYPES[dtype]) < D or (dtype == "fp16" and D != 64):
                 continue
             yield Case(name, dtype, partial(attention, dtype, D, dropout_p, masked))
 
@@ -148,7 +149,7 @@ def cases() -> Iterator[Case]:
         yield Case("H=384", dtype, partial(layer_norm, dtype, 384))
         if dtype != "fp16":
             yield Case("H=384", dtype, partial(mlp, dtype, 0.0))
-            yield Case("H=4096", dtype, partial(layer_norm, dtype, 4096))
+            yield Case("H=8192", dtype, partial(layer_norm, dtype, 8192))
         yield Case("dropout", dtype, partial(embedding, dtype))
         yield Case("V=50257", dtype, partial(cross_entropy, dtype))
         yield Case("", dtype, partial(dropout, dtype))

@@ -2,7 +2,7 @@
 
 An operation is timed forward and backward, launches included, against stock PyTorch written for
 the purpose: `eager` step by step, `tuned` with PyTorch's own fused function where it has one, and
-`compile`, eager under torch.compile.
+`compile`, eager under torch.compile. Before it is timed, it must be as accurate as eager.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastllm
-from fastllm.bench import CONFIGS, Letter, Precision, StepConfig, time_in_turns
+from fastllm.bench import CONFIGS, Letter, ParityError, Precision, StepConfig, time_in_turns
 from fastllm.command import TYPES, say
 from fastllm.ops.attention import attention
 from fastllm.ops.dropout import dropout
@@ -63,17 +63,19 @@ def describe_gpu(precision: Precision) -> dict[str, Any]:
     }
 
 
-def operations(device: str, precision: Precision, letter: Letter) -> Iterator[Operation]:
+def operations(
+    device: str, precision: Precision, letter: Letter, p: float = 0.1
+) -> Iterator[Operation]:
     """Every operation at the shapes of a configuration, with tensors of the precision's type."""
     config: StepConfig = CONFIGS[letter]
     H, _, N, S, B, V, _ = config
-    D, I, R, p, seed = H // N, 4 * H, B * S, 0.1, 7
+    D, I, R, seed = H // N, 4 * H, B * S, 7
     dtype = TYPES.get(precision, torch.float32)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
 
-    x, residual = random(R, H), random(R, H)
+    x = random(R, H)
     ids = torch.randint(V, (B, S), device=device)
     e = x.element_size()
 
@@ -103,16 +105,18 @@ def operations(device: str, precision: Precision, letter: Letter) -> Iterator[Op
         12 * R * H * I,
         (4 * R * H + 6 * R * I + 6 * H * I) * e,
     )
-    yield Operation(
-        "layer_norm",
-        letter,
-        [x, random(H), random(H), residual],
-        lambda x, w, b, residual: layer_norm(x, Norm(w, b, 1e-5), residual),
-        lambda x, w, b, residual: F.layer_norm(x + residual, (H,), w, b),
-        None,
-        0,
-        7 * R * H * e,
-    )
+    # Also as wide as layer norms must be for the automatic choice to be ours.
+    for name, width in (("layer_norm", H), ("wide layer_norm", 4096)):
+        yield Operation(
+            name,
+            letter,
+            [random(R, width), random(width), random(width), random(R, width)],
+            lambda x, w, b, residual: layer_norm(x, Norm(w, b, 1e-5), residual),
+            lambda x, w, b, residual: F.layer_norm(x + residual, w.shape, w, b),
+            None,
+            0,
+            7 * R * width * e,
+        )
     yield Operation(
         "embedding",
         letter,
@@ -128,7 +132,7 @@ def operations(device: str, precision: Precision, letter: Letter) -> Iterator[Op
         letter,
         [x, random(V, H, scale=H**-0.5)],
         lambda x, w: linear_cross_entropy(x, Linear(w, None), ids.flatten()),
-        lambda x, w: F.cross_entropy(F.linear(x, w).float(), ids.flatten()),
+        lambda x, w: F.cross_entropy(F.linear(x, w), ids.flatten()),
         None,
         6 * R * H * V,
         (2 * R * H + 2 * H * V + 4 * R * V) * e,
@@ -148,8 +152,14 @@ def operations(device: str, precision: Precision, letter: Letter) -> Iterator[Op
 def measure_operations(
     device: str, precision: Precision, seconds: float, letters: Sequence[Letter] = ("D", "E")
 ) -> Iterator[dict[str, Any]]:
-    """Milliseconds of every operation and of its rivals, which run for `seconds` together."""
+    """Milliseconds of every operation and of its rivals, which run for `seconds` together.
+
+    Raises:
+        ParityError: an operation is less accurate than eager PyTorch; it was not timed.
+    """
     for letter in letters:
+        for operation in operations(device, precision, letter, p=0.0):
+            check_operation(operation)
         for operation in operations(device, precision, letter):
             rivals = {"eager": operation.eager, "tuned": operation.tuned}
             rivals["compile"] = torch.compile(operation.eager, dynamic=False)
@@ -159,6 +169,30 @@ def measure_operations(
                     runs[name] = _forward_and_backward(function, operation.tensors)
             yield _result(operation, _timed(operation.name, runs, seconds))
         yield _measure_adam(device, letter, seconds)
+
+
+def check_operation(operation: Operation) -> None:
+    """Compares output and gradients, without dropout, with eager PyTorch's in fp64.
+
+    Raises:
+        ParityError: an error, as a part of the result's norm, is more than twice that of eager.
+    """
+
+    def run(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in operation.tensors]
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+    dtype = operation.tensors[0].dtype
+    kinds = ((operation.ours, dtype), (operation.eager, dtype), (operation.eager, torch.float64))
+    for ours, plain, oracle in zip(*(run(*kind) for kind in kinds), strict=True):
+        norm = oracle.norm() + torch.finfo(torch.float32).tiny
+        error, allowed = ((x - oracle).norm() / norm for x in (ours, plain))
+        if not error <= 2 * allowed + 1e-6:  # nor when it is not a number
+            raise ParityError(
+                f"{operation.name} at {operation.config} is off by {error:.1e}, PyTorch by "
+                f"{allowed:.1e}; it was not timed"
+            )
 
 
 def _forward_and_backward(

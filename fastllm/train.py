@@ -41,7 +41,8 @@ def main(arguments: list[str]) -> None:
         chosen = contextlib.nullcontext() if config.impl == "auto" else use(config.impl)
     with chosen:
         with errors_in_one_line(*bad_input):
-            operations = implementation_line()
+            config.device = choose_device(config.device)
+            operations = implementation_line(config.device)
             run_dir = choose_run_dir(config)
             trainer = prepare(config, run_dir, tell)
             tell(f"run         {run_dir}")
@@ -83,7 +84,7 @@ def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
         checkpoint = find_checkpoint(run_dir)
         model, tokenizer, _ = load_model(checkpoint)
         model.gradient_checkpointing = config.gradient_checkpointing
-    device = choose_device(config.device)
+    device = config.device = choose_device(config.device)
     config.precision = choose_precision(config.precision, config.hidden_size, device)
     text = config.file_path or demo_text(run_dir, tell)
     if not checkpoint:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastllm.ops.adam import AdamGroup
 
-# Elements that a program updates: 16 bytes a thread, several transactions in flight.
+# Elements that a program updates: eight a thread.
 ELEMENTS = 1024
 
 
@@ -94,6 +94,13 @@ def settings_of(group: AdamGroup, step: float, decoupled_weight_decay: bool) -> 
     return [step_size, root, 1 - beta1, beta2, 1 - beta2, eps, decay]
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for what the device has to do before."""
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def adam_triton(
     groups: Sequence[AdamGroup], decoupled_weight_decay: bool, max_grad_norm: float
 ) -> float | Tensor:
@@ -106,13 +113,13 @@ def adam_triton(
         [tensor.data_ptr() for group in groups for tensor in tensors(group)]
         for tensors in map(itemgetter, range(4))
     ]
-    addresses = torch.tensor(lists, device=device)
+    addresses = sent(torch.tensor(lists), device)
     rows = []
     for group in groups:
         for step in group.steps:
             step += 1
             rows.append(settings_of(group, step.item(), decoupled_weight_decay))
-    settings = torch.tensor(rows, dtype=torch.float32, device=device)
+    settings = sent(torch.tensor(rows, dtype=torch.float32), device)
     places = programs_of(tuple(param.numel() for param in params), device)
     grid = (len(places[0]),)
     norm: float | Tensor = 0.0

@@ -161,14 +161,18 @@ def why_not_triton(
         return reason
     if not q.dtype == k.dtype == v.dtype:
         return "q, k and v differ in type"
-    widest = 64 if q.dtype is torch.float32 else 128
-    if q.size(-1) > widest:
+    if q.size(-1) > (widest := widest_triton_head(q.dtype)):
         return f"the heads are wider than {widest}, which does not fit into registers in {q.dtype}"
-    if attn_mask is not None and attn_mask.device != q.device:
-        return f"attn_mask is on {attn_mask.device}"
+    if attn_mask is not None and (type(attn_mask) is not Tensor or attn_mask.device != q.device):
+        return f"attn_mask is a {type(attn_mask).__name__} on {attn_mask.device}"
     if q.size(0) * q.size(1) > 65535:  # of what CUDA counts in the second direction of a grid
         return "there are more than 65,535 heads in the batch"
     return dispatch.why_not_triton(q, k, v)
+
+
+def widest_triton_head(dtype: torch.dtype) -> int:
+    """The largest D whose tiles fit into registers."""
+    return 64 if dtype is torch.float32 else 128
 
 
 IMPLEMENTATIONS: list[dispatch.Implementation] = [

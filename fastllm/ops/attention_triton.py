@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.ops.blocks_triton import dot, dot_precision, keep_mask, power_of_2, rounded, tuned
+from fastllm.ops.blocks_triton import (
+    dot,
+    dot_precision,
+    in_autocast,
+    keep_mask,
+    power_of_2,
+    rounded,
+    tuned,
+)
 from fastllm.ops.dropout import dropped_of_65536
 from fastllm.ops.parameters import check_first_derivative
 
@@ -34,7 +42,7 @@ def config(block_s: int, block_t: int, warps: int, stages: int = 2) -> triton.Co
 class Tiles(NamedTuple):
     """What fits into registers on every GPU from sm_80 to sm_100, by the type and the head's width.
 
-    With dropout, which takes most; `benchmarks/triton_targets.py` shows it.
+    With a mask and dropout, which take most; `benchmarks/triton_targets.py` shows it.
     """
 
     narrow: tuple[triton.Config, ...]  # 16 bits, D <= 64
@@ -46,17 +54,17 @@ class Tiles(NamedTuple):
 # hide what it waits for, or reads less for each query.
 FORWARD = Tiles(
     narrow=(config(64, 64, 4), config(128, 64, 8)),
-    wide=(config(64, 64, 4), config(64, 32, 8)),
-    fp32=(config(16, 32, 4),),
+    wide=(config(32, 64, 4), config(64, 64, 8)),
+    fp32=(config(16, 32, 4, 1),),
 )
 BACKWARD_Q = Tiles(
-    narrow=(config(64, 64, 4), config(128, 64, 8)),
+    narrow=(config(32, 64, 4), config(64, 32, 8)),
     wide=(config(32, 64, 4), config(64, 32, 8)),
     fp32=(config(16, 32, 4),),
 )
 BACKWARD_KV = Tiles(
-    narrow=(config(32, 64, 4), config(32, 64, 8)),
-    wide=(config(64, 64, 8),),
+    narrow=(config(32, 32, 4), config(32, 64, 8)),
+    wide=(config(32, 32, 4), config(32, 64, 8)),
     fp32=(config(16, 32, 8, 1),),
 )
 
@@ -69,12 +77,8 @@ def tuned_tiles(tiles: Tiles) -> Callable[[Any], Any]:
             return list(tiles.fp32)
         return list(tiles.narrow if constants["BLOCK_D"] <= 64 else tiles.wide)
 
-    return tuned(sum(tiles, ()), ("BLOCK_D", "CAUSAL", "MASKED", "DROPOUT", "PRECISION"), fitting)
-
-
-def widest_head(dtype: torch.dtype) -> int:
-    """The largest D for which there are tiles."""
-    return 64 if dtype is torch.float32 else 128
+    key = ("length", "BLOCK_D", "CAUSAL", "MASKED", "DROPOUT", "PRECISION")
+    return tuned(sum(tiles, ()), key, fitting)
 
 
 @triton.jit
@@ -120,10 +124,10 @@ def _head(strides, head, N):
 
 
 @tuned_tiles(FORWARD)
-@triton.jit(do_not_specialize=["S", "T", "seed", "dropped"])
+@triton.jit(do_not_specialize=["length", "S", "T", "seed", "dropped"])
 def attention_fwd(
     out, lse, q, k, v, mask, out_strides, q_strides, k_strides, v_strides, mask_strides,
-    N, S, T, D, scale, seed, dropped,
+    length, N, S, T, D, scale, seed, dropped,
     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -134,6 +138,9 @@ def attention_fwd(
     v += _head(v_strides, head, N)
     mask += _head(mask_strides, head, N)
     queries = _block(q + _head(q_strides, head, N), row, q_strides[2], S, D, BLOCK_S, BLOCK_D)
+    seen = rows >= S - T if CAUSAL else rows >= 0
+    if MASKED:
+        seen = rows < 0
     largest = tl.full((BLOCK_S,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_S,), tl.float32)
     sums = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
@@ -143,9 +150,11 @@ def attention_fwd(
         keys = _block(k, column, k_strides[2], T, D, BLOCK_T, BLOCK_D)
         scores = dot(queries, tl.trans(keys), PRECISION) * scale
         hidden = _hidden(mask, mask_strides, rows, columns, S, T, CAUSAL, MASKED)
+        if MASKED:
+            seen = seen | (tl.min(hidden.to(tl.int32), 1) == 0)
         scores = tl.where(hidden, float("-inf"), scores)
         larger = tl.maximum(largest, tl.max(scores, 1))
-        # A row that has seen nothing yet must not become -inf - -inf.
+        # A row that has seen nothing finite yet must not become -inf - -inf.
         base = tl.where(larger == float("-inf"), 0.0, larger)
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(largest - base)
@@ -157,23 +166,23 @@ def attention_fwd(
         product = dot(rounded(weights, values.dtype), values, PRECISION)
         sums = sums * shrink[:, None] + product
         largest = larger
-    nothing = total == 0
-    factor = 1.0 / tl.where(nothing, 1.0, total)
+    # Nothing gives 0; what is infinitely unlikely is 0 / 0, as in the reference.
+    factor = tl.where(seen, 1.0 / total, 0.0)
     if DROPOUT:
         factor *= 65536.0 / (65536 - dropped)
     out += _head(out_strides, head, N)
     _write(out, sums * factor[:, None], row, out_strides[2], S, D, BLOCK_S, BLOCK_D)
     # Infinite where nothing was seen: every weight that is computed from it is 0.
-    logarithms = tl.where(nothing, float("inf"), largest + tl.log2(total))
+    logarithms = tl.where(seen, largest + tl.log2(total), float("inf"))
     tl.store(lse + head.to(tl.int64) * S + rows, logarithms, rows < S)
 
 
 @tuned_tiles(BACKWARD_Q)
-@triton.jit(do_not_specialize=["S", "T", "seed", "dropped"])
+@triton.jit(do_not_specialize=["length", "S", "T", "seed", "dropped"])
 def attention_bwd_q(
     grad_q, delta, grad_out, out, lse, q, k, v, mask,
     out_strides, q_strides, k_strides, v_strides, mask_strides,
-    N, S, T, D, scale, seed, dropped,
+    length, N, S, T, D, scale, seed, dropped,
     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -213,11 +222,11 @@ def attention_bwd_q(
 
 
 @tuned_tiles(BACKWARD_KV)
-@triton.jit(do_not_specialize=["S", "T", "seed", "dropped"])
+@triton.jit(do_not_specialize=["length", "S", "T", "seed", "dropped"])
 def attention_bwd_kv(
     grad_k, grad_v, delta, grad_out, lse, q, k, v, mask,
     grad_strides, out_strides, q_strides, k_strides, v_strides, mask_strides,
-    N, S, T, D, scale, seed, dropped,
+    length, N, S, T, D, scale, seed, dropped,
     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -323,7 +332,8 @@ def arguments(
     else:
         mask = attn_mask.view(torch.uint8).expand(B, N, S, T)
     scale = math.log2(math.e) / math.sqrt(D)
-    numbers = (N, S, T, D, scale, seed, dropped_of_65536(dropout_p))
+    length = max(S, T).bit_length()  # tells the tuner how long the sequences are, roughly
+    numbers = (length, N, S, T, D, scale, seed, dropped_of_65536(dropout_p))
     constants = {
         "BLOCK_D": power_of_2(D),
         "CAUSAL": is_causal,
@@ -344,5 +354,6 @@ def attention_triton(
     seed: int,
 ) -> Tensor:
     """See `fastllm.ops.attention.attention`."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    typed: Any = in_autocast(q, k, v)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in typed)
     return AttentionFunction.apply(q, k, v, attn_mask, is_causal, dropout_p, seed)

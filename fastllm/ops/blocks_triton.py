@@ -36,7 +36,7 @@ def tuned(
 
 def dot_precision(x: Tensor) -> str:
     """How `dot` multiplies fp32 numbers: as PyTorch is told to."""
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def in_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -71,6 +71,18 @@ def rounded(x, DTYPE: tl.constexpr):
     return x.to(DTYPE)
 
 
+# What a program of an elementwise kernel is for: 16 bytes a thread, several transactions in flight.
+ELEMENTS = 1024
+
+
+@triton.jit
+def elements(size, ELEMENTS: tl.constexpr):
+    """A program's elements [ELEMENTS / 64, 64]: the first of each row, all, which of them exist."""
+    first = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS // 64) * 64
+    at = first[:, None] + tl.arange(0, 64)[None, :]
+    return first, at, at < size
+
+
 @triton.jit
 def keep_mask(first, seed, stream, dropped, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """Which elements survive dropout: [ROWS, SIZE], each row beginning with element `first` [ROWS].
@@ -82,7 +94,8 @@ def keep_mask(first, seed, stream, dropped, ROWS: tl.constexpr, SIZE: tl.constex
     groups = first[:, None] // 64 + tl.arange(0, GROUPS)[None, :]
     counters = groups[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     low, high = counters.to(tl.uint32), (counters >> 32).to(tl.uint32)
-    x0, x1, x2, x3 = tl.philox(seed, low, high, low * 0 + stream, low * 0)
+    third = (low * 0 + stream).to(tl.uint32)
+    x0, x1, x2, x3 = tl.philox(seed, low, high, third, low * 0)
     if SIZE == 32:  # half of the words are for the other half of the elements
         upper = (first // 32 % 2 == 1)[:, None, None]
         words = tl.join(tl.where(upper, x2, x0), tl.where(upper, x3, x1))

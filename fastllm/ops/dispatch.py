@@ -39,7 +39,7 @@ def best_isa(cap: str, runnable: Sequence[str]) -> str:
 
 
 # Triton then runs its kernels on CPU tensors: slowly, to test what they compute.
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 kernels: Any = None
 extension_problem: str | None = None

@@ -7,20 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.ops.blocks_triton import keep_mask, rounded
+from fastllm.ops.blocks_triton import ELEMENTS, elements, keep_mask, rounded
 from fastllm.ops.dropout import dropout, dropped_of_65536
-
-# One memory transaction of 16 bytes a thread, several in flight.
-ELEMENTS = 1024
 
 
 @triton.jit(do_not_specialize=["seed", "stream", "dropped"])
 def dropout_kernel(out, x, size, seed, stream, dropped, factor, ELEMENTS: tl.constexpr):
-    ROWS: tl.constexpr = ELEMENTS // 64
-    first = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ROWS) * 64
-    at = first[:, None] + tl.arange(0, 64)[None, :]
-    inside = at < size
-    kept = keep_mask(first, seed, stream, dropped, ROWS, 64)
+    first, at, inside = elements(size, ELEMENTS)
+    kept = keep_mask(first, seed, stream, dropped, ELEMENTS // 64, 64)
     # A product, so that what is not a number stays so where it is dropped.
     y = tl.load(x + at, inside, other=0).to(tl.float32) * tl.where(kept, factor, 0.0)
     tl.store(out + at, rounded(y, out.dtype.element_ty), inside)

@@ -11,13 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.ops.blocks_triton import keep_mask, rounded
+from fastllm.ops.blocks_triton import ELEMENTS, elements, keep_mask, rounded
 from fastllm.ops.dropout import dropout, dropped_of_65536
 from fastllm.ops.embedding import Settings
 from fastllm.ops.parameters import check_first_derivative
-
-# One memory transaction of 16 bytes a thread, several in flight.
-ELEMENTS = 1024
 
 
 @triton.jit(do_not_specialize=["seed", "dropped"])
@@ -25,16 +22,13 @@ def embedding_fwd(
     out, ids, weight, positions, size, S, H, scale, seed, dropped, factor,
     DROPOUT: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    ROWS: tl.constexpr = ELEMENTS // 64
-    first = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ROWS) * 64
-    at = first[:, None] + tl.arange(0, 64)[None, :]
-    inside = at < size
+    first, at, inside = elements(size, ELEMENTS)
     row, h = at // H, at % H
     token = tl.load(ids + row, inside, other=0).to(tl.int64)
     x = tl.load(weight + token * H + h, inside, other=0).to(tl.float32) * scale
     x += tl.load(positions + row % S * H + h, inside, other=0).to(tl.float32)
     if DROPOUT:
-        x *= tl.where(keep_mask(first, seed, 0, dropped, ROWS, 64), factor, 0.0)
+        x *= tl.where(keep_mask(first, seed, 0, dropped, ELEMENTS // 64, 64), factor, 0.0)
     tl.store(out + at, rounded(x, out.dtype.element_ty), inside)
 
 
@@ -75,5 +69,5 @@ class EmbeddingFunction(torch.autograd.Function):
 
 def embedding_triton(ids: Tensor, weight: Tensor, positions: Tensor, settings: Settings) -> Tensor:
     """See `fastllm.ops.embedding.embedding`."""
-    ids, weight, positions = ids.contiguous(), weight.contiguous(), positions.contiguous()
+    ids, weight, positions = ids.long().contiguous(), weight.contiguous(), positions.contiguous()
     return EmbeddingFunction.apply(ids, weight, positions, settings)

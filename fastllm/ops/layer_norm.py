@@ -110,7 +110,7 @@ def why_not_rows(x: Tensor, norm: Norm, residual: Tensor | None) -> str | None:
 # published; `python -m fastllm.bench --device cuda` shows what holds on a GPU at hand. Asked for by
 # name, the kernel runs at any width.
 NARROWEST_TRITON = 2048
-LONGEST_TRITON = 16384
+LONGEST_TRITON = 8192
 
 IMPLEMENTATIONS: list[dispatch.Implementation] = [
     dispatch.Implementation("cpu", layer_norm_cpu, why_not_cpu),

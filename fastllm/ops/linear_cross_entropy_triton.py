@@ -23,9 +23,9 @@ BLOCK_V = 4096
 
 @triton.jit
 def cross_entropy(
-    losses, logits, targets, share, V, ignore_index, KEEP: tl.constexpr, BLOCK_V: tl.constexpr
+    losses, logits, targets, scale, V, ignore_index, KEEP: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """One row of logits becomes its gradient times `share`; also its loss, 0 where ignored."""
+    """One row of logits becomes its gradient times `scale`; also its loss, 0 where ignored."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     target = tl.load(targets + row)
@@ -45,13 +45,25 @@ def cross_entropy(
     tl.store(losses + row, tl.where(scored, loss, 0.0))
     if KEEP:
         tl.debug_barrier()  # the target's logit is read before its place is written
-        factor = tl.where(scored, tl.load(share), 0.0)
+        factor = tl.where(scored, scale, 0.0)
         for first in range(0, V, BLOCK_V):
             v = first + tl.arange(0, BLOCK_V)
             x = tl.load(logits + v, v < V, other=float("-inf")).to(tl.float32)
             grad = tl.exp(x - largest) / total - tl.where(v == target, 1.0, 0.0)
             grad = tl.where(scored, grad * factor, 0.0)
             tl.store(logits + v, rounded(grad, logits.dtype.element_ty), v < V)
+
+
+# What gradients by logits, in [-1, 1], are multiplied by until the backward divides by the number
+# of rows: fp16 would lose small probabilities, and has 65,504 as its largest number.
+SCALES = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 64.0}
+
+
+def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """A sum over many rows, which fp16 might not hold."""
+    if a.is_cuda and a.dtype is not torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -77,33 +89,30 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         grad_bias = weight.new_zeros(V, dtype=torch.float32) if wanted[2] else None
         losses = rows.new_empty(R, dtype=torch.float32)
         scored = (targets != ignore_index).sum()
-        # Half of the division by their number comes now and half in the backward: so fp16 neither
-        # loses small probabilities nor overflows in sums over many rows.
-        share = scored.clamp(min=1).float().rsqrt()
         chunk = max(1, LOGITS // V)
         for first in range(0, R, chunk):
             part = slice(first, first + chunk)
             logits = torch.nn.functional.linear(rows[part], weight, bias)
             cross_entropy[(logits.size(0),)](
-                losses[part], logits, targets[part], share, V, ignore_index,
+                losses[part], logits, targets[part], SCALES[x.dtype], V, ignore_index,
                 KEEP=keep, BLOCK_V=min(BLOCK_V, triton.next_power_of_2(V)), num_warps=8,
             )  # fmt: skip
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[part])
             if grad_weight is not None:
-                grad_weight += logits.t() @ rows[part]
+                grad_weight += product_in_fp32(logits.t(), rows[part])
             if grad_bias is not None:
-                grad_bias += logits.sum(0)
-        ctx.save_for_backward(share, grad_x, grad_weight, grad_bias)
+                grad_bias += logits.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(scored, grad_x, grad_weight, grad_bias)
         ctx.shape, ctx.dtype = x.shape, x.dtype
         return (losses.sum() / scored).to(loss_type)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        share, *grads = ctx.saved_tensors
-        factor = grad_out.float() * share
-        grad_x, *others = [None if g is None else (g * factor).to(ctx.dtype) for g in grads]
+        scored, *grads = ctx.saved_tensors
+        factor = grad_out.float() / (scored * SCALES[ctx.dtype])
+        grad_x, *others = [None if g is None else (g.float() * factor).to(ctx.dtype) for g in grads]
         grad_x = None if grad_x is None else grad_x.view(ctx.shape)
         return grad_x, *others, None, None, None, None
 

@@ -17,10 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.ops.blocks_triton import dot, in_autocast, keep_mask, rounded, tuned
+from fastllm.ops.blocks_triton import (
+    ELEMENTS,
+    dot,
+    elements,
+    in_autocast,
+    keep_mask,
+    rounded,
+    tuned,
+)
 from fastllm.ops.dropout import dropped_of_65536
 from fastllm.ops.layer_norm import layer_norm
-from fastllm.ops.parameters import Linear, Norm, check_first_derivative
+from fastllm.ops.parameters import Linear, Norm, check_first_derivative, contiguous
 
 WIDEST_DOT = 1024
 
@@ -35,8 +43,6 @@ TILES = (
     config(128, 64, 8, 3),  # reads the weight less often
     config(64, 128, 8, 3),  # reads the rows less often
 )
-# One memory transaction of 16 bytes a thread, several in flight.
-ELEMENTS = 1024
 
 
 @triton.jit
@@ -76,28 +82,31 @@ def _finish(product, before, kept, factor, ACTIVATION: tl.constexpr, BACKWARD: t
         return x, hidden
 
 
-@tuned(TILES, ("H", "I", "ACTIVATION", "BACKWARD", "DROPOUT"))
-@triton.jit(do_not_specialize=["seed", "dropped"])
+@tuned(TILES, ("rows", "H", "I", "ACTIVATION", "BACKWARD", "DROPOUT"))
+@triton.jit(do_not_specialize=["rows", "seed", "dropped"])
 def mlp_product(
-    out, hidden, x, weight, before, R, H, I, weight_strides, seed, dropped, factor,
+    out, hidden, x, weight, before, rows, R, H, I, weight_strides, seed, dropped, factor,
     ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """x [R, H] times a weight with strides [I, H], finished: two results [R, I]."""
+    """x [R, H] times a weight with strides [I, H], finished: two results [R, I].
+
+    `rows` tells the tuner how many there are, roughly.
+    """
     BLOCK_H: tl.constexpr = 32
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_I
     columns, h = column + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_H)
-    x += rows[:, None].to(tl.int64) * H + h[None, :]
+    x += r[:, None].to(tl.int64) * H + h[None, :]
     weight += h[:, None].to(tl.int64) * weight_strides[1] + columns[None, :] * weight_strides[0]
     sums = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
     for first in range(0, H, BLOCK_H):
-        left = tl.load(x + first, (rows[:, None] < R) & (first + h[None, :] < H), other=0)
+        left = tl.load(x + first, (r[:, None] < R) & (first + h[None, :] < H), other=0)
         inside = (first + h[:, None] < H) & (columns[None, :] < I)
         right = tl.load(weight + first * weight_strides[1], inside, other=0)
         sums += dot(left, right, "ieee")
-    inside = (rows[:, None] < R) & (columns[None, :] < I)
-    at = rows[:, None].to(tl.int64) * I + columns[None, :]
+    inside = (r[:, None] < R) & (columns[None, :] < I)
+    at = r[:, None].to(tl.int64) * I + columns[None, :]
     if BACKWARD:
         earlier = tl.load(before + at, inside, other=0).to(tl.float32)
     elif BIAS:
@@ -105,7 +114,7 @@ def mlp_product(
     else:
         earlier = 0.0
     if DROPOUT:
-        first = rows.to(tl.int64) * I + column
+        first = r.to(tl.int64) * I + column
         kept = keep_mask(first, seed, 0, dropped, BLOCK_R, BLOCK_I)
     else:
         kept = inside
@@ -121,10 +130,7 @@ def mlp_elements(
     ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """The same for products that are in memory, in `out`, which the result takes the place of."""
-    ROWS: tl.constexpr = ELEMENTS // 64
-    first = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ROWS) * 64
-    at = first[:, None] + tl.arange(0, 64)[None, :]
-    inside = at < size
+    first, at, inside = elements(size, ELEMENTS)
     product = tl.load(out + at, inside, other=0).to(tl.float32)
     if BACKWARD:
         earlier = tl.load(before + at, inside, other=0).to(tl.float32)
@@ -132,7 +138,7 @@ def mlp_elements(
         earlier = tl.load(before + at % I, inside, other=0).to(tl.float32)
     else:
         earlier = 0.0
-    kept = keep_mask(first, seed, 0, dropped, ROWS, 64) if DROPOUT else inside
+    kept = keep_mask(first, seed, 0, dropped, ELEMENTS // 64, 64) if DROPOUT else inside
     stored, after = _finish(product, earlier, kept, factor, ACTIVATION, BACKWARD)
     tl.store(out + at, rounded(stored, out.dtype.element_ty), inside)
     tl.store(hidden + at, rounded(after, hidden.dtype.element_ty), inside)
@@ -166,8 +172,9 @@ def finished_product(
             return triton.cdiv(R, meta["BLOCK_R"]), triton.cdiv(I, meta["BLOCK_I"])
 
         mlp_product[grid](
-            out, hidden, x, weight, before, R, H, I, weight.stride(), *numbers, **constants
-        )
+            out, hidden, x, weight, before, R.bit_length(), R, H, I, weight.stride(),
+            *numbers, **constants,
+        )  # fmt: skip
         return out, hidden
     out = x @ weight.t()
     hidden = torch.empty_like(out)
@@ -227,8 +234,8 @@ def mlp_triton(
 ) -> Tensor:
     """See `fastllm.ops.mlp.mlp`."""
     normed = layer_norm(x, norm) if norm and norm_first else x
-    normed, *parameters = in_autocast(normed, *fc1, *fc2)  # type: ignore[assignment]
-    out = MLPFunction.apply(normed.contiguous(), *parameters, activation, dropout_p, seed)
+    tensors = contiguous(*in_autocast(normed, *fc1, *fc2))
+    out = MLPFunction.apply(*tensors, activation, dropout_p, seed)
     if norm is None:
         return out
     return x + out if norm_first else layer_norm(out, norm, x)

@@ -73,7 +73,7 @@ def check_first_derivative() -> None:
     """
     if torch.is_grad_enabled() or dispatch.inside_torch_func():
         raise RuntimeError(
-            "the C++ kernels give no second derivatives (create_graph=True) and no batched ones "
+            "the kernels give no second derivatives (create_graph=True) and no batched ones "
             '(is_grads_batched=True); compute the forward under fastllm.use("ref")'
         )
 

@@ -215,7 +215,9 @@ class Trainer:
             if self._saved_step != progress.step:
                 self.save()
 
-    def _step(self, loader: Iterator[dict[str, Tensor]]) -> tuple[float, float, float] | None:
+    def _step(
+        self, loader: Iterator[dict[str, Tensor]]
+    ) -> tuple[float, float | None, float] | None:
         """One optimizer step: loss, gradient norm, learning rate; None if a signal came first."""
         config, progress = self.config, self.progress
         # All that a step draws comes from this generator; seeding every device's would take 0.1 ms.
@@ -247,8 +249,9 @@ class Trainer:
         progress.tokens += sum(ids.numel() for ids in step_batches)
         return loss, grad_norm, lr
 
-    def _update(self) -> float:
-        norm = 0.0
+    def _update(self) -> float | None:
+        """The norm of the gradients; None where one overflowed and nothing was changed."""
+        norm, scale = 0.0, self.scaler.get_scale()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         if len(self.optimizers) > 1 and self.config.max_grad_norm:
@@ -261,7 +264,7 @@ class Trainer:
                 norm = optimizer.grad_norm
             optimizer.zero_grad()
         self.scaler.update()
-        return norm
+        return norm if self.scaler.get_scale() >= scale else None
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):

@@ -176,6 +176,21 @@ def test_mlp_shapes(
     assert_parity(run, dtype, *tensors, *biases)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mlp_layouts(layout: str) -> None:
+    """Of weights and biases as well."""
+    lay = LAYOUTS[layout]
+    tensors = [randn(6, 16), randn(64, 16) / 4, randn(64), randn(16, 64) / 8, randn(16)]
+
+    def run(*inputs: Tensor) -> Tensor:
+        x, w1, b1, w2, b2 = map(lay, inputs)
+        return mlp(x, Linear(w1, b1), Linear(w2, b2), "gelu", 0.2, 5)
+
+    # The product of our own, too; "offset" makes everything fp32.
+    for dtype in [torch.float32] if layout == "offset" else [torch.float32, torch.bfloat16]:
+        assert_parity(run, dtype, *tensors)
+
+
 @pytest.mark.parametrize("residual", [True, False], ids=["sum", ""])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (30, 17), (5, 2500)], ids=shape_name("RH"))
 def test_layer_norm(
@@ -266,6 +281,53 @@ def test_not_a_number_and_infinity_come_out(bad: float) -> None:
             expected = function(x).isfinite()
         assert torch.equal(actual, expected), name
         assert not actual.all(), name
+
+
+def test_infinitely_unlikely_keys_are_not_hidden_ones() -> None:
+    """A row of scores that are all -inf is 0 / 0; one that may see nothing is 0."""
+    q, k = torch.full((1, 1, 2, 8), math.inf), torch.full((1, 1, 2, 8), -1.0)
+    mask = torch.tensor([[True, True], [False, True]])
+    for attn_mask in (None, mask):
+        for is_causal in (False, True):
+            results = []
+            for implementation in ("triton", "ref"):
+                with fastllm.use(implementation):
+                    results.append(attention(q, k, torch.ones_like(k), attn_mask, is_causal))
+            assert torch.equal(results[0].isnan(), results[1].isnan())
+            assert results[0].isnan().any()
+            assert torch.equal(results[0].nan_to_num(), results[1].nan_to_num())
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_every_integer_type(kind: torch.dtype) -> None:
+    ids, positions = torch.tensor([[0, 2, 1]]), randn(3, 4)
+
+    def run(ids: Tensor) -> tuple[Tensor, Tensor]:
+        weight = randn(3, 4).requires_grad_()
+        with fastllm.use("triton"):
+            out = embedding(ids, weight, positions, Settings(2.0))
+        return out, torch.autograd.grad(out.square().sum(), weight)[0]
+
+    for actual, expected in zip(run(ids.to(kind)), run(ids), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_small_probabilities_reach_fp16_gradients() -> None:
+    """Of 50,257 equally likely tokens, by many rows."""
+    V, R = 50_257, 40
+    x, weight = torch.ones(R, 4), torch.zeros(V, 4)
+    targets = torch.zeros(R, dtype=torch.long)
+
+    def grad(implementation: str, dtype: torch.dtype) -> Tensor:
+        head = weight.to(dtype).requires_grad_()
+        with fastllm.use(implementation):
+            loss = linear_cross_entropy(x.to(dtype), Linear(head, None), targets)
+        (loss * 2.0**14).backward()  # as the trainer scales it
+        assert head.grad is not None
+        return head.grad[1:].double()
+
+    expected = grad("ref", torch.float64)
+    assert torch.allclose(grad("triton", torch.float16), expected, rtol=2e-3)
 
 
 @pytest.mark.parametrize("optimizer", [Adam, AdamW])
