@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastllm import DecoderModel
 from fastllm.training import checkpoint as checkpoint_module
 from fastllm.training.checkpoint import (
     CheckpointError,
@@ -204,6 +205,16 @@ def test_foreign_files(trained: Trainer, tmp_path: Path) -> None:
     (folder / "config.json").write_text("[1, 2]")
     with pytest.raises(CheckpointError, match=r"config.json is not a run's config.json"):
         load_model(folder)
+
+
+def test_a_gpt2_is_named_for_what_it_is(tmp_path: Path) -> None:
+    DecoderModel(
+        11, 16, 1, 2, 12,
+        pos_encoding_learned=True, lm_head_bias=False, scale_embeddings=False,
+        tie_word_embeddings=True, mlp_activation="gelu_tanh",
+    ).save_gpt2(tmp_path / "gpt2")  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"holds a GPT-2 .*; load it in Python with Decoder"):
+        load_model(find_checkpoint(str(tmp_path / "gpt2")))
 
 
 def test_optimizer_state_of_another_run(trained: Trainer, make_trainer: MakeTrainer) -> None:
