@@ -126,7 +126,7 @@ def cases() -> Iterator[Case]:
         fc1 = Linear(random(dtype, I, H), random(dtype, I))
         fc2 = Linear(random(dtype, H, I), random(dtype, H))
         x = random(dtype, 64, H)
-        mlp_triton(x, fc1, fc2, "gelu", dropout_p, 5, None, True).sum().backward()
+        mlp_triton(x, fc1, fc2, "gelu", dropout_p, 5, None, True, 0, 0).sum().backward()
 
     def layer_norm(dtype: str, H: int) -> None:
         norm = Norm(random(dtype, H), random(dtype, H), 1e-5)

@@ -179,18 +179,18 @@ Attention attention_of(const PyAttention& attention) {
             causal, dropout.first, {dropout.second, 0}};
 }
 
-// B, S, N, D; norm, norm_first; qkv, out; mask, causal; dropout of the weights and of the output;
-// precision
-using PyMultiHeadAttention = std::tuple<std::array<int64_t, 4>, PyNorm, bool, PyPair, PyPair,
-                                        PyMask, bool, PyDropout, PyDropout, int>;
+// B, S, N, D; starts; norm, norm_first; qkv, out; mask, causal; dropout of the weights and of the
+// output; precision
+using PyMultiHeadAttention = std::tuple<std::array<int64_t, 4>, uint64_t, PyNorm, bool, PyPair,
+                                        PyPair, PyMask, bool, PyDropout, PyDropout, int>;
 
 MultiHeadAttention multi_head_attention_of(const PyMultiHeadAttention& attention) {
-    const auto& [sizes, norm, norm_first, qkv, out, mask, causal, weights, output, precision] =
-        attention;
+    const auto& [sizes, starts, norm, norm_first, qkv, out, mask, causal, weights, output,
+                 precision] = attention;
     const auto& [B, S, N, D] = sizes;
-    return {B, S, N, D, norm_of(norm), norm_first, linear_of(qkv), linear_of(out), mask_of(mask),
-            causal, weights.first, output.first, {weights.second, 0}, {output.second, 0},
-            static_cast<Precision>(precision)};
+    return {B, S, N, D, at<const int64_t>(starts), norm_of(norm), norm_first, linear_of(qkv),
+            linear_of(out), mask_of(mask), causal, weights.first, output.first,
+            {weights.second, 0}, {output.second, 0}, static_cast<Precision>(precision)};
 }
 
 // stats, qkv, heads, sum
@@ -201,16 +201,17 @@ MultiHeadAttentionKept multi_head_attention_kept_of(const PyMultiHeadAttentionKe
     return {at<float>(stats), at<float>(qkv), at<float>(heads), at<float>(sum)};
 }
 
-// rows, H, I; norm, norm_first; fc1, fc2; activation; dropout; precision
-using PyMlp =
-    std::tuple<std::array<int64_t, 3>, PyNorm, bool, PyPair, PyPair, int, PyDropout, int>;
+// rows, H, I; norm, norm_first; fc1, fc2; activation; dropout of the activations and of the output;
+// precision
+using PyMlp = std::tuple<std::array<int64_t, 3>, PyNorm, bool, PyPair, PyPair, int, PyDropout,
+                         PyDropout, int>;
 
 Mlp mlp_of(const PyMlp& mlp) {
-    const auto& [sizes, norm, norm_first, fc1, fc2, activation, dropout, precision] = mlp;
+    const auto& [sizes, norm, norm_first, fc1, fc2, activation, hidden, output, precision] = mlp;
     const auto& [rows, H, I] = sizes;
     return {rows, H, I, norm_of(norm), norm_first, linear_of(fc1), linear_of(fc2),
-            static_cast<Activation>(activation), dropout.first, {dropout.second, 0},
-            static_cast<Precision>(precision)};
+            static_cast<Activation>(activation), hidden.first, output.first, {hidden.second, 0},
+            {output.second, 0}, static_cast<Precision>(precision)};
 }
 
 // stats, hidden, sum

@@ -84,8 +84,11 @@ struct Attention {
 };
 
 // [norm ->] qkv -> attention -> out -> dropout [-> residual [-> norm]]; a norm brings the residual.
+// Sequences have S rows each; or, with `starts`, up to S: sequence b those from starts[b] up to
+// starts[b + 1], and no mask.
 struct MultiHeadAttention {
     int64_t B, S, N, D;
+    const int64_t* starts;  // [B + 1] or null
     Norm norm;
     bool norm_first;
     Linear qkv, out;  // rows of qkv ordered q, k, v, each by head
@@ -111,15 +114,15 @@ struct MultiHeadAttentionGrad {
 
 enum class Activation { GELU, GELU_TANH, RELU, SILU, LEAKY_RELU };
 
-// [norm ->] fc1 -> activation -> dropout -> fc2 [-> residual [-> norm]]; likewise.
+// [norm ->] fc1 -> activation -> dropout -> fc2 -> dropout [-> residual [-> norm]]; likewise.
 struct Mlp {
     int64_t rows, H, I;
     Norm norm;
     bool norm_first;
     Linear fc1, fc2;
     Activation activation;
-    double p;
-    DropoutKey key;
+    double hidden_p, out_p;
+    DropoutKey hidden_key, out_key;
     Precision precision;
 };
 

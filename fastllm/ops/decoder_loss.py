@@ -156,6 +156,7 @@ def description(
         N = layer.num_heads
         attention = (
             (B, S, N, H // N),
+            0,
             (*addresses(*layer.norm1[:2]), layer.norm1.eps),
             layer.norm_first,
             addresses(*layer.qkv),
@@ -174,6 +175,7 @@ def description(
             addresses(*layer.fc2),
             list(ACTIVATIONS).index(layer.activation),
             dropouts[first + 2],
+            (0.0, 0),
             precision,
         )
         layers.append((attention, mlp))

@@ -40,10 +40,13 @@ def mlp_ref(
     seed: int,
     norm: Norm | None,
     norm_first: bool,
+    out_dropout_p: float,
+    out_seed: int,
 ) -> Tensor:
     normed = layer_norm_ref(x, norm, None) if norm and norm_first else x
     hidden = ACTIVATIONS[activation](F.linear(normed, *fc1))
     out = F.linear(dropout(hidden, dropout_p, seed), *fc2)
+    out = dropout(out, out_dropout_p, out_seed)
     if norm is None:
         return out
     return x + out if norm_first else layer_norm_ref(out, norm, x)
@@ -57,6 +60,8 @@ class Settings(NamedTuple):
     seed: int
     eps: float
     norm_first: bool
+    out_dropout_p: float
+    out_seed: int
     keep: bool  # for a backward
 
 
@@ -112,15 +117,16 @@ class MLPFunction(torch.autograd.Function):
     def description(ctx: Any, parameters: Any) -> tuple[Any, ...]:
         """`Mlp` of csrc/kernels.h."""
         fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias = addresses(*parameters)
-        activation, dropout_p, seed, eps, norm_first, _ = ctx.settings
+        settings = ctx.settings
         return (
             ctx.sizes,
-            (norm_weight, norm_bias, eps),
-            norm_first,
+            (norm_weight, norm_bias, settings.eps),
+            settings.norm_first,
             (fc1_weight, fc1_bias),
             (fc2_weight, fc2_bias),
-            list(ACTIVATIONS).index(activation),
-            (dropout_p, seed),
+            list(ACTIVATIONS).index(settings.activation),
+            (settings.dropout_p, settings.seed),
+            (settings.out_dropout_p, settings.out_seed),
             ctx.precision,
         )
 
@@ -134,11 +140,14 @@ def mlp_cpu(
     seed: int,
     norm: Norm | None,
     norm_first: bool,
+    out_dropout_p: float,
+    out_seed: int,
 ) -> Tensor:
     weight, bias, eps = norm or (None, None, 0.0)
     x, parameters = x.contiguous(), contiguous(*fc1, *fc2, weight, bias)
     keep = needs_grad(x, *parameters)
-    settings = Settings(activation, dropout_p, seed, eps, norm_first, keep)
+    dropouts = (out_dropout_p, out_seed)
+    settings = Settings(activation, dropout_p, seed, eps, norm_first, *dropouts, keep)
     return MLPFunction.apply(x, settings, *parameters)
 
 
@@ -151,10 +160,12 @@ def why_not_cpu(
     seed: int = 0,
     norm: Norm | None = None,
     norm_first: bool = True,
+    out_dropout_p: float = 0.0,
+    out_seed: int = 0,
 ) -> str | None:
     if x is None or fc1 is None or fc2 is None:
         return dispatch.why_not_cpu()
-    reason = why_not_fused(x, fc1, fc2, dropout_p, norm)
+    reason = why_not_fused(x, fc1, fc2, norm, dropout_p, out_dropout_p)
     return reason or dispatch.why_not_fused(x, *fc1, *fc2, *(norm[:2] if norm else ()))
 
 
@@ -167,19 +178,21 @@ def why_not_triton(
     seed: int = 0,
     norm: Norm | None = None,
     norm_first: bool = True,
+    out_dropout_p: float = 0.0,
+    out_seed: int = 0,
 ) -> str | None:
     if x is None or fc1 is None or fc2 is None:
         return dispatch.why_not_triton()
-    reason = why_not_fused(x, fc1, fc2, dropout_p, norm)
+    reason = why_not_fused(x, fc1, fc2, norm, dropout_p, out_dropout_p)
     return reason or dispatch.why_not_triton(x, *fc1, *fc2, *(norm[:2] if norm else ()))
 
 
 def why_not_fused(
-    x: Tensor, fc1: Linear, fc2: Linear, dropout_p: float, norm: Norm | None
+    x: Tensor, fc1: Linear, fc2: Linear, norm: Norm | None, *dropout_ps: float
 ) -> str | None:
     if x.numel() == 0:
         return "there are no elements"
-    if not 0 <= dropout_p < 1:
+    if not all(0 <= p < 1 for p in dropout_ps):
         return "everything is dropped, or the probability is none"
     I, H = fc1.weight.shape
     if not (fc1.fits(I, H) and fc2.fits(H, I) and (norm is None or norm.fits(H))):
@@ -203,17 +216,19 @@ def mlp(
     seed: int = 0,
     norm: Norm | None = None,
     norm_first: bool = True,
+    out_dropout_p: float = 0.0,
+    out_seed: int = 0,
 ) -> Tensor:
-    """`fc2(dropout(activation(fc1(x))))`, with layer norm and residual connection if wanted.
+    """`dropout(fc2(dropout(activation(fc1(x)))))`, with layer norm and residual if wanted.
 
     Args:
         x: [..., H].
         fc1, fc2: weights [I, H] and [H, I].
         activation: `gelu` (exact), `gelu_tanh`, `relu`, `silu` or `leaky_relu` (slope 0.01).
-        dropout_p: probability of dropping an activation.
-        seed: names the dropout mask; see `dropout`.
+        dropout_p, seed: probability of dropping an activation, and the mask's name; see `dropout`.
         norm: a layer norm; it brings the residual connection.
         norm_first: `x + f(norm(x))` rather than `norm(x + f(x))`.
+        out_dropout_p, out_seed: of what fc2 gives.
 
     Raises:
         ValueError: sizes do not fit each other, or the activation is unknown.
@@ -227,5 +242,6 @@ def mlp(
             "[..., H], [I, H] and [H, I] are needed"
         )
     x = dispatch.autocast_input(x, fc1.weight)
-    arguments = (x, fc1, fc2, activation, dropout_p, seed, norm, norm_first)
+    dropouts = (dropout_p, seed), (out_dropout_p, out_seed)
+    arguments = (x, fc1, fc2, activation, *dropouts[0], norm, norm_first, *dropouts[1])
     return dispatch.choose("mlp", IMPLEMENTATIONS, *arguments).run(*arguments)

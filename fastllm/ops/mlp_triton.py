@@ -26,7 +26,7 @@ from fastllm.ops.blocks_triton import (
     rounded,
     tuned,
 )
-from fastllm.ops.dropout import dropped_of_65536
+from fastllm.ops.dropout import dropout, dropped_of_65536
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.parameters import Linear, Norm, check_first_derivative, contiguous
 
@@ -231,11 +231,14 @@ def mlp_triton(
     seed: int,
     norm: Norm | None,
     norm_first: bool,
+    out_dropout_p: float,
+    out_seed: int,
 ) -> Tensor:
     """See `fastllm.ops.mlp.mlp`."""
     normed = layer_norm(x, norm) if norm and norm_first else x
     tensors = contiguous(*in_autocast(normed, *fc1, *fc2))
     out = MLPFunction.apply(*tensors, activation, dropout_p, seed)
+    out = dropout(out, out_dropout_p, out_seed)
     if norm is None:
         return out
     return x + out if norm_first else layer_norm(out, norm, x)

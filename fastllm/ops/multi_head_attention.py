@@ -1,5 +1,7 @@
 """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2) as a whole."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,8 @@ class Settings(NamedTuple):
         dropout_p, seed: of the attention weights.
         out_dropout_p, out_seed: of the output projection's result.
         norm_first: `x + f(norm(x))` rather than `norm(x + f(x))`.
+        starts: where each sequence begins in rows of several, and the last one ends; then there is
+            no mask.
     """
 
     num_heads: int
@@ -39,21 +43,39 @@ class Settings(NamedTuple):
     out_dropout_p: float = 0.0
     out_seed: int = 0
     norm_first: bool = True
+    starts: tuple[int, ...] | None = None
+
+    def sizes(self, x: Tensor) -> tuple[int, int]:
+        """B and S of x, the length of the longest sequence."""
+        if self.starts is None:
+            return x.size(0), x.size(1)
+        return len(self.starts) - 1, max(end - begin for begin, end in pairwise(self.starts))
 
 
 def multi_head_attention_ref(
     x: Tensor, qkv: Linear, out: Linear, settings: Settings, norm: Norm | None
 ) -> Tensor:
-    B, S, H = x.shape
-    N = settings.num_heads
-    normed = layer_norm(x, norm) if norm and settings.norm_first else x
-    q, k, v = F.linear(normed, *qkv).view(B, S, 3, N, H // N).permute(2, 0, 3, 1, 4)
-    _, attn_mask, is_causal, dropout_p, seed, out_dropout_p, out_seed, norm_first = settings
-    heads = attention(q, k, v, attn_mask, is_causal, dropout_p, seed)
-    y = dropout(F.linear(heads.transpose(1, 2).reshape(B, S, H), *out), out_dropout_p, out_seed)
+    B, S, H = *settings.sizes(x), x.size(-1)
+    N, attn_mask, is_causal, dropout_p, seed, out_dropout_p, out_seed, norm_first, starts = settings
+    normed = layer_norm(x, norm) if norm and norm_first else x
+    projected = F.linear(normed, *qkv)
+    if starts is not None:
+        filled, attn_mask = filled_rows(starts, S, x.device)
+        projected = projected.new_zeros(B, S, 3 * H).masked_scatter(filled[..., None], projected)
+    q, k, v = projected.view(B, S, 3, N, H // N).permute(2, 0, 3, 1, 4)
+    heads = attention(q, k, v, attn_mask, is_causal, dropout_p, seed).transpose(1, 2)
+    heads = heads.reshape(B, S, H) if starts is None else heads.reshape(B, S, H)[filled]
+    y = dropout(F.linear(heads, *out), out_dropout_p, out_seed)
     if norm is None:
         return y
     return x + y if norm_first else layer_norm(y, norm, x)
+
+
+def filled_rows(starts: Sequence[int], S: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of [B, S] hold a row of sequences side by side, and the mask of the other keys."""
+    lengths = torch.tensor([end - begin for begin, end in pairwise(starts)], device=device)
+    filled = torch.arange(S, device=device) < lengths[:, None]
+    return filled, ~filled[:, None, None]
 
 
 class MultiHeadAttentionFunction(torch.autograd.Function):
@@ -63,14 +85,17 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, settings: Settings, eps: float, keep: bool, *parameters: Tensor | None
     ) -> Tensor:
-        B, S, H = x.shape
-        N = settings.num_heads
+        B, S = settings.sizes(x)
+        N, H = settings.num_heads, x.size(-1)
+        rows = x.numel() // H
         normed = parameters[4] is not None
-        out, qkv, heads = torch.empty_like(x), x.new_empty(B, S, 3 * H), torch.empty_like(x)
-        stats = x.new_empty(B, S, 2) if keep and normed else None
+        out, qkv, heads = torch.empty_like(x), x.new_empty(rows, 3 * H), torch.empty_like(x)
+        stats = x.new_empty(rows, 2) if keep and normed else None
         total = torch.empty_like(x) if keep and normed and not settings.norm_first else None
         ctx.settings, ctx.eps, ctx.sizes = settings, eps, (B, S, N, H // N)
         ctx.precision = dispatch.precision()
+        # A tensor, for its memory: the kernel reads it in both directions.
+        ctx.starts = None if settings.starts is None else torch.tensor(settings.starts)
         dispatch.kernels.multi_head_attention_fwd(
             address(out),
             addresses(stats, qkv, heads, total),
@@ -115,6 +140,7 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
         settings = ctx.settings
         return (
             ctx.sizes,
+            address(ctx.starts),
             (norm_weight, norm_bias, ctx.eps),
             settings.norm_first,
             (qkv_weight, qkv_bias),
@@ -169,13 +195,21 @@ IMPLEMENTATIONS: list[dispatch.Implementation] = [
 ]
 
 
+def check_starts(starts: Sequence[int], rows: int, attn_mask: Tensor | None) -> None:
+    """Raises a `ValueError` where sequences side by side are not described well."""
+    if attn_mask is not None:
+        raise ValueError("starts and attn_mask exclude each other")
+    if len(starts) < 2 or starts[0] != 0 or starts[-1] != rows or list(starts) != sorted(starts):
+        raise ValueError(f"starts must rise from 0 to the number of rows {rows}, got {starts}")
+
+
 def multi_head_attention(
     x: Tensor, qkv: Linear, out: Linear, settings: Settings, norm: Norm | None = None
 ) -> Tensor:
     """Self-attention over N heads: `dropout(out(attention(qkv(x))))`.
 
     Args:
-        x: [B, S, H].
+        x: [B, S, H]; or [rows, H], sequences side by side, with `settings.starts`.
         qkv: weight [3 H, H], rows ordered q, k, v, each by head.
         out: weight [H, H].
         settings: see `Settings`; `attn_mask` is boolean, broadcastable to [B, N, S, S], **True
@@ -183,19 +217,22 @@ def multi_head_attention(
         norm: a layer norm; it brings the residual connection.
 
     Returns:
-        [B, S, H].
+        Of x's shape.
 
     Raises:
         TypeError: the mask is not boolean.
         ValueError: sizes do not fit each other.
     """
     check_mask(settings.attn_mask)
-    H = x.size(-1)
-    if x.ndim != 3 or qkv.weight.shape != (3 * H, H) or out.weight.shape != (H, H):
+    H, starts = x.size(-1), settings.starts
+    fits = qkv.weight.shape == (3 * H, H) and out.weight.shape == (H, H)
+    if x.ndim != (3 if starts is None else 2) or not fits:
         raise ValueError(
             f"x {list(x.shape)}, qkv {list(qkv.weight.shape)} and out {list(out.weight.shape)} do "
             "not fit: [B, S, H], [3 H, H] and [H, H] are needed"
         )
+    if starts is not None:
+        check_starts(starts, x.size(0), settings.attn_mask)
     if H % settings.num_heads:
         raise ValueError(f"the width {H} must be divisible by num_heads ({settings.num_heads})")
     arguments = (dispatch.autocast_input(x, qkv.weight), qkv, out, settings, norm)

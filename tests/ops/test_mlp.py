@@ -39,6 +39,7 @@ def problem(
     biases: bool = True,
     activation: str = "gelu",
     p: float = 0.3,
+    out_p: float = 0.0,
 ) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """The operation as a function of tensors, and random tensors for it."""
     rows, H, I = size
@@ -52,7 +53,8 @@ def problem(
     def run(x: Tensor, w1: Tensor, w2: Tensor, *vectors: Tensor) -> Tensor:
         b1, b2 = vectors[:2] if biases else (None, None)
         layer_norm = None if norm == "none" else Norm(*vectors[-2:], 1e-5)
-        return mlp(x, Linear(w1, b1), Linear(w2, b2), activation, p, 7, layer_norm, norm == "pre")
+        layers = Linear(w1, b1), Linear(w2, b2)
+        return mlp(x, *layers, activation, p, 7, layer_norm, norm == "pre", out_p, 9)
 
     return run, tensors
 
@@ -99,6 +101,13 @@ def test_parity_of_any_layout(arithmetic: str, layout: str, norm: str) -> None:
     assert_parity(lambda *tensors: run(*tensors).mT, *inputs)  # and of the gradient that comes
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_parity_of_dropout_behind(arithmetic: str, norm: str) -> None:
+    for size, p in (((7, 30, 120), 0.0), ((65, 40, 33), 0.3)):
+        run, tensors = problem(size, norm, p=p, out_p=0.2)
+        assert_parity(run, *tensors)
+
+
 def test_parity_of_more_dimensions(arithmetic: str) -> None:
     run, (x, *parameters) = problem((30, 24, 50))
     assert_parity(run, x.view(2, 3, 5, 24), *parameters)
@@ -134,7 +143,7 @@ def test_one_gradient_alone(arithmetic: str, wanted: int) -> None:
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_same_bits(arithmetic: str, threads: None, norm: str) -> None:
-    run, tensors = problem((75, 40, 100), norm)
+    run, tensors = problem((75, 40, 100), norm, out_p=0.2)
     assert_same_bits(bits(run, *tensors))
 
 

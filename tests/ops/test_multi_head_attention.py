@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -36,6 +37,10 @@ SHAPES = [
     (1, 2, 257, 8),
 ]
 NORMS = ["none", "pre", "post"]
+
+
+# Lengths of sequences that lie side by side.
+LENGTHS = [(1,), (7, 1, 3), (5, 0, 64, 66), (9, 3, 1, 30, 2, 8, 17, 1, 5)]
 
 
 def problem(
@@ -112,6 +117,44 @@ def test_parity_of_fully_masked_rows(arithmetic: str, norm: str) -> None:
         assert torch.equal(nothing[1, 4:7], torch.zeros(3, 24))
 
 
+def side_by_side(
+    lengths: tuple[int, ...], norm: str, **settings: Any
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The operation on sequences of these lengths."""
+    starts = tuple(accumulate(lengths, initial=0))
+    run, (x, *parameters) = problem((1, 3, sum(lengths), 7), norm, starts=starts, **settings)
+    return run, [x[0], *parameters]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
+@pytest.mark.parametrize("norm", NORMS)
+def test_parity_of_sequences_side_by_side(
+    arithmetic: str, lengths: tuple[int, ...], norm: str
+) -> None:
+    for is_causal in (False, True):
+        run, tensors = side_by_side(lengths, norm, is_causal=is_causal)
+        assert_parity(run, *tensors)
+
+
+@pytest.mark.parametrize("implementation", ["ref", "cpu"])
+def test_sequences_side_by_side_are_those_alone(implementation: str) -> None:
+    with fastllm.use(implementation):
+        run, (x, *parameters) = side_by_side((5, 9, 2), "pre", p=0.0, is_causal=True)
+        alone, _ = problem((1, 3, 9, 7), "pre", p=0.0, is_causal=True)
+        parts = [alone(part[None], *parameters)[0] for part in x.split([5, 9, 2])]
+        assert torch.allclose(run(x, *parameters), torch.cat(parts), atol=1e-5)
+
+
+@pytest.mark.parametrize("starts", [(0,), (1, 5), (0, 4), (0, 3, 2, 5)])
+def test_wrong_starts_are_refused(starts: tuple[int, ...]) -> None:
+    run, (x, *parameters) = problem((1, 3, 5, 7), starts=starts)
+    with pytest.raises(ValueError, match="starts must rise from 0 to the number of rows 5"):
+        run(x[0], *parameters)
+    run, (x, *parameters) = problem((1, 3, 5, 7), starts=(0, 5), attn_mask=torch.ones(5, 5) > 2)
+    with pytest.raises(ValueError, match="starts and attn_mask exclude each other"):
+        run(x[0], *parameters)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_parity_of_any_layout(arithmetic: str, layout: str, norm: str) -> None:
@@ -163,4 +206,12 @@ def test_same_bits(
     arithmetic: str, threads: None, shape: tuple[int, int, int, int], norm: str
 ) -> None:
     run, tensors = problem(shape, norm, is_causal=True)
+    assert_same_bits(bits(run, *tensors))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS[2:], ids=["few", "many"])
+def test_same_bits_of_sequences_side_by_side(
+    arithmetic: str, threads: None, lengths: tuple[int, ...]
+) -> None:
+    run, tensors = side_by_side(lengths, "post")
     assert_same_bits(bits(run, *tensors))

@@ -152,7 +152,8 @@ def test_mlp(dtype: torch.dtype, activation: str, norm: str) -> None:
 
     def run(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *n: Tensor) -> Tensor:
         which = Norm(*n, 1e-5) if norm != "none" else None
-        out = mlp(x, Linear(w1, b1), Linear(w2, b2), activation, 0.3, 11, which, norm == "pre")
+        layers = Linear(w1, b1), Linear(w2, b2)
+        out = mlp(x, *layers, activation, 0.3, 11, which, norm == "pre", 0.2, 13)
         return out if which else out + 0 * sum(t.sum() for t in n)
 
     assert_parity(run, dtype, *tensors)
