@@ -20,18 +20,18 @@ FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
 }
 
 
-def plain(*modules: Any) -> bool:
+def plain(*modules: Any, known: dict[type[nn.Module], Callable[..., Any]] = FORWARDS) -> bool:
     """Whether all of these are plain instances of known classes with nothing attached."""
     if torch_module._has_any_global_hook():
         return False
     for module in modules:
         cls = type(module)
-        if FORWARDS.get(cls) is not cls.forward:
+        if known.get(cls) is not cls.forward:
             return False
         attributes = module.__dict__
         if (
             "forward" in attributes
-            or attributes["_forward_hooks"]
+            or any(map(_acts, attributes["_forward_hooks"].values()))
             or attributes["_forward_pre_hooks"]
             or attributes["_backward_hooks"]
             or attributes["_backward_pre_hooks"]
@@ -39,6 +39,12 @@ def plain(*modules: Any) -> bool:
         ):
             return False
     return True
+
+
+def _acts(hook: Any) -> bool:
+    """Whether a hook is more than transformers' own, which look at outputs when they are asked for
+    and stay behind; a model that is asked calls its modules."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def all_are(cls: type[nn.Module], *modules: Any) -> bool:
