@@ -121,6 +121,7 @@ T* at(uint64_t address) {
 // order of the fields.
 using PyNorm = std::tuple<uint64_t, uint64_t, float>;             // weight, bias, eps
 using PyPair = std::pair<uint64_t, uint64_t>;                     // weight, bias
+using PyLinear = std::tuple<uint64_t, uint64_t, bool>;            // weight, bias, transposed
 using PyDropout = std::pair<double, uint64_t>;                    // probability, seed
 using PyMask = std::pair<uint64_t, std::array<int64_t, 4>>;       // address, strides
 using PyRows = std::pair<uint64_t, std::array<int64_t, 3>>;       // address, strides
@@ -129,8 +130,9 @@ Norm norm_of(const PyNorm& norm) {
     const auto& [weight, bias, eps] = norm;
     return {at<const float>(weight), at<const float>(bias), eps};
 }
-Linear linear_of(const PyPair& pair) {
-    return {at<const float>(pair.first), at<const float>(pair.second)};
+Linear linear_of(const PyLinear& linear) {
+    const auto& [weight, bias, transposed] = linear;
+    return {at<const float>(weight), at<const float>(bias), transposed};
 }
 NormGrad norm_grad_of(const PyPair& pair) { return {at<float>(pair.first), at<float>(pair.second)}; }
 LinearGrad linear_grad_of(const PyPair& pair) {
@@ -181,8 +183,8 @@ Attention attention_of(const PyAttention& attention) {
 
 // B, S, N, D; starts; norm, norm_first; qkv, out; mask, causal; dropout of the weights and of the
 // output; precision
-using PyMultiHeadAttention = std::tuple<std::array<int64_t, 4>, uint64_t, PyNorm, bool, PyPair,
-                                        PyPair, PyMask, bool, PyDropout, PyDropout, int>;
+using PyMultiHeadAttention = std::tuple<std::array<int64_t, 4>, uint64_t, PyNorm, bool, PyLinear,
+                                        PyLinear, PyMask, bool, PyDropout, PyDropout, int>;
 
 MultiHeadAttention multi_head_attention_of(const PyMultiHeadAttention& attention) {
     const auto& [sizes, starts, norm, norm_first, qkv, out, mask, causal, weights, output,
@@ -203,7 +205,7 @@ MultiHeadAttentionKept multi_head_attention_kept_of(const PyMultiHeadAttentionKe
 
 // rows, H, I; norm, norm_first; fc1, fc2; activation; dropout of the activations and of the output;
 // precision
-using PyMlp = std::tuple<std::array<int64_t, 3>, PyNorm, bool, PyPair, PyPair, int, PyDropout,
+using PyMlp = std::tuple<std::array<int64_t, 3>, PyNorm, bool, PyLinear, PyLinear, int, PyDropout,
                          PyDropout, int>;
 
 Mlp mlp_of(const PyMlp& mlp) {
@@ -233,7 +235,8 @@ Embedding embedding_of(const PyEmbedding& embedding) {
 }
 
 // rows, H, V; targets; ignore_index; head; precision
-using PyLinearCrossEntropy = std::tuple<std::array<int64_t, 3>, uint64_t, int64_t, PyPair, int>;
+using PyLinearCrossEntropy =
+    std::tuple<std::array<int64_t, 3>, uint64_t, int64_t, PyLinear, int>;
 
 LinearCrossEntropy linear_cross_entropy_of(const PyLinearCrossEntropy& entropy) {
     const auto& [sizes, targets, ignore_index, head, precision] = entropy;

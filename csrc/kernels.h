@@ -48,8 +48,9 @@ struct Norm {
 
 // y = x W^T + b
 struct Linear {
-    const float* weight;  // [outputs, inputs]
-    const float* bias;    // [outputs] or null
+    const float* weight;      // [outputs, inputs]
+    const float* bias;        // [outputs] or null
+    bool transposed = false;  // the weight, and its gradient, lie in memory as [inputs, outputs]
 };
 
 // Where gradients go; null where nobody needs them.

@@ -17,6 +17,8 @@ from fastllm.ops.parameters import (
     addresses,
     check_first_derivative,
     contiguous,
+    laid_out,
+    linear_description,
     needs_grad,
     new_grad,
 )
@@ -116,14 +118,14 @@ class MLPFunction(torch.autograd.Function):
     @staticmethod
     def description(ctx: Any, parameters: Any) -> tuple[Any, ...]:
         """`Mlp` of csrc/kernels.h."""
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias = addresses(*parameters)
+        norm_weight, norm_bias = addresses(*parameters[4:])
         settings = ctx.settings
         return (
             ctx.sizes,
             (norm_weight, norm_bias, settings.eps),
             settings.norm_first,
-            (fc1_weight, fc1_bias),
-            (fc2_weight, fc2_bias),
+            linear_description(*parameters[:2]),
+            linear_description(*parameters[2:4]),
             list(ACTIVATIONS).index(settings.activation),
             (settings.dropout_p, settings.seed),
             (settings.out_dropout_p, settings.out_seed),
@@ -144,7 +146,7 @@ def mlp_cpu(
     out_seed: int,
 ) -> Tensor:
     weight, bias, eps = norm or (None, None, 0.0)
-    x, parameters = x.contiguous(), contiguous(*fc1, *fc2, weight, bias)
+    x, parameters = x.contiguous(), [*laid_out(fc1), *laid_out(fc2), *contiguous(weight, bias)]
     keep = needs_grad(x, *parameters)
     dropouts = (out_dropout_p, out_seed)
     settings = Settings(activation, dropout_p, seed, eps, norm_first, *dropouts, keep)

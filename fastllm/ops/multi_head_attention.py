@@ -19,6 +19,8 @@ from fastllm.ops.parameters import (
     addresses,
     check_first_derivative,
     contiguous,
+    laid_out,
+    linear_description,
     needs_grad,
     new_grad,
 )
@@ -136,15 +138,15 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
     def description(ctx: Any, parameters: Any) -> tuple[Any, ...]:
         """`MultiHeadAttention` of csrc/kernels.h."""
         B, S, N, _ = ctx.sizes
-        qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, norm_bias = addresses(*parameters)
+        norm_weight, norm_bias = addresses(*parameters[4:])
         settings = ctx.settings
         return (
             ctx.sizes,
             address(ctx.starts),
             (norm_weight, norm_bias, ctx.eps),
             settings.norm_first,
-            (qkv_weight, qkv_bias),
-            (out_weight, out_bias),
+            linear_description(*parameters[:2]),
+            linear_description(*parameters[2:4]),
             mask_description(settings.attn_mask, B, N, S, S),
             settings.is_causal,
             (settings.dropout_p, settings.seed),
@@ -157,7 +159,7 @@ def multi_head_attention_cpu(
     x: Tensor, qkv: Linear, out: Linear, settings: Settings, norm: Norm | None
 ) -> Tensor:
     weight, bias, eps = norm or (None, None, 0.0)
-    x, parameters = x.contiguous(), contiguous(*qkv, *out, weight, bias)
+    x, parameters = x.contiguous(), [*laid_out(qkv), *laid_out(out), *contiguous(weight, bias)]
     keep = needs_grad(x, *parameters)
     return MultiHeadAttentionFunction.apply(x, settings, eps, keep, *parameters)
 

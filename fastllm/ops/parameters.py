@@ -26,7 +26,10 @@ class Norm(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A linear layer's parameters: [outputs, inputs] and [outputs] or None."""
+    """A linear layer's parameters: [outputs, inputs] and [outputs] or None.
+
+    A weight may be a transposed view: some libraries keep theirs as [inputs, outputs].
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -35,6 +38,18 @@ class Linear(NamedTuple):
         """Whether its sizes are these: the kernels read so much without looking."""
         weight, bias = self
         return weight.shape == (outputs, inputs) and (bias is None or bias.shape == (outputs,))
+
+
+def laid_out(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as the kernels take them: without gaps, a transposed view as it is."""
+    weight, bias = linear
+    as_it_is = weight.is_contiguous() or weight.t().is_contiguous()
+    return weight if as_it_is else weight.contiguous(), None if bias is None else bias.contiguous()
+
+
+def linear_description(weight: Tensor, bias: Tensor | None) -> tuple[int, int, bool]:
+    """`Linear` of csrc/kernels.h."""
+    return weight.data_ptr(), address(bias), not weight.is_contiguous()
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -51,13 +66,14 @@ def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
 
 
 def new_grad(tensor: Tensor | None, wanted: bool) -> Tensor | None:
-    """Memory for the gradient by a tensor, where there is one and it is wanted."""
+    """Memory for the gradient by a tensor, laid out as that is; None where it is not wanted."""
     if tensor is None or not wanted:
         return None
     if tensor.nbytes < LARGE:
         return torch.empty_like(tensor)
     memory = dispatch.kernels.Memory(tensor.nbytes)
-    return torch.frombuffer(memory, dtype=tensor.dtype).resize_(tensor.shape)
+    flat = torch.frombuffer(memory, dtype=tensor.dtype)
+    return flat.as_strided(tensor.shape, tensor.stride())
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
