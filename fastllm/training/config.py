@@ -211,7 +211,7 @@ def parse_train_config(arguments: list[str]) -> TrainConfig:
     first.add_argument("--out_dir", type=Path)
     first.add_argument("--resume", action="store_true")
     flags, _ = first.parse_known_args(underscored(arguments))
-    given = _read_toml(flags.config) if flags.config else {}
+    given = read_toml(flags.config) if flags.config else {}
     run_dir = flags.out_dir or given.get("out_dir")
     if not run_dir or not (flags.resume or given.get("resume")):
         return parse_settings(TrainConfig, arguments, **given)
@@ -253,7 +253,8 @@ def read_config(path: Path) -> TrainConfig:
         raise ValueError(f"{path} is not a run's config.json: {error}") from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a config file; exits with a message where it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
