@@ -22,7 +22,7 @@ from fastllm.training.metrics import evaluate
 
 def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
-    trainer = prepare(config, choose_run_dir(config), print)
+    trainer = prepare(config, choose_run_dir(config, "plain"), print)
     model = trainer.model
     shape = StepConfig(
         config.hidden_size,

@@ -1,10 +1,13 @@
 """What the commands share: settings from flags, and errors as one clear line."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from types import FrameType
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -93,6 +96,35 @@ def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
 def say(*parts: Any) -> None:
     """Prints for a person to read: on stderr, so that stdout holds only what was asked for."""
     print(*parts, file=sys.stderr, flush=True)
+
+
+class Stoppable(Protocol):
+    """What `stopped_by_signals` asks to stop."""
+
+    stopped_by: signal.Signals | None
+
+
+@contextmanager
+def stopped_by_signals(run: Stoppable) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the run to save and stop; a second SIGINT ends it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def ask_to_stop(number: int, frame: FrameType | None) -> None:
+        if run.stopped_by and number == signal.SIGINT:
+            os._exit(128 + number)
+        run.stopped_by = signal.Signals(number)
+        say(f"\n{run.stopped_by.name}: saving and stopping; Ctrl-C again stops at once")
+
+    previous = {
+        number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # The width from which on training was measured to be faster in bf16 on a CPU that has it.

@@ -24,7 +24,7 @@ from fastllm.tokenization import (
     load_tokenizer,
 )
 from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
-from fastllm.training.config import TrainConfig, parse_train_config
+from fastllm.training.config import RunSettings, TrainConfig, parse_train_config
 from fastllm.training.loop import Trainer, TrainingError, mix
 from fastllm.training.metrics import bits_per_character, plot_losses, resident_mb
 
@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> None:
         with errors_in_one_line(*bad_input):
             config.device = choose_device(config.device)
             operations = implementation_line(config.device)
-            run_dir = choose_run_dir(config)
+            name = config.file_path.stem if config.file_path else "demo"
+            run_dir = choose_run_dir(config, name)
             trainer = prepare(config, run_dir, tell)
             tell(f"run         {run_dir}")
             tell(f"threads     {threads}")
@@ -56,20 +57,19 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(128 + trainer.stopped_by)
 
 
-def choose_run_dir(config: TrainConfig) -> Path:
-    """The folder of the run: the one given, or a new one under runs/ named after the text.
+def choose_run_dir(config: RunSettings, name: str) -> Path:
+    """The folder of the run: the one given, or a new one, runs/NAME or runs/NAME-2 and so on.
 
     Raises:
         ValueError: it holds a run already, and that is not to be resumed.
     """
     if config.out_dir is not None:
-        if any(config.out_dir.glob("checkpoints/step-*")) and not config.resume:
+        if any(config.out_dir.glob("checkpoints/*")) and not config.resume:
             raise ValueError(
                 f"{config.out_dir} holds a run already; --resume continues it, another --out_dir "
                 "keeps it"
             )
         return config.out_dir
-    name = config.file_path.stem if config.file_path else "demo"
     number = 1
     while (run_dir := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1

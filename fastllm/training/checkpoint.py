@@ -155,7 +155,7 @@ def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig]:
             "in Python with DecoderModel.from_gpt2"
         )
     try:
-        config = read_config(checkpoint / "config.json")
+        config = read_config(checkpoint / "config.json", TrainConfig)
         tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error

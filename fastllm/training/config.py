@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -30,8 +30,47 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class TrainConfig(CommandSettings):
+class RunSettings(CommandSettings):
+    """Base of the settings that a run keeps in its config.json, to be resumed with."""
+
+    of_one_command: ClassVar[set[str]]
+    """What is said of one command, not of the run."""
+    fixed: ClassVar[list[str]]
+    """What makes a run the run it is: a resumed run keeps these."""
+
+    out_dir: Path | None = None
+    """Folder of the run; runs/NAME of what it starts from unless given."""
+    resume: bool = False
+    """Continue the run in --out_dir, bit for bit."""
+    config: Path | None = None
+    """TOML file with any of these settings; flags override it."""
+
+    @model_validator(mode="after")
+    def _check_resume(self) -> "RunSettings":
+        if self.resume and self.out_dir is None:
+            raise ValueError("resume needs out_dir, the folder of the run to continue")
+        return self
+
+    def to_json(self) -> str:
+        from fastllm import __version__
+
+        settings = self.model_dump(mode="json", exclude=self.of_one_command)
+        return json.dumps({"fastllm_version": __version__, **settings}, indent=2) + "\n"
+
+
+Run = TypeVar("Run", bound=RunSettings)
+
+
+class TrainConfig(RunSettings):
     """Train a small language model on a text file."""
+
+    of_one_command: ClassVar = {"config", "out_dir", "resume", "max_minutes", "profile", "quiet"}
+    fixed: ClassVar = [
+        *("max_seq_len", "overlap", "tokenizer", "vocab_size", "min_line_length", "dedup_lines"),
+        *("val_fraction", "hidden_size", "num_layers", "num_heads", "dropout", "norm_first"),
+        *("pos_encoding", "activation", "tie_word_embeddings", "batch_size", "grad_accum"),
+        *("optimizer", "seed"),
+    ]
 
     # Data
     file_path: Path | None = None
@@ -106,12 +145,6 @@ class TrainConfig(CommandSettings):
     """Fixes every random number of the run."""
 
     # Watching and saving
-    out_dir: Path | None = None
-    """Folder of the run; runs/NAME of the text unless given."""
-    resume: bool = False
-    """Continue the run in --out_dir, bit for bit."""
-    config: Path | None = None
-    """TOML file with any of these settings; flags override it."""
     log_interval: PositiveCount = 10
     """Steps between the lines of metrics.jsonl."""
     eval_interval: Count = 0
@@ -159,8 +192,6 @@ class TrainConfig(CommandSettings):
             raise ValueError(f"min_lr ({self.min_lr}) must not exceed lr ({self.lr})")
         if self.patience and not self.val_fraction:
             raise ValueError("patience needs a validation split: give a val_fraction above 0")
-        if self.resume and self.out_dir is None:
-            raise ValueError("resume needs out_dir, the folder of the run to continue")
         return self
 
     def build_model(self, vocab_size: int, padding_idx: int) -> DecoderModel:
@@ -183,25 +214,13 @@ class TrainConfig(CommandSettings):
         model.gradient_checkpointing = self.gradient_checkpointing
         return model
 
-    def to_json(self) -> str:
-        from fastllm import __version__
-
-        settings = self.model_dump(mode="json", exclude=_OF_ONE_COMMAND)
-        return json.dumps({"fastllm_version": __version__, **settings}, indent=2) + "\n"
-
-
-# What is said of one command, not of the run.
-_OF_ONE_COMMAND = {"config", "out_dir", "resume", "max_minutes", "profile", "quiet"}
-# What makes a run the run it is: a resumed run keeps these.
-_FIXED = [
-    *("max_seq_len", "overlap", "tokenizer", "vocab_size", "min_line_length", "dedup_lines"),
-    *("val_fraction", "hidden_size", "num_layers", "num_heads", "dropout", "norm_first"),
-    *("pos_encoding", "activation", "tie_word_embeddings", "batch_size", "grad_accum"),
-    *("optimizer", "seed"),
-]
-
 
 def parse_train_config(arguments: list[str]) -> TrainConfig:
+    """As `parse_run_settings`, for `train`."""
+    return parse_run_settings(TrainConfig, arguments)
+
+
+def parse_run_settings(settings_class: type[Run], arguments: list[str]) -> Run:
     """Settings from defaults, the resumed run, the config file and the flags, later ones winning.
 
     Exits with a message where they are wrong.
@@ -214,15 +233,14 @@ def parse_train_config(arguments: list[str]) -> TrainConfig:
     given = read_toml(flags.config) if flags.config else {}
     run_dir = flags.out_dir or given.get("out_dir")
     if not run_dir or not (flags.resume or given.get("resume")):
-        return parse_settings(TrainConfig, arguments, **given)
+        return parse_settings(settings_class, arguments, **given)
     try:
-        saved = read_config(Path(run_dir) / "config.json")
+        saved = read_config(Path(run_dir) / "config.json", settings_class)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: cannot resume: {error}") from None
-    config = parse_settings(
-        TrainConfig, arguments, **{**saved.model_dump(exclude=_OF_ONE_COMMAND), **given}
-    )
-    for name in _FIXED:
+    kept = saved.model_dump(exclude=settings_class.of_one_command)
+    config = parse_settings(settings_class, arguments, **{**kept, **given})
+    for name in settings_class.fixed:
         old, new = getattr(saved, name), getattr(config, name)
         if old != new:
             raise SystemExit(
@@ -232,7 +250,7 @@ def parse_train_config(arguments: list[str]) -> TrainConfig:
     return config
 
 
-def read_config(path: Path) -> TrainConfig:
+def read_config(path: Path, settings_class: type[Run]) -> Run:
     """The settings in a run's config.json.
 
     Raises:
@@ -244,7 +262,7 @@ def read_config(path: Path) -> TrainConfig:
         if not isinstance(settings, dict):
             raise ValueError("it holds no settings")
         settings.pop("fastllm_version", None)
-        return TrainConfig(**settings)
+        return settings_class(**settings)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: {path.parent} holds no run") from None
     except (ValidationError, TypeError) as error:

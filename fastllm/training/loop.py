@@ -8,14 +8,11 @@ step, and validating or sampling on the way changes nothing.
 import contextlib
 import hashlib
 import math
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastllm.command import autocast, say
+from fastllm.command import autocast, stopped_by_signals
 from fastllm.data.loader import TextDataset, collate
 from fastllm.generate import generate_tokens
 from fastllm.models.decoder import DecoderModel
@@ -152,7 +149,7 @@ class Trainer:
         loader = self._loader()
         self.model.train()
         with (
-            self._signals(),
+            stopped_by_signals(self),
             self._profiler() as profiler,
             contextlib.closing(
                 MetricsLog(self.run_dir / "metrics.jsonl", progress.step + 1)
@@ -362,28 +359,6 @@ class Trainer:
             keep_newest=self.config.keep_checkpoints,
         )
         self._saved_step = progress.step
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks the loop to save and stop; a second SIGINT ends it."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may handle signals
-            return
-
-        def ask_to_stop(number: int, frame: FrameType | None) -> None:
-            if self.stopped_by and number == signal.SIGINT:
-                os._exit(128 + number)
-            self.stopped_by = signal.Signals(number)
-            say(f"\n{self.stopped_by.name}: saving and stopping; Ctrl-C again stops at once")
-
-        previous = {
-            number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _profiler(self) -> Any:
         if not self.config.profile:

@@ -106,7 +106,7 @@ def test_config_json_holds_every_setting_and_the_version(tmp_path: Path) -> None
     file = tmp_path / "config.json"
     file.write_text(config.to_json())
     assert "fastllm_version" in json.loads(file.read_text())
-    assert read_config(file) == config
+    assert read_config(file, TrainConfig) == config
 
 
 def test_mutated_configs_load_or_say_what_is_wrong(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_mutated_configs_load_or_say_what_is_wrong(tmp_path: Path) -> None:
         file.write_bytes(data if rng.random() < 0.7 else data[: rng.randrange(len(data))])
         try:
             if i % 2:
-                read_config(file)
+                read_config(file, TrainConfig)
             else:
                 parse_train_config(["--config", str(file)])
             outcomes["loaded"] += 1
