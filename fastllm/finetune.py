@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
+from safetensors import SafetensorError
 
 from fastllm.command import (
     choose_precision,
@@ -302,10 +303,11 @@ def prepare(
         raise ValueError("patience needs something to evaluate on: val_fraction or eval_dataset")
     if config.eval_only and val_set is None:
         raise ValueError("there is nothing to evaluate on: give an eval_dataset or a val_fraction")
-    held_out = f", {len(val_set):,} to evaluate on" if val_set is not None else ""
+    parts = ((train_set, "to train on"), (val_set, "to evaluate on"))
+    counts = [f"{len(part):,} {purpose}" for part, purpose in parts if part is not None]
     tell(
-        f"data        {' '.join(config.dataset or config.eval_dataset)}: {len(train_set or []):,} "
-        f"training sequences of up to {config.max_seq_len} tokens{held_out}"
+        f"data        {' '.join(config.dataset or config.eval_dataset)}: sequences of up to "
+        f"{config.max_seq_len} tokens, {', '.join(counts)}"
     )
     model = load_model(config, model_config, tokenizer, tell)
     config.precision = choose_precision(config.precision, model_config.hidden_size, "cpu")  # type: ignore[assignment]
@@ -389,7 +391,7 @@ def from_hub(what: str, name: str, load: Callable[..., Any], *args: Any, **keywo
     """`load(...)`; errors say what was looked for, why it failed and what to do."""
     try:
         return load(*args, **keywords)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         if is_path(name):
             raise ValueError(f"the {what} in {name} cannot be loaded: {reason}") from error
@@ -443,7 +445,7 @@ def load_sequences(
     train_set = val_set = None
     if config.eval_dataset:
         documents, held_out = load_documents(config.eval_dataset, config.max_samples)
-        val_set = tokenised(held_out or documents, config.eval_dataset)
+        val_set = tokenised(documents if held_out is None else held_out, config.eval_dataset)
     if config.dataset:
         documents, held_out = load_documents(config.dataset, config.max_samples)
         train_set = tokenised(documents, config.dataset)

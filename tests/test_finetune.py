@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,19 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from fastllm.finetune import main
 from fastllm.training.metrics import read_metrics
 from tests.conftest import WORDS
-
-for package in ("transformers", "accelerate", "datasets", "peft", "gguf", "tensorboard"):
-    pytest.importorskip(package)
-import datasets
-import transformers
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 KEYS = {
     *("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens", "tokens_per_second"),
@@ -91,7 +89,7 @@ def test_a_run_and_what_it_leaves(capsys: pytest.CaptureFixture[str]) -> None:
     losses = [line["val_loss"] for line in lines if line["val_loss"] is not None]
     assert [line["step"] for line in lines if line["val_loss"] is not None] == [*range(0, 21, 2)]
     assert losses[-1] < losses[0] - 0.1
-    assert lines[-2]["tokens"] == 20 * 4 * 16
+    assert 19 * 4 * 16 < lines[-2]["tokens"] <= 20 * 4 * 16  # one sequence is shorter
     table = (run_dir / "metrics.csv").read_text().splitlines()
     assert table[0].split(",") == list(lines[0]) and len(table) == len(lines) + 1
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -129,7 +127,7 @@ def test_accumulated_batches_are_one_large_batch(
     dropouts = {"resid_pdrop", "embd_pdrop", "attn_pdrop"}
     dropouts |= {"hidden_dropout_prob", "attention_probs_dropout_prob"}
     Path(kind, "config.json").write_text(json.dumps(settings | dict.fromkeys(dropouts, 0.0)))
-    # Plain gradient descent would show a factor; Adam forgets it, but for the clipped norm's log.
+    # Adam's steps do not depend on the gradients' scale, so the norm is looked at.
     flags = ("--no-packing", "--max_grad_norm", "0.5", "--quiet", accelerate)
     run(kind, *flags, "--out_dir", "one", "--batch_size", "4")
     run(kind, *flags, "--out_dir", "two", "--batch_size", "2", "--grad_accum", "2")
@@ -232,6 +230,7 @@ def test_real_weights_get_better_at_masked_words() -> None:
         ("--model nowhere.gguf", "nowhere.gguf does not exist"),
         ("--model ./nowhere", "./nowhere does not exist"),
         ("--model cache", "model in cache cannot be loaded"),
+        ("--model broken", "model in broken cannot be loaded: "),
         ("--tokenizer gpt2", "gpt2 holds no tokenizer; give one by --tokenizer"),
         ("--dataset nowhere.txt", "file nowhere.txt does not exist"),
         ("--text_column body", "no column 'body' but text, number; name the one"),
@@ -249,6 +248,8 @@ def test_real_weights_get_better_at_masked_words() -> None:
 )
 def test_bad_input_is_named(flags: str, message: str) -> None:
     Path("cache").mkdir(exist_ok=True)
+    shutil.copytree("gpt2", "broken")
+    Path("broken/model.safetensors").write_bytes(b"no weights")
     tokenizer = json.loads(Path("words.json").read_text())
     del tokenizer["model"]["vocab"]["[MASK]"]
     Path("plain.json").write_text(json.dumps(tokenizer))
@@ -263,7 +264,10 @@ def test_bad_input_is_named(flags: str, message: str) -> None:
     ("flags", "message"),
     [
         ("--model some/model --dataset data.jsonl", "some/model --local-dir DIR"),
-        ("--model gpt2 --tokenizer words.json --dataset wiki raw-v1", "hf download wiki --repo-ty"),
+        (
+            "--model gpt2 --tokenizer words.json --max_seq_len 64 --dataset wiki v1",
+            "hf download wiki --repo-type dataset --local-dir DIR",
+        ),
     ],
 )
 def test_without_a_network_the_hub_is_not_waited_for(flags: str, message: str) -> None:
@@ -281,10 +285,14 @@ def test_without_a_network_the_hub_is_not_waited_for(flags: str, message: str) -
 
 
 def test_help_is_quick_and_needs_no_transformers() -> None:
-    code = (
-        "import sys\nfrom fastllm.finetune import main\n"
-        "try:\n    main(['--help'])\nfinally:\n    print({'transformers', 'datasets'} & {*sys.modules})"
-    )
+    code = """
+import sys
+from fastllm.finetune import main
+try:
+    main(["--help"])
+finally:
+    print({"transformers", "datasets"} & {*sys.modules})
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0
     assert "--lora_targets" in result.stdout and result.stdout.endswith("set()\n")

@@ -60,14 +60,20 @@ def load_documents(words: list[str], max_samples: int = 0) -> tuple[Dataset, Dat
         loaded = datasets.load_dataset(*words, streaming=max_samples > 0)
         train = loaded["train" if "train" in loaded else next(iter(loaded))]
         held_out = next((loaded[name] for name in HELD_OUT if name in loaded), None)
-        return _first(train, max_samples), held_out and _first(held_out, max_samples)
+        if held_out is not None:
+            held_out = _first(held_out, max_samples)
+        return _first(train, max_samples), held_out
     except datasets.exceptions.DatasetGenerationError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(f"{' '.join(words)} cannot be read as {kind}: {reason}") from error
+        raise ValueError(
+            f"{' '.join(words)} cannot be read as {kind or 'a dataset'}: {reason}"
+        ) from error
     except (OSError, ValueError) as error:
         if kind:
             raise
         reason = str(error).strip().splitlines()[0]
+        if Path(words[0]).is_dir():
+            raise ValueError(f"{' '.join(words)} cannot be read as a dataset: {reason}") from error
         raise ValueError(
             f"dataset {' '.join(words)} is no file or folder here, and the hub does not give it: "
             f"{reason}. Where there is a network, `hf download {words[0]} --repo-type dataset "

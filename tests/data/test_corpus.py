@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+import transformers
 
 from fastllm.data.corpus import file_format, load_documents, tokenise
-
-datasets = pytest.importorskip("datasets")
-transformers = pytest.importorskip("transformers")
 
 WORDS = "a b c d e f g h".split()
 SPECIAL = ["<|endoftext|>", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
@@ -80,11 +79,12 @@ def test_files_of_every_format(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_folder_holds_out_its_own_part(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
     for part in ("train", "validation"):
-        (tmp_path / f"{part}.jsonl").write_text(json.dumps({"text": part}) * 3)
-        (tmp_path / f"{part}.jsonl").write_text("\n".join([json.dumps({"text": part})] * 3))
+        (folder / f"{part}.jsonl").write_text("\n".join([json.dumps({"text": part})] * 3))
     for max_samples, count in ((0, 3), (2, 2)):  # streamed in the second case
-        documents, held_out = load_documents([str(tmp_path)], max_samples)
+        documents, held_out = load_documents([str(folder)], max_samples)
         assert documents["text"][:] == ["train"] * count
         assert held_out is not None and held_out["text"][:] == ["validation"] * count
 
@@ -93,6 +93,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
     with pytest.raises(ValueError, match=r"broken\.jsonl cannot be read as json: "):
         load_documents([str(tmp_path / "broken.jsonl")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty cannot be read as a dataset: "):
+        load_documents([str(tmp_path / "empty")])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt does not exist"):
         file_format(["nowhere.txt"])
     with pytest.raises(ValueError, match="several formats"):
