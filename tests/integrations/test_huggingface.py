@@ -49,7 +49,10 @@ def distilbert(**changes: Any) -> Any:
 def mobilebert(**changes: Any) -> Any:
     widths = {"embedding_size": 16, "true_hidden_size": 16, "intra_bottleneck_size": 16}
     config = transformers.MobileBertConfig(
-        **BERT | {"hidden_size": 32, "num_attention_heads": 4}, intermediate_size=20, **widths
+        **BERT | {"hidden_size": 32, "num_attention_heads": 4},
+        intermediate_size=20,
+        **widths,
+        **changes,
     )
     return transformers.MobileBertForMaskedLM(config)
 
@@ -109,12 +112,12 @@ def test_parity(name: str, padding: str, precision: str) -> None:
     if bf16 and (reason := dispatch.why_not_autocast(torch.bfloat16)):
         pytest.skip(reason)
     make = MODELS[name]
-    stock = made(make)
+    # In bf16 a ReLU's input is on either side of 0 by chance, and errors are those of a few.
+    smooth = {"hidden_act": "gelu"} if bf16 and name == "mobilebert" else {}
+    stock = made(make, **smooth)
     fast = accelerate(copy.deepcopy(stock), skip_logits=True)
     runs: list[list[list[Tensor]]] = [[], [], []]
-    # A few digits may be right by luck, and MobileBERT's ReLUs lie on either side of 0 by chance.
-    seeds = {"fp32": 1, "bf16": 32 if name == "mobilebert" else 8}[precision]
-    for seed in range(seeds):
+    for seed in range(8 if bf16 else 1):  # a few digits may be right by luck
         inputs = batch(make, padding, seed)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             runs[0].append(results(fast, inputs))
