@@ -1,13 +1,15 @@
-"""Fine-tuning a model of DistilGPT-2's size, by fastllm and by transformers' Trainer.
+"""Fine-tuning by transformers' Trainer, as it is and accelerated, and by fastllm's own model.
 
-    pip install transformers accelerate
-    python benchmarks/finetune.py --file_path wiki.txt --tokenizer gpt2
+    pip install '.[finetune]'
+    python benchmarks/finetune.py --file_path wiki.txt --gpt2 gpt2 --bert minilm
 
-`--tokenizer` is a folder with GPT-2's vocab.json and merges.txt. Both train the same architecture
-from GPT-2's random start on the same text: sequences of 512 tokens, batches of 2, 8 of them a step.
-Each contestant has a process of its own; the first step warms up and is not counted.
+`--gpt2` and `--bert` are folders with the tokenizers of such models. Models of DistilGPT-2's and
+TinyBERT's configuration start at random and train on the same text: 512 tokens, batches of 2, 8 of
+them a step; and masked, 128 tokens, batches of 32. Dropout is on, gradients are clipped to 1. Each
+contestant has a process of its own; the first step warms up and is not counted.
 """
 
+import gc
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,8 +29,18 @@ from fastllm.optim import AdamW
 from fastllm.threads import set_threads
 from fastllm.tokenization import load_tokenizer
 
-S, BATCH, ACCUMULATION, LR = 512, 2, 8, 5e-5
+LR = 5e-5
 DISTILGPT2 = {"n_layer": 6, "n_positions": 1024}  # the rest is as in GPT-2
+TINYBERT = {
+    "num_hidden_layers": 4,
+    "hidden_size": 312,
+    "intermediate_size": 1200,
+    "num_attention_heads": 12,
+}
+# Sequence length, batch, batches a step, steps after the first.
+SHAPES = {"DistilGPT-2": (512, 2, 8, 2), "TinyBERT": (128, 32, 1, 10)}
+Who = Literal["transformers", "accelerated", "DecoderModel"]
+Mode = Literal["full", "LoRA"]
 
 
 class FinetuneConfig(CommandSettings):
@@ -36,45 +48,80 @@ class FinetuneConfig(CommandSettings):
 
     file_path: Path
     """UTF-8 text to train on."""
-    tokenizer: Path
+    gpt2: Path
     """Folder with GPT-2's vocab.json and merges.txt."""
-    steps: int = 2
-    """Optimizer steps to time."""
+    bert: Path
+    """Folder with the tokenizer.json of a BERT."""
 
 
-def sequences(config: FinetuneConfig) -> list[torch.Tensor]:
+def sequences(config: FinetuneConfig, which: str) -> list[torch.Tensor]:
     """Enough whole sequences for all steps and one before them."""
-    dataset = TextDataset(config.file_path, load_tokenizer(config.tokenizer), S)
-    wanted = (config.steps + 1) * BATCH * ACCUMULATION
+    S, batch, accumulation, steps = SHAPES[which]
+    tokenizer = load_tokenizer(config.gpt2 if which == "DistilGPT-2" else config.bert)
+    dataset = TextDataset(config.file_path, tokenizer, S)
+    wanted = (steps + 1) * batch * accumulation
     return [dataset[i % (len(dataset) - 1)]["input_ids"] for i in range(wanted)]
 
 
-def train_fastllm(config: FinetuneConfig, precision: Precision) -> list[float]:
+def train_decoder_model(config: FinetuneConfig, precision: Precision) -> tuple[list[float], int]:
+    S, batch, accumulation, _ = SHAPES["DistilGPT-2"]
     model = DecoderModel.from_gpt2(DISTILGPT2)
     optimizer = AdamW(model.parameters(), lr=LR, max_grad_norm=1.0)
-    batches = torch.stack(sequences(config)).view(-1, ACCUMULATION, BATCH, S)
+    batches = torch.stack(sequences(config, "DistilGPT-2")).view(-1, accumulation, batch, S)
     ends = []
     for step in batches:
         for ids in step:
             with autocast("cpu", precision):
-                loss = model.loss(ids, ids) / ACCUMULATION
+                loss = model.loss(ids, ids) / accumulation
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         ends.append(time.perf_counter())
-    return ends
+    return ends, 3 * sum(p.nbytes for p in model.parameters())
 
 
-def train_transformers(config: FinetuneConfig, precision: Precision) -> list[float]:
+def train_transformers(
+    config: FinetuneConfig, which: str, mode: Mode, precision: Precision, fast: bool
+) -> tuple[list[float], int]:
     from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        DataCollatorForLanguageModeling,
         GPT2Config,
         GPT2LMHeadModel,
+        PreTrainedTokenizerFast,
         Trainer,
         TrainerCallback,
         TrainingArguments,
     )
 
-    ends = []
+    S, batch, accumulation, steps = SHAPES[which]
+    data = [{"input_ids": ids, "labels": ids} for ids in sequences(config, which)]
+    model: Any
+    collator = None
+    if which == "DistilGPT-2":
+        model = GPT2LMHeadModel(GPT2Config(**DISTILGPT2))
+    else:
+        model = BertForMaskedLM(BertConfig(**TINYBERT))
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(config.bert / "tokenizer.json"),
+            mask_token="[MASK]",
+            pad_token="[PAD]",
+        )
+        collator = DataCollatorForLanguageModeling(tokenizer, seed=0)
+    if mode == "LoRA":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(fan_in_fan_out=which == "DistilGPT-2"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kept = sum(p.nbytes for p in model.parameters()) + 2 * sum(p.nbytes for p in trained)
+    optimizer = None
+    if fast:
+        from fastllm.integrations.huggingface import accelerate
+
+        accelerate(model)
+        optimizer = AdamW(trained, lr=LR, max_grad_norm=1.0)
+    ends: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *arguments: Any, **others: Any) -> None:
@@ -83,44 +130,77 @@ def train_transformers(config: FinetuneConfig, precision: Precision) -> list[flo
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
-            per_device_train_batch_size=BATCH,
-            gradient_accumulation_steps=ACCUMULATION,
-            max_steps=config.steps + 1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=steps + 1,
             learning_rate=LR,
             lr_scheduler_type="constant",
+            max_grad_norm=0 if fast else 1.0,
             use_cpu=True,
             bf16=precision == "bf16",
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
+            dataloader_pin_memory=False,
         )
-        data = [{"input_ids": ids, "labels": ids} for ids in sequences(config)]
-        model = GPT2LMHeadModel(GPT2Config(**DISTILGPT2))
-        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Clock()])
+        trainer = Trainer(
+            model,
+            arguments,
+            data_collator=collator,
+            train_dataset=data,
+            callbacks=[Clock()],
+            optimizers=(optimizer, None),
+        )
         trainer.train()
-    return ends
+    return ends, kept
 
 
-def run(who: str, config: FinetuneConfig, precision: Precision) -> tuple[float, float]:
-    """Tokens a second, and peak memory in MiB over that of the imported libraries."""
+def run(
+    who: Who, config: FinetuneConfig, which: str, mode: Mode, precision: Precision
+) -> tuple[float, float, float]:
+    """Tokens a second, MiB at the peak, and those above weights and optimizer state.
+
+    What imported libraries take is not counted.
+    """
+    import transformers
+    from transformers import Trainer  # noqa: F401
+
+    transformers.logging.set_verbosity_error()
     set_threads()
     torch.manual_seed(0)
+    gc.collect()
     before = status_mb("VmRSS")
-    ends = (train_fastllm if who == "fastllm" else train_transformers)(config, precision)
+    if who == "DecoderModel":
+        ends, kept = train_decoder_model(config, precision)
+    else:
+        ends, kept = train_transformers(config, which, mode, precision, who == "accelerated")
+    S, batch, accumulation, _ = SHAPES[which]
     steps = [end - begin for begin, end in pairwise(ends)]
-    return BATCH * ACCUMULATION * S / median(steps), status_mb("VmHWM") - before
+    peak = status_mb("VmHWM") - before
+    return batch * accumulation * S / median(steps), peak, peak - kept / 2**20
 
 
 def main(arguments: list[str]) -> None:
     config = parse_settings(FinetuneConfig, arguments)
-    print(f"{'who':16}{'precision':>10}{'tokens/s':>10}{'peak MiB':>10}")
-    precisions: list[Precision] = ["fp32", "bf16"]
-    for precision in precisions:
-        for who in ("fastllm", "transformers"):
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                speed, memory = process.submit(run, who, config, precision).result()
-            print(f"{who:16}{precision:>10}{speed:10,.0f}{memory:10,.0f}", flush=True)
+    print(f"{'model':13}{'mode':6}{'precision':11}{'who':14}{'tokens/s':>9}{'MiB':>7}{'above':>7}")
+    modes: tuple[Mode, ...] = ("full", "LoRA")
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    for which in SHAPES:
+        for mode in modes:
+            for precision in precisions:
+                contestants: list[Who] = ["transformers", "accelerated"]
+                if which == "DistilGPT-2" and mode == "full":
+                    contestants.append("DecoderModel")
+                for who in contestants:
+                    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                        job = process.submit(run, who, config, which, mode, precision)
+                        speed, peak, above = job.result()
+                    print(
+                        f"{which:13}{mode:6}{precision:11}{who:14}{speed:9,.0f}{peak:7,.0f}"
+                        f"{above:7,.0f}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from fastllm.ops.dropout import draw_seed
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.mlp import mlp
 from fastllm.ops.multi_head_attention import Settings, multi_head_attention
-from fastllm.ops.parameters import Linear, Norm
+from fastllm.ops.parameters import Linear, Norm, check_first_derivative
 
 Model = TypeVar("Model", bound=nn.Module)
 ATTENTIONS = "output_attentions"
@@ -549,6 +549,7 @@ def loss_from_hidden_states(
             and not (settings.get("output_hidden_states") or self.config.output_hidden_states)
             and not ((targets != ignore_index) & (present == 0)).any()
         )
+        head = tied(self, settings, head)
         with padding_unread(unread):
             outputs = self.base_model(*arguments, **settings)
         targets = targets.flatten()
@@ -564,6 +565,43 @@ def loss_from_hidden_states(
         return output(loss=loss, **{k: v for k, v in outputs.items() if k in fields})
 
     return fused
+
+
+def tied(model: Any, settings: dict[str, Any], head: Linear) -> Linear:
+    """The head; where it shares the embeddings, `settings` get these in the place of token ids."""
+    embeddings, ids = model.get_input_embeddings(), settings.get("input_ids")
+    if ids is None or head.weight is not embeddings.weight or not head.weight.requires_grad:
+        return head
+    if not plain(embeddings) or embeddings.max_norm or embeddings.scale_grad_by_freq:
+        return head
+    del settings["input_ids"]
+    settings["inputs_embeds"], weight = Tied.apply(head.weight, ids, embeddings.padding_idx)
+    return Linear(weight, head.bias)
+
+
+class Tied(torch.autograd.Function):
+    """A weight as embeddings of tokens and as a head.
+
+    Autograd by itself makes a gradient of the embeddings for the whole vocabulary, zero but for a
+    batch's tokens, and adds it to the head's. Here these few rows are added.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(ids)
+        ctx.padding_idx = padding_idx
+        return F.embedding(ids, weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor, grad_head: Tensor) -> tuple[Tensor, None, None]:
+        check_first_derivative()
+        (ids,) = ctx.saved_tensors
+        if ctx.padding_idx is not None:
+            grad_rows = grad_rows.masked_fill((ids == ctx.padding_idx)[..., None], 0)
+        # Into the head's, which was made for this backward: nothing but the loss has the head.
+        return grad_head.index_add_(0, ids.flatten(), grad_rows.flatten(0, -2)), None, None
 
 
 class GPT2LMHeadModel(LanguageModel, gpt2.GPT2LMHeadModel):

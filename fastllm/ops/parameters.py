@@ -72,8 +72,9 @@ def new_grad(tensor: Tensor | None, wanted: bool) -> Tensor | None:
     if tensor.nbytes < LARGE:
         return torch.empty_like(tensor)
     memory = dispatch.kernels.Memory(tensor.nbytes)
+    # In place: autograd adds to what no view shares.
     flat = torch.frombuffer(memory, dtype=tensor.dtype)
-    return flat.as_strided(tensor.shape, tensor.stride())
+    return flat.as_strided_(tensor.shape, tensor.stride())
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -101,9 +102,8 @@ def graph_is_kept() -> bool:
 
 def times(grads: Sequence[Tensor | None], grad_out: Tensor) -> Sequence[Tensor | None]:
     """What a backward hands out that had its gradients since the forward."""
-    if grad_out.item() != 1:
-        return [None if grad is None else grad * grad_out for grad in grads]
+    scale = grad_out.item()
     if graph_is_kept():
         # They are needed again, whatever becomes of those handed out.
-        return [None if grad is None else grad.clone() for grad in grads]
-    return grads
+        return [None if grad is None else grad * scale for grad in grads]
+    return grads if scale == 1 else [None if grad is None else grad.mul_(scale) for grad in grads]

@@ -253,7 +253,7 @@ def test_dropout_and_checkpointing(make: Make) -> None:
     assert (model(**inputs).loss - once[0]).abs() > 1e-6
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for kept, computed_again in zip(once, run(), strict=True):
-        assert torch.equal(kept, computed_again)
+        torch.testing.assert_close(computed_again, kept)  # sums may come in another order
 
 
 def test_generation() -> None:
