@@ -52,6 +52,8 @@ class FinetuneConfig(CommandSettings):
     """Folder with GPT-2's vocab.json and merges.txt."""
     bert: Path
     """Folder with the tokenizer.json of a BERT."""
+    model: Literal["DistilGPT-2", "TinyBERT"] | None = None
+    """Only this one."""
 
 
 def sequences(config: FinetuneConfig, which: str) -> list[torch.Tensor]:
@@ -90,12 +92,13 @@ def train_transformers(
         GPT2Config,
         GPT2LMHeadModel,
         PreTrainedTokenizerFast,
+        PrinterCallback,
         Trainer,
         TrainerCallback,
         TrainingArguments,
     )
 
-    S, batch, accumulation, steps = SHAPES[which]
+    _, batch, accumulation, steps = SHAPES[which]
     data = [{"input_ids": ids, "labels": ids} for ids in sequences(config, which)]
     model: Any
     collator = None
@@ -108,7 +111,7 @@ def train_transformers(
             mask_token="[MASK]",
             pad_token="[PAD]",
         )
-        collator = DataCollatorForLanguageModeling(tokenizer, seed=0)
+        collator = DataCollatorForLanguageModeling(tokenizer)
     if mode == "LoRA":
         from peft import LoraConfig, get_peft_model
 
@@ -152,6 +155,7 @@ def train_transformers(
             callbacks=[Clock()],
             optimizers=(optimizer, None),
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return ends, kept
 
@@ -186,7 +190,7 @@ def main(arguments: list[str]) -> None:
     print(f"{'model':13}{'mode':6}{'precision':11}{'who':14}{'tokens/s':>9}{'MiB':>7}{'above':>7}")
     modes: tuple[Mode, ...] = ("full", "LoRA")
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    for which in SHAPES:
+    for which in [config.model] if config.model else SHAPES:
         for mode in modes:
             for precision in precisions:
                 contestants: list[Who] = ["transformers", "accelerated"]

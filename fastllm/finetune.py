@@ -238,7 +238,7 @@ def check_packages(config: FinetuneConfig) -> None:
     }
     missing = [name for name in wanted if wanted[name] and not importlib.util.find_spec(name)]
     if missing:
-        raise ImportError(f"{', '.join(missing)} missing: pip install 'fastllm[finetune]'")
+        raise ImportError(f"{', '.join(missing)} missing: pip install '.[finetune]'")
 
 
 def go_offline_without_a_hub(config: FinetuneConfig) -> None:
@@ -317,7 +317,7 @@ def prepare(
 
         model = accelerate(model, enable=True, skip_logits=True)
         lines = accelerated(model).splitlines() or ["attention and dropout"]
-        tell(f"accelerated {f'{chr(10):13}'.join(lines)}")
+        tell("accelerated " + ("\n" + 12 * " ").join(lines))
     if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
         with replace_file(run_dir / "config.json") as file:

@@ -148,7 +148,7 @@ def make_plan(config: TuneConfig, flags: list[str]) -> Plan:
     """
     module = importlib.import_module(f"fastllm.{config.command}")
     settings_class = getattr(module, f"{config.command.capitalize()}Config")
-    flags = underscored(flags)
+    flags = underscored(module.words_as_lists(flags) if config.command == "finetune" else flags)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     given = read_toml(file) if (file := first.parse_known_args(flags)[0].config) else {}

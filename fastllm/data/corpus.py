@@ -124,7 +124,7 @@ def tokenise(
             f"the dataset has no column {text_column!r} but {', '.join(documents.column_names)}; "
             "name the one with the text by --text_column"
         )
-    kind = documents.features[text_column].dtype
+    kind = getattr(documents.features[text_column], "dtype", "lists or records")
     if kind not in ("string", "large_string", "null"):
         raise ValueError(f"column {text_column!r} of the dataset holds {kind}, not text")
     end = None

@@ -11,6 +11,7 @@ All of this is for CPUs. Generation with a cache goes through the modules.
 
 import functools
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, activations
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import (
     CausalLMOutputWithCrossAttentions,
@@ -47,7 +49,6 @@ from fastllm.ops.multi_head_attention import Settings, multi_head_attention
 from fastllm.ops.parameters import Linear, Norm, check_first_derivative
 
 Model = TypeVar("Model", bound=nn.Module)
-ATTENTIONS = "output_attentions"
 
 
 def accelerate(model: Model, enable: bool = True, skip_logits: bool | None = None) -> Model:
@@ -83,13 +84,17 @@ def accelerate(model: Model, enable: bool = True, skip_logits: bool | None = Non
     for each in models:
         if isinstance(each, LanguageModel):
             each.skip_logits = skip_logits
-    outermost = models[0]  # it sets the attention of all that it contains
-    before = outermost.__dict__.pop("attention_before", None)
-    if enable and outermost._supports_sdpa:
-        outermost.attention_before = before or outermost.config._attn_implementation
-        outermost.set_attn_implementation("fastllm")
-    elif before is not None:
-        outermost.set_attn_implementation(before)
+    if enable and dispatch.kernels is None:
+        warnings.warn(f"nothing is accelerated: {dispatch.extension_problem}", stacklevel=2)
+    inner = {id(module) for each in models for module in each.modules() if module is not each}
+    for outer in (each for each in models if id(each) not in inner):
+        # It sets the attention of all that it contains.
+        before = outer.__dict__.pop("attention_before", None)
+        if enable and outer._supports_sdpa:
+            outer.attention_before = before or outer.config._attn_implementation
+            outer.set_attn_implementation("fastllm")
+        elif before is not None:
+            outer.set_attn_implementation(before)
     return model
 
 
@@ -144,6 +149,23 @@ class NotFused(Exception):
     """Why a module cannot be part of a fused operation."""
 
 
+def understood(settings: dict[str, Any]) -> bool:
+    """Whether nothing that a model hands to its attention changes what is computed there.
+
+    A cache has been added to by then, and a window is in the mask.
+    """
+    return all(
+        name in UNDERSTOOD or (name == "output_attentions" and not value)
+        for name, value in settings.items()
+    )
+
+
+UNDERSTOOD = {
+    *("position_ids", "use_cache", "cache", "output_hidden_states", "num_items_in_batch"),
+    *("encoder_attention_mask", "sliding_window"),
+}
+
+
 def untouched(*modules: nn.Module) -> None:
     """Raises `NotFused` where one of these is of another class, or something is attached to it."""
     for module in modules:
@@ -192,7 +214,7 @@ def linear_of(module: Any) -> Linear:
     if not plain(module, known={peft.Linear: peft.Linear.forward}):
         raise NotFused("LoRA has hooks")
     weight, bias = linear_of(module.base_layer)
-    for name in set(module.active_adapters) & set(module.lora_A):
+    for name in (name for name in module.active_adapters if name in module.lora_A):
         down, up, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
         if getattr(dropout, "p", 0.0) or up.bias is not None:
             raise NotFused("LoRA has dropout or a bias")
@@ -200,6 +222,11 @@ def linear_of(module: Any) -> Linear:
         # Instead of two thin products with a batch: the sum is as small as the weight.
         weight = weight + module.scaling[name] * (up.weight @ down.weight)
     return Linear(weight, bias)
+
+
+def active(dropout: Any, owner: Any = None) -> float:
+    """The probability that holds now; attention goes by its own mode, not by its dropout's."""
+    return dropout.p if (owner or dropout).training else 0.0
 
 
 def joined(*modules: Any) -> Linear:
@@ -214,7 +241,11 @@ def joined(*modules: Any) -> Linear:
 
 
 class Parts(NamedTuple):
-    """What a transformer layer consists of; `mlp_p` drops what fc2 gives."""
+    """What a transformer layer consists of, with the dropout that holds now.
+
+    Attributes:
+        weights_p, out_p, mlp_p: of the attention's weights and output, and of what fc2 gives.
+    """
 
     norm_first: bool
     norm1: Norm
@@ -244,16 +275,21 @@ class Layer(nn.Module):
         """Why it goes through its modules, or None."""
         try:
             self.parts()
-        except NotFused as reason:
-            return f"through the modules: {reason}"
-        return None
+        except NotFused as error:
+            return f"through the modules: {error}"
+        reason = why_not_kernels(next(self.parameters()))
+        return reason and f"through the modules: {reason}"
 
 
 class TransformerLayer(Layer):
     """Attention and feed-forward network, each with layer norm and residual connection."""
 
-    def fused(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    def fused(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, settings: dict[str, Any]
+    ) -> Tensor | None:
         """What `forward` gives, by two operations; None where the modules have to do it."""
+        if not understood(settings):
+            return None
         if attention_mask is not None and attention_mask.dtype is not torch.bool:
             return None  # a mask for another attention than ours
         try:
@@ -267,10 +303,10 @@ class TransformerLayer(Layer):
         if padding is None or padding.is_causal != parts.is_causal:
             hidden = None if attention_mask is None else ~attention_mask
             is_causal = parts.is_causal and hidden is None  # else the mask says it
-            return run(parts, x, hidden, is_causal, None, self.training)
+            return run(parts, x, hidden, is_causal, None)
         flat = x.flatten(0, 1)
         rows = flat.index_select(0, padding.rows)
-        rows = run(parts, rows, None, parts.is_causal, padding.starts, self.training)
+        rows = run(parts, rows, None, parts.is_causal, padding.starts)
         return torch.zeros_like(flat).index_copy(0, padding.rows, rows).view_as(x)
 
 
@@ -280,12 +316,11 @@ def run(
     attn_mask: Tensor | None,
     is_causal: bool,
     starts: tuple[int, ...] | None,
-    training: bool,
 ) -> Tensor:
     """One layer of x: [B, S, H], or [rows, H] with `starts`."""
 
     def draw(p: float) -> tuple[float, int]:
-        return (p, draw_seed()) if training and p else (0.0, 0)
+        return p, draw_seed() if p else 0
 
     norm_first = parts.norm_first
     dropouts = *draw(parts.weights_p), *draw(parts.out_p)
@@ -305,8 +340,8 @@ class GPT2Block(TransformerLayer, gpt2.GPT2Block):
         *others: Any,
         **settings: Any,
     ) -> Any:
-        if cache is None and encoder_hidden_states is None and not settings.get(ATTENTIONS):
-            out = self.fused(hidden_states, attention_mask)
+        if cache is None and encoder_hidden_states is None:
+            out = self.fused(hidden_states, attention_mask, settings)
             if out is not None:
                 return out
         return super().forward(
@@ -325,13 +360,13 @@ class GPT2Block(TransformerLayer, gpt2.GPT2Block):
             linear_of(attn.c_proj),
             attn.num_heads,
             attn.is_causal,
-            attn.attn_dropout.p,
-            attn.resid_dropout.p,
+            active(attn.attn_dropout, attn),
+            active(attn.resid_dropout),
             norm_of(self.ln_2),
             linear_of(feed_forward.c_fc),
             linear_of(feed_forward.c_proj),
             activation_of(feed_forward.act),
-            feed_forward.dropout.p,
+            active(feed_forward.dropout),
         )
 
 
@@ -345,8 +380,8 @@ class BertLayer(TransformerLayer, bert.BertLayer):
         cache: Any = None,
         **settings: Any,
     ) -> Any:
-        if cache is None and encoder_hidden_states is None and not settings.get(ATTENTIONS):
-            out = self.fused(hidden_states, attention_mask)
+        if cache is None and encoder_hidden_states is None:
+            out = self.fused(hidden_states, attention_mask, settings)
             if out is not None:
                 return out
         return super().forward(
@@ -369,13 +404,13 @@ class BertLayer(TransformerLayer, bert.BertLayer):
             linear_of(behind.dense),
             inner.num_attention_heads,
             inner.is_causal,
-            inner.dropout.p,
-            behind.dropout.p,
+            active(inner.dropout, inner),
+            active(behind.dropout),
             norm_of(self.output.LayerNorm),
             linear_of(self.intermediate.dense),
             linear_of(self.output.dense),
             activation_of(self.intermediate.intermediate_act_fn),
-            self.output.dropout.p,
+            active(self.output.dropout),
         )
 
 
@@ -383,10 +418,9 @@ class TransformerBlock(TransformerLayer, distilbert.TransformerBlock):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **settings: Any
     ) -> Any:
-        if not settings.get(ATTENTIONS):
-            out = self.fused(hidden_states, attention_mask)
-            if out is not None:
-                return out
+        out = self.fused(hidden_states, attention_mask, settings)
+        if out is not None:
+            return out
         return super().forward(hidden_states, attention_mask, **settings)
 
     def parts(self) -> Parts:
@@ -399,13 +433,13 @@ class TransformerBlock(TransformerLayer, distilbert.TransformerBlock):
             linear_of(attn.out_lin),
             attn.n_heads,
             attn.is_causal,
-            attn.dropout.p,
+            active(attn.dropout, attn),
             0.0,
             norm_of(self.output_layer_norm),
             linear_of(ffn.lin1),
             linear_of(ffn.lin2),
             activation_of(ffn.activation),
-            ffn.dropout.p,
+            active(ffn.dropout),
         )
 
 
@@ -491,7 +525,9 @@ class LanguageModel(nn.Module):
     skip_logits: bool | None = None
 
     def head(self) -> Linear:
-        """The last layer; raises `NotFused` where an operation cannot take it."""
+        """The last layer; raises `NotFused` where the loss is not the usual one of it."""
+        if self.loss_function is not ForCausalLMLoss:
+            raise NotFused("it has a loss function of its own")
         return linear_of(self.lm_head)
 
     def head_input(self, hidden_states: Tensor) -> Tensor:
@@ -501,10 +537,10 @@ class LanguageModel(nn.Module):
     def why_not(self) -> str | None:
         """Why the loss is computed from logits, or None."""
         try:
-            self.head()
-        except NotFused as reason:
-            return f"loss from the logits: {reason}"
-        return None
+            reason = why_not_kernels(*self.head())
+        except NotFused as error:
+            reason = str(error)
+        return reason and f"loss from the logits: {reason}"
 
 
 def loss_from_hidden_states(
@@ -518,9 +554,12 @@ def loss_from_hidden_states(
 
     @functools.wraps(forward)  # Trainer and generate() read its signature
     def fused(self: Any, *arguments: Any, **settings: Any) -> Any:
+        if not issubclass(type(self), LanguageModel):  # the Trainer keeps the forward that it found
+            return forward(self, *arguments, **settings)
         labels, logits = settings.get("labels"), settings.get("logits_to_keep", 0)
         skipped = self.training if self.skip_logits is None else self.skip_logits
-        as_dict = settings.get("return_dict", self.config.return_dict)
+        as_dict = settings.get("return_dict")
+        as_dict = self.config.return_dict if as_dict is None else as_dict
         if labels is None or not skipped or not as_dict or not isinstance(logits, int) or logits:
             return forward(self, *arguments, **settings)
         try:
@@ -547,16 +586,17 @@ def loss_from_hidden_states(
             present is not None
             and present.shape == targets.shape
             and not (settings.get("output_hidden_states") or self.config.output_hidden_states)
+            and keeps_masks(self)
             and not ((targets != ignore_index) & (present == 0)).any()
         )
         head = tied(self, settings, head)
         with padding_unread(unread):
-            outputs = self.base_model(*arguments, **settings)
+            outputs = self.base_model(*arguments, **settings, return_dict=True)
         targets = targets.flatten()
         scored = (targets != ignore_index).nonzero().flatten()
         rows = self.head_input(outputs.last_hidden_state.flatten(0, 1)[scored])
         if items is not None and len(scored) == 0:
-            loss = rows.sum()  # nothing of nothing, where a mean would be no number
+            loss = F.linear(rows, *head).sum()  # nothing, where a mean would be no number
         else:
             loss = linear_cross_entropy(rows, head, targets[scored], ignore_index)
             if items is not None:
@@ -565,6 +605,14 @@ def loss_from_hidden_states(
         return output(loss=loss, **{k: v for k, v in outputs.items() if k in fields})
 
     return fused
+
+
+def keeps_masks(model: nn.Module) -> bool:
+    """Whether the backward of a checkpointed layer sees the mask that its forward saw."""
+    layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
+    functions = [getattr(layer, "_gradient_checkpointing_func", None) for layer in layers]
+    keywords = [getattr(function, "keywords", {}) for function in functions]
+    return bool(layers) and not any(each.get("use_reentrant") for each in keywords)
 
 
 def tied(model: Any, settings: dict[str, Any], head: Linear) -> Linear:
@@ -631,6 +679,10 @@ class DistilBertForMaskedLM(LanguageModel, distilbert.DistilBertForMaskedLM):
     )
 
     def head(self) -> Linear:
+        loss = self.mlm_loss_fct
+        settings = (loss.weight, loss.ignore_index, loss.label_smoothing, loss.reduction)
+        if type(loss) is not nn.CrossEntropyLoss or settings != (None, -100, 0.0, "mean"):
+            raise NotFused("it has a loss function of its own")
         return linear_of(self.vocab_projector)
 
     def head_input(self, hidden_states: Tensor) -> Tensor:
@@ -692,7 +744,7 @@ def attention_forward(
         or (attention_mask is not None and attention_mask.dtype is not torch.bool)
         or (is_causal and k.size(2) != S)  # transformers aligns them at the beginning
         or k.size(-1) != v.size(-1)
-        or not settings.keys() <= UNDERSTOOD
+        or not understood(settings)
     ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **settings
@@ -705,9 +757,6 @@ def attention_forward(
     seed = draw_seed() if dropout else 0
     return attention(q, k, v, hidden, is_causal, dropout, seed).transpose(1, 2), None
 
-
-# What models hand to their attention that changes nothing in it.
-UNDERSTOOD = {"position_ids", "use_cache", "cache", "output_hidden_states", "num_items_in_batch"}
 
 AttentionInterface.register("fastllm", attention_forward)
 AttentionMaskInterface.register("fastllm", attention_mask)

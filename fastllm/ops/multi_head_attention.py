@@ -97,7 +97,8 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
         ctx.settings, ctx.eps, ctx.sizes = settings, eps, (B, S, N, H // N)
         ctx.precision = dispatch.precision()
         # A tensor, for its memory: the kernel reads it in both directions.
-        ctx.starts = None if settings.starts is None else torch.tensor(settings.starts)
+        starts = settings.starts
+        ctx.starts = starts and torch.tensor(starts, dtype=torch.int64, device="cpu")
         dispatch.kernels.multi_head_attention_fwd(
             address(out),
             addresses(stats, qkv, heads, total),

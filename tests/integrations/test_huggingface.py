@@ -96,7 +96,10 @@ def results(
 ) -> list[Tensor]:
     """Hidden states, the loss, and the gradient by every parameter."""
     model = copy.deepcopy(model).to(types)
-    hidden = model.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    # GPT-2 makes a cache unless told otherwise, and goes through its modules then.
+    extra = {"use_cache": False} if model.config.model_type in ("gpt2", "llama") else {}
+    hidden = model.base_model(ids, attention_mask=mask, **extra)[0]
     loss = model(**inputs).loss
     loss.backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
@@ -150,6 +153,7 @@ def test_kernels_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == [*expected, "linear_cross_entropy"]
     assert output.logits is None
     with fastllm.use("ref"):
+        assert "fused" not in accelerated(model)
         called.clear()
         assert model(**inputs).logits is not None
     assert called == []
@@ -237,7 +241,27 @@ def test_loss_by_the_items_of_many_batches(make: Make) -> None:
 
 
 @pytest.mark.parametrize("make", [gpt2, bert, distilbert])
-def test_dropout_and_checkpointing(make: Make) -> None:
+def test_dropout_of_single_modules(make: Make) -> None:
+    """Each is switched by itself, as in Monte Carlo dropout."""
+    model, inputs = accelerate(made(make), skip_logits=True), batch(make)
+    still = model(**inputs).loss
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for dropout in dropouts:
+        dropout.train()
+    assert model(**inputs).loss != model(**inputs).loss
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5 if module.training else 0.0
+            module.eval()
+        if hasattr(module, "is_causal"):  # attention goes by its own mode
+            module.eval()
+    assert torch.allclose(model(**inputs).loss, still)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("make", [gpt2, bert, distilbert])
+def test_dropout_and_checkpointing(make: Make, use_reentrant: bool) -> None:
     """A seed gives the same masks again, in the backward as well."""
     model, inputs = accelerate(made(make)).train(), batch(make, "right")
 
@@ -251,9 +275,44 @@ def test_dropout_and_checkpointing(make: Make) -> None:
     once = run()
     assert torch.equal(run()[0], once[0])
     assert (model(**inputs).loss - once[0]).abs() > 1e-6
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        # Padding is not left out then, and elements meet other random numbers.
+        once = run_without_checkpointing(model, run)
     for kept, computed_again in zip(once, run(), strict=True):
         torch.testing.assert_close(computed_again, kept)  # sums may come in another order
+
+
+def run_without_checkpointing(model: Any, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    results = run()
+    for layer in layers:
+        layer.gradient_checkpointing = True
+    return results
+
+
+def test_losses_of_one_s_own() -> None:
+    model, inputs = accelerate(made(gpt2), skip_logits=True), batch(gpt2)
+    model.loss_function = lambda logits, labels, **settings: logits.sum() * 0 + 5
+    assert model(**inputs).loss == 5
+    assert "loss from the logits: it has a loss function of its own" in accelerated(model)
+    model, inputs = accelerate(made(distilbert), skip_logits=True), batch(distilbert)
+    plain = model(**inputs).loss
+    model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.5)
+    assert model(**inputs).loss != plain
+    assert "1 DistilBertForMaskedLM: loss from the logits" in accelerated(model)
+
+
+def test_tuples_and_kept_forwards() -> None:
+    model, inputs = accelerate(made(gpt2)).train(), batch(gpt2)
+    assert isinstance(model(**inputs, return_dict=False), tuple)
+    assert model(**inputs, return_dict=True).logits is None
+    model.forward = model.forward  # as the Trainer leaves it
+    assert model(**inputs).logits is None
+    accelerate(model, enable=False)
+    assert model(**inputs).logits is not None
 
 
 def test_generation() -> None:
@@ -311,11 +370,17 @@ def test_outputs_of_layers() -> None:
 def test_masks_of_one_s_own() -> None:
     mask = torch.rand(B, 1, S, S, generator=torch.Generator().manual_seed(1)) < 0.7
     mask |= torch.eye(S, dtype=torch.bool)
+    stock_gpt2 = made(gpt2)
     for make in (gpt2, bert):
         stock, ids = made(make), batch(make)["input_ids"]
         fast = accelerate(copy.deepcopy(stock))
-        expected = stock(ids, attention_mask=mask).logits
-        assert torch.allclose(fast(ids, attention_mask=mask).logits, expected, atol=1e-5)
+        extra = {"use_cache": False} if make is gpt2 else {}
+        expected = stock(ids, attention_mask=mask, **extra).logits
+        actual = fast(ids, attention_mask=mask, **extra).logits
+        assert torch.allclose(actual, expected, atol=1e-5)
+    expected = stock_gpt2(ids, is_causal=False, use_cache=False).logits
+    actual = accelerate(copy.deepcopy(stock_gpt2))(ids, is_causal=False, use_cache=False).logits
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [gpt2, bert])
@@ -359,7 +424,9 @@ def test_other_models() -> None:
     with pytest.raises(ValueError, match=r"a model of transformers, got a Linear; fastllm's own"):
         accelerate(nn.Linear(2, 2))
     holder = nn.ModuleDict({"model": made(gpt2)})
+    holder["second"] = made(bert)
     assert "2 GPT2Block: whole layers fused" in accelerated(accelerate(holder))
+    assert holder["second"].config._attn_implementation == "fastllm"
     config = transformers.OPTConfig(
         vocab_size=V,
         hidden_size=24,
