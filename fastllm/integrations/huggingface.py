@@ -543,6 +543,9 @@ class LanguageModel(nn.Module):
         return reason and f"loss from the logits: {reason}"
 
 
+ROWS_AT_ONCE = 64
+
+
 def loss_from_hidden_states(
     forward: Callable[..., Any], output: type[Any], causal: bool
 ) -> Callable[..., Any]:
@@ -594,11 +597,15 @@ def loss_from_hidden_states(
             outputs = self.base_model(*arguments, **settings, return_dict=True)
         targets = targets.flatten()
         scored = (targets != ignore_index).nonzero().flatten()
-        rows = self.head_input(outputs.last_hidden_state.flatten(0, 1)[scored])
+        # Filled up, so that steps differ little in sizes: many sizes leave gaps in memory.
+        fill = -len(scored) % ROWS_AT_ONCE
+        chosen = F.pad(scored, (0, fill))
+        targets = F.pad(targets[scored], (0, fill), value=ignore_index)
+        rows = self.head_input(outputs.last_hidden_state.flatten(0, 1).index_select(0, chosen))
         if items is not None and len(scored) == 0:
             loss = F.linear(rows, *head).sum()  # nothing, where a mean would be no number
         else:
-            loss = linear_cross_entropy(rows, head, targets[scored], ignore_index)
+            loss = linear_cross_entropy(rows, head, targets, ignore_index)
             if items is not None:
                 loss = loss * (len(scored) / items)
         fields = set(output.__dataclass_fields__)

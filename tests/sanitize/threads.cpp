@@ -118,13 +118,16 @@ Outputs attention(int64_t S, int64_t T, int64_t D, bool causal, bool masked, dou
 }
 
 Outputs multi_head_attention(int64_t B, int64_t S, int64_t N, int64_t D, Place place, double p,
-                             Precision precision, int threads) {
+                             Precision precision, int threads, bool unequal = false) {
     Source source;
-    const int64_t H = N * D, rows = B * S;
+    std::vector<int64_t> starts = {0};
+    for (int64_t b = 0; b < B; ++b) starts.push_back(starts[b] + (unequal ? S - b % S : S));
+    const int64_t H = N * D, rows = starts[B];
     const Pair norm = parameters(source, H, 1), qkv = parameters(source, 3 * H, H),
                projection = parameters(source, H, H);
     const Floats x = source.floats(rows * H), grad_out = source.floats(rows * H);
-    const MultiHeadAttention m = {B, S, N, D, place == Place::NONE ? Norm{} : norm.norm(),
+    const MultiHeadAttention m = {B, S, N, D, unequal ? starts.data() : nullptr,
+                                  place == Place::NONE ? Norm{} : norm.norm(),
                                   place == Place::BEFORE, qkv.linear(), projection.linear(),
                                   {}, true, p, p, KEY, KEY, precision};
     Floats stats = empty(2 * rows), projected = empty(3 * rows * H), heads = empty(rows * H),
@@ -154,7 +157,7 @@ Outputs mlp(int64_t rows, int64_t H, int64_t I, Place place, Activation activati
                fc2 = parameters(source, H, I);
     const Floats x = source.floats(rows * H), grad_out = source.floats(rows * H);
     const Mlp m = {rows, H, I, place == Place::NONE ? Norm{} : norm.norm(), place == Place::BEFORE,
-                   fc1.linear(), fc2.linear(), activation, p, KEY, precision};
+                   fc1.linear(), fc2.linear(), activation, p, p, KEY, KEY, precision};
     Floats stats = empty(2 * rows), hidden = empty(rows * I), sum = empty(rows * H);
     const MlpKept kept = {place == Place::NONE ? nullptr : stats.data(), hidden.data(),
                           place == Place::BEHIND ? sum.data() : nullptr};
@@ -244,10 +247,10 @@ Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first
     for (int64_t l = 0; l < L; ++l) {
         const Pair* p = &pairs[l * PAIRS];
         Pair* g = &grads[l * PAIRS];
-        layers.push_back({{B, S, N, D, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
+        layers.push_back({{B, S, N, D, nullptr, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
                            true, P, P, KEY, KEY, precision},
                           {B * S, H, I, p[3].norm(), norm_first, p[4].linear(), p[5].linear(),
-                           Activation::GELU, P, KEY, precision}});
+                           Activation::GELU, P, 0, KEY, KEY, precision}});
         layer_grads.push_back({{g[0].norm_grad(), g[1].linear_grad(), g[2].linear_grad()},
                                {g[3].norm_grad(), g[4].linear_grad(), g[5].linear_grad()}});
     }
@@ -283,10 +286,10 @@ Outputs decode(int64_t N, int64_t D, bool norm_first, Precision precision, int t
         pairs.push_back(parameters(source, sizes[i % PAIRS][0], sizes[i % PAIRS][1]));
     for (int64_t l = 0; l < L; ++l) {
         const Pair* p = &pairs[l * PAIRS];
-        layers.push_back({{1, 1, N, D, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
+        layers.push_back({{1, 1, N, D, nullptr, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
                            true, 0, 0, KEY, KEY, precision},
                           {1, H, I, p[3].norm(), norm_first, p[4].linear(), p[5].linear(),
-                           Activation::GELU, 0, KEY, precision}});
+                           Activation::GELU, 0, 0, KEY, KEY, precision}});
     }
     const Pair norm = parameters(source, H, 1), head = parameters(source, V, H);
     const Decoder d = {{1, 1, H, V, nullptr, tokens.data(), positions.data(), 1, 0, KEY},
@@ -360,6 +363,10 @@ std::vector<Case> cases() {
         add("layer_norm", [=](int threads) { return layer_norm(100, 200, residual, threads); });
         add("layer_norm", [=](int threads) { return layer_norm(37, 67, residual, threads); });
     }
+    for (const int64_t B : {3, 16})
+        add("multi_head_attention side by side", [=](int n) {
+            return multi_head_attention(B, 20, 3, 16, Place::BEHIND, P, Precision::FP32, n, true);
+        });
     add("bf16 multi_head_attention", [](int n) {
         return multi_head_attention(3, 33, 3, 11, Place::BEFORE, P, Precision::BF16, n);
     });
