@@ -687,8 +687,12 @@ class DistilBertForMaskedLM(LanguageModel, distilbert.DistilBertForMaskedLM):
 
     def head(self) -> Linear:
         loss = self.mlm_loss_fct
-        settings = (loss.weight, loss.ignore_index, loss.label_smoothing, loss.reduction)
-        if type(loss) is not nn.CrossEntropyLoss or settings != (None, -100, 0.0, "mean"):
+        usual = type(loss) is nn.CrossEntropyLoss and loss.weight is None
+        if not usual or (loss.ignore_index, loss.label_smoothing, loss.reduction) != (
+            -100,
+            0,
+            "mean",
+        ):
             raise NotFused("it has a loss function of its own")
         return linear_of(self.vocab_projector)
 
@@ -716,7 +720,7 @@ class MobileBertForMaskedLM(LanguageModel, mobilebert.MobileBertForMaskedLM):
 
 
 class FusedDropout(Dropout):
-    """`nn.Dropout`, in a hundredth of the time."""
+    """`nn.Dropout` by the kernel, where it can serve."""
 
     def forward(self, input: Tensor) -> Tensor:
         if why_not_kernels(input) is not None:

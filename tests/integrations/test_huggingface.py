@@ -309,6 +309,8 @@ def test_losses_of_one_s_own() -> None:
     model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.5)
     assert model(**inputs).loss != plain
     assert "1 DistilBertForMaskedLM: loss from the logits" in accelerated(model)
+    model.mlm_loss_fct = nn.NLLLoss()  # which knows no label_smoothing
+    assert model(**inputs).loss != plain
 
 
 def test_tuples_and_kept_forwards() -> None:
