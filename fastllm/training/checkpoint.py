@@ -39,6 +39,7 @@ from fastllm.training.config import TrainConfig, read_config
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _CHECKSUMS = "checksums.json"
+_STATE = "training_state/state.json"
 
 
 class CheckpointError(Exception):
@@ -95,7 +96,7 @@ def save_checkpoint(
         tensors, groups = _flatten(optimizers)
         save_file(tensors, aside / "training_state/optimizer.safetensors")
         text = json.dumps({"progress": asdict(progress), "optimizers": groups}, indent=2)
-        (aside / "training_state/state.json").write_text(text + "\n", encoding="utf-8")
+        (aside / _STATE).write_text(text + "\n", encoding="utf-8")
         sums = {str(file.relative_to(aside)): _sha256(file) for file in _files(aside)}
         (aside / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
         for path in [*_files(aside), aside / "training_state", aside]:
@@ -191,7 +192,7 @@ def load_training_state(checkpoint: Path, optimizers: Sequence[torch.optim.Optim
     Raises:
         CheckpointError: a file is missing, truncated, changed or foreign.
     """
-    file = checkpoint / "training_state/state.json"
+    file = checkpoint / _STATE
     tensors = _read_tensors(checkpoint / "training_state/optimizer.safetensors")
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -203,6 +204,21 @@ def load_training_state(checkpoint: Path, optimizers: Sequence[torch.optim.Optim
         raise CheckpointError(
             f"{file} and optimizer.safetensors beside it do not fit this run: {error}"
         ) from error
+
+
+def read_progress(checkpoint: Path) -> Progress | None:
+    """How far the run was; None in a folder that holds a model alone.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = checkpoint / _STATE
+    if not file.exists():
+        return None
+    try:
+        return TypeAdapter(Progress).validate_python(json.loads(file.read_bytes())["progress"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
 def _flatten(
