@@ -44,6 +44,7 @@ from fastllm.training.processes import ALONE, Processes
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _CHECKSUMS = "checksums.json"
+_PROGRESS = "training_state/progress.json"
 
 
 class CheckpointError(Exception):
@@ -106,7 +107,7 @@ def save_checkpoint(
             (aside / "config.json").write_text(config.to_json(), encoding="utf-8")
             tokenizer.save(aside / "tokenizer.json")
             text = json.dumps(asdict(progress), indent=2)
-            (state / "progress.json").write_text(text + "\n", encoding="utf-8")
+            (aside / _PROGRESS).write_text(text + "\n", encoding="utf-8")
             _finish(aside, final)
             for old in _checkpoints(run_dir)[:-keep_newest]:
                 if _step_of(old) not in keep:
@@ -254,12 +255,29 @@ def load_training_state(
                     )
             state = {i: tensors[name] for i, name in enumerate(names)}
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-        text = (folder / "progress.json").read_text(encoding="utf-8")
-        return TypeAdapter(Progress).validate_json(text)
     except (OSError, SafetensorError, ValueError, LookupError) as error:
         raise CheckpointError(
-            f"optimizer.safetensors and progress.json in {folder} do not fit this run: {error}"
+            f"{folder / 'optimizer.safetensors'} does not fit this run: {error}"
         ) from error
+    progress = read_progress(checkpoint)
+    if progress is None:
+        raise CheckpointError(f"{checkpoint / _PROGRESS} is missing")
+    return progress
+
+
+def read_progress(checkpoint: Path) -> Progress | None:
+    """How far the run was; None in a folder that holds a model alone.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = checkpoint / _PROGRESS
+    if not file.exists():
+        return None
+    try:
+        return TypeAdapter(Progress).validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
 def _names(optimizer: torch.optim.Optimizer, model: DecoderModel) -> list[str]:
