@@ -69,7 +69,7 @@ class FinetuneConfig(RunSettings):
     ]
 
     # Model
-    model: str
+    model: str = ""
     """A folder, a name on the hub, a .gguf file; or a config.json, or a folder with nothing else,
     for random weights."""
     tokenizer: str | None = None
@@ -174,6 +174,8 @@ class FinetuneConfig(RunSettings):
 
     @model_validator(mode="after")
     def _check_together(self) -> FinetuneConfig:
+        if not self.model:
+            raise ValueError("give a --model: a folder, a name on the hub, or a config.json")
         if not self.dataset and not (self.eval_only and self.eval_dataset):
             raise ValueError("dataset: give files, a folder or a name on the hub to learn from")
         return self
@@ -192,9 +194,11 @@ def main(arguments: list[str]) -> None:
         if run_dir is None:
             metrics = trainer.evaluate()
             loss, perplexity = metrics["eval_loss"], metrics["eval_perplexity"]
-            say(f"evaluation  loss {loss:.4f}, perplexity {perplexity:,.3f}")
+            print(f"evaluation  loss {loss:.4f}, perplexity {perplexity:,.3f}")
             return
         tell(f"run         {run_dir}")
+        if config.resume:
+            tell(f"goes on     from {last_checkpoint(run_dir)}")
         with stopped_by_signals(trainer.watch):
             trainer.train(
                 resume_from_checkpoint=last_checkpoint(run_dir) if config.resume else None
@@ -474,6 +478,7 @@ def load_model(
 ) -> Any:
     """The model with room for every token, and with LoRA's matrices where they are wanted."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GgufConfig, set_seed
+    from transformers.pytorch_utils import Conv1D
 
     set_seed(config.seed)
     auto = AutoModelForMaskedLM if config.task == "mlm" else AutoModelForCausalLM
@@ -500,9 +505,9 @@ def load_model(
         new = set(loading["missing_keys"])
     start = "random weights" if random else config.model
     tell(f"model       {type(model).__name__}, {model.num_parameters():,} parameters, {start}")
-    if new:
+    if new and not config.resume:
         names = ", ".join(sorted(new))
-        say(f"warning: not in the model's files, so that it starts at random: {names}")
+        say(f"warning: the model's files have no {names}: it starts at random, to be learnt here")
     rows = model.get_input_embeddings().weight.size(0)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
@@ -512,18 +517,26 @@ def load_model(
         return model
     from peft import LoraConfig, get_peft_model
 
-    if new:
-        say("warning: under --lora what starts at random stays as it is")
+    kinds = (torch.nn.Linear, Conv1D)
+    known = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, kinds)}
+    if unknown := set(config.lora_targets) - known:
+        raise ValueError(
+            f"lora_targets: this model has no {', '.join(sorted(unknown))}, but "
+            f"{', '.join(sorted(known))}"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
         wrapped = get_peft_model(
             model,
             LoraConfig(
+                task_type="CAUSAL_LM" if config.task == "causal" else None,
                 r=config.lora_rank,
                 lora_alpha=config.lora_alpha,
                 lora_dropout=config.lora_dropout,
                 target_modules=config.lora_targets or None,
-                fan_in_fan_out=any(type(each).__name__ == "Conv1D" for each in model.modules()),
+                # What starts at random is learnt as a whole.
+                modules_to_save=sorted(wholly_new(model, new)) or None,
+                fan_in_fan_out=any(isinstance(part, Conv1D) for part in model.modules()),
             ),
         )
     # Else every checkpoint asks the hub for the configuration of that name.
@@ -531,6 +544,16 @@ def load_model(
     trainable, whole = wrapped.get_nb_trainable_parameters()
     tell(f"trainable   {trainable:,} parameters, {trainable / whole:.2%}")
     return wrapped
+
+
+def wholly_new(model: torch.nn.Module, new: set[str]) -> set[str]:
+    """The outermost modules all of whose parameters are among these."""
+    found: set[str] = set()
+    for name, part in model.named_modules():
+        inside = {f"{name}.{parameter}" for parameter, _ in part.named_parameters()}
+        if name and inside and inside <= new and not any(name.startswith(f"{f}.") for f in found):
+            found.add(name)
+    return found
 
 
 def make_optimizer(config: FinetuneConfig, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -81,7 +81,8 @@ def choose_run_dir(config: RunSettings, name: str) -> Path:
         ValueError: it holds a run already, and that is not to be resumed.
     """
     if config.out_dir is not None:
-        if any(config.out_dir.glob("checkpoints/*")) and not config.resume:
+        # A checkpoint whose writing was cut off is none.
+        if any(config.out_dir.glob("checkpoints/[!w]*")) and not config.resume:
             raise ValueError(
                 f"{config.out_dir} holds a run already; --resume continues it, another --out_dir "
                 "keeps it"

@@ -117,6 +117,9 @@ def main(arguments: list[str]) -> None:
     with errors_in_one_line(OSError, ValueError, ImportError):
         plan = make_plan(config, arguments[split + 1 :])
         study = open_study(config, plan)
+        say(f"search      {', '.join(plan.space)} over {config.trials} trials of {config.command}")
+        say(f"jobs        {config.jobs} at a time, threads of each: {plan.threads}")
+        say(f"logs        {trial_folder(config, 0).parent}/trial-*/log.txt")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)
         run_trials(study, config, plan, stopped_by)
@@ -321,7 +324,10 @@ def run_trials(
                     run.stop("interrupted")
             else:
                 while begun < config.trials and len(running) < config.jobs:
-                    running.append(Run(ask(study, config, plan), config, plan))
+                    run = Run(ask(study, config, plan), config, plan)
+                    running.append(run)
+                    settings = describe_settings(run.trial.params)
+                    say(f"trial {run.trial.number:<4} begins       {settings}")
                     begun += 1
             if not running:
                 return
@@ -573,7 +579,10 @@ def report(study: "optuna.Study", config: TuneConfig, plan: Plan) -> None:
     say(f"trials      {tally}: {config.out_dir}/trials.csv, study.png")
     say(f"best        val_loss {loss_of(best):.4f} at step {best.user_attrs['step']:,}: {folder}")
     say(f"settings    {describe_settings(best.params)}")
-    say(f"go on with  python -m fastllm.{config.command} --config {config.out_dir}/best.toml")
+    say(f"to train    python -m fastllm.{config.command} --config {config.out_dir}/best.toml")
+    missing = config.trials - len([state for state in states if state != "interrupted"])
+    if missing > 0:
+        say(f"to go on    the same command again: {missing} of {config.trials} trials are missing")
 
 
 def plot_study(trials: "Sequence[FrozenTrial]", plan: Plan, picture: Path) -> None:

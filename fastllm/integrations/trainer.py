@@ -159,13 +159,17 @@ class FinetuneTrainer(Trainer):
     def _pad(self, rows: list[dict[str, Any]]) -> Batch:
         return dict(self.tokenizer.pad(rows, padding_side="right", return_tensors="pt"))
 
-    def _with_labels(self, batch: Batch, *seed: int | str) -> Batch:
-        """Adds what is to be predicted. Which tokens are masked is a function of the seed alone."""
+    def _with_labels(self, batch: Batch, purpose: str, first: int) -> Batch:
+        """Adds what is to be predicted. Which tokens of a sequence are masked is a function of the
+        seed, the purpose and the sequence's number, of which the batch's first has `first`."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         if self.masking:
+            ids, labels = ids.clone(), torch.full_like(ids, -100)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(mix(self.args.seed, *seed))
-                ids, labels = self.masking.torch_mask_tokens(ids)
+                for row, count in enumerate(mask.sum(1).tolist()):
+                    torch.manual_seed(mix(self.args.seed, purpose, first + row))
+                    masked = self.masking.torch_mask_tokens(ids[row : row + 1, :count].clone())
+                    ids[row, :count], labels[row, :count] = (tensor[0] for tensor in masked)
         else:
             labels = ids.masked_fill(mask == 0, -100)
         batch = {"input_ids": ids, "labels": labels}
@@ -178,8 +182,12 @@ class FinetuneTrainer(Trainer):
 
     def get_batch_samples(self, *arguments: Any, **others: Any) -> tuple[list[Batch], int]:
         batches, _ = super().get_batch_samples(*arguments, **others)
-        step = self.state.global_step
-        batches = [self._with_labels(batch, "step", step, i) for i, batch in enumerate(batches)]
+        size = self.args.per_device_train_batch_size
+        first = self.state.global_step * self.args.gradient_accumulation_steps * size
+        batches = [
+            self._with_labels(batch, "training", first + i * size)
+            for i, batch in enumerate(batches)
+        ]
         return batches, sum(map(self._predicted, batches))
 
     def compute_loss(
@@ -213,7 +221,7 @@ class FinetuneTrainer(Trainer):
             if self.watch.stopped_by:
                 self.control.should_save = self.control.should_training_stop = True
                 return {"eval_loss": math.inf}  # no new best
-            batch = self._with_labels(batch, "evaluation", i)
+            batch = self._with_labels(batch, "evaluation", i * self.args.eval_batch_size)
             predicted = self._predicted(batch)
             if predicted:
                 with autocast("cpu", "bf16" if self.args.bf16 else "fp32"):

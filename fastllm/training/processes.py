@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -92,7 +93,12 @@ def joined(device: str) -> Iterator[Processes]:
         try:
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            store, rank, count = next(rendezvous("env://"))
+            # torchrun's store outlives the processes: in one that is started again, the addresses
+            # of the dead must not be taken for those of the living.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            backend = "nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count)
         except (ValueError, RuntimeError) as error:
             raise ProcessError(_why_not_met(str(error))) from error
     try:
@@ -107,7 +113,7 @@ def _why_not_met(error: str) -> str:
     given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
     if "EADDRINUSE" in error:
         remedy = "the port is in use: give another one, with torchrun's --master_port"
-    elif "Timed out" in error or "timed out" in error:
+    elif "timed out" in error.lower():
         remedy = "not all of them came: start WORLD_SIZE processes, with ranks from 0 on"
     else:
         remedy = error.splitlines()[0]

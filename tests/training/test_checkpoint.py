@@ -221,7 +221,7 @@ def test_a_gpt2_is_named_for_what_it_is(tmp_path: Path) -> None:
 def test_optimizer_state_of_another_run(trained: Trainer, make_trainer: MakeTrainer) -> None:
     other = make_trainer("other", "--max_steps", "1", "--optimizer", "muon")
     other.train()
-    with pytest.raises(CheckpointError, match="do not fit this run"):
+    with pytest.raises(CheckpointError, match="does not fit this run"):
         load_training_state(
             find_checkpoint(trained.run_dir),
             other.model,

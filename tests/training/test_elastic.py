@@ -1,0 +1,77 @@
+"""torchrun starts the processes of a run again when one of them dies."""
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from fastllm.training.metrics import read_metrics
+
+FLAGS = (
+    "--max_seq_len 16 --batch_size 4 --hidden_size 16 --num_layers 1 --val_fraction 0 --quiet "
+    "--log_interval 1 --save_interval 5 --threads 1"
+)
+
+
+def torchrun(text: Path, run_dir: Path, steps: int, *flags: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *(*flags, "-m", "fastllm.train", *FLAGS.split(), "--max_steps", str(steps)),
+        *("--file_path", str(text), "--out_dir", str(run_dir)),
+    ]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.005)
+
+
+def test_twenty_kills_change_nothing(tmp_path: Path, text: Path) -> None:
+    """A process dies at random instants; the weights are bit for bit an undisturbed run's."""
+    steps, rng = 400, random.Random(1)
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    subprocess.run(torchrun(text, undisturbed, steps), check=True, capture_output=True)
+    metrics = disturbed / "metrics.jsonl"
+
+    def logged() -> int:
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    agent = subprocess.Popen(
+        torchrun(text, disturbed, steps, "--max_restarts=20"), stderr=subprocess.DEVNULL
+    )
+    try:
+        before: set[int] = set()
+        for kill in range(20):
+            workers = psutil.Process(agent.pid).children
+
+            def started(before=before, workers=workers) -> bool:
+                return len({w.pid for w in workers()} - before) == 2
+
+            wait_for(started)
+            at_start = logged()
+            if kill % 5:  # the others may die before their first step
+                wait_for(lambda at_start=at_start: logged() != at_start)
+            time.sleep(rng.uniform(0, 0.2))
+            before = {worker.pid for worker in workers()}
+            rng.choice(workers()).kill()
+        assert agent.wait(120) == 0
+    finally:
+        for process in (
+            psutil.Process(agent.pid).children(recursive=True) if agent.poll() is None else ()
+        ):
+            process.kill()
+        agent.kill()
+        agent.wait()
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 1))
+    for file in ("model.safetensors", "training_state/optimizer.safetensors"):
+        ours, theirs = load_file(disturbed / file), load_file(undisturbed / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
