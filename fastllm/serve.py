@@ -1,0 +1,219 @@
+"""A trained model behind OpenAI's HTTP interface: `python -m fastllm.serve --checkpoint DIR`."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+
+from fastllm.command import (
+    CommandSettings,
+    Device,
+    Precision,
+    check_quantize,
+    choose_device,
+    choose_precision,
+    errors_in_one_line,
+    parse_settings,
+    say,
+)
+from fastllm.threads import set_threads
+from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
+
+if TYPE_CHECKING:
+    from fastllm.serving.api import Served
+
+
+class ServeConfig(CommandSettings):
+    """Answer OpenAI's /v1/completions with a trained model."""
+
+    checkpoint: Path
+    """Folder of a run, or a checkpoint in it."""
+    host: str = "127.0.0.1"
+    """Address to listen on; any but this computer's own needs an API key."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes a free one."""
+    api_key: str | None = None
+    """What requests must bring as Authorization: Bearer KEY; the variable FASTLLM_API_KEY unless
+    given. Other users of this computer see flags, but not variables."""
+    max_active: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Sequences that are computed at the same time; each takes memory for its keys and values."""
+    max_queue: Annotated[int, Field(ge=0, le=2**20)] = 64
+    """Sequences that may wait for a place; further ones are refused with 429."""
+    drain_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30
+    """After SIGTERM or Ctrl-C, what runs has so long to come to its end."""
+    precision: Precision = "fp32"
+    """What matrix products round their operands to; auto takes bf16 on CPUs that have it."""
+    device: Device = "cpu"
+    """Where to compute; the CPU serves where there is no CUDA."""
+    quantize: Literal["int8"] | None = None
+    """Round the weights to 8 bits: a quarter of the memory to be read for each token."""
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ServeConfig":
+        check_quantize(self.quantize, self.precision)
+        if self.api_key == "":
+            raise ValueError("api_key is empty: leave it out, or give one")
+        return self
+
+
+def main(arguments: list[str]) -> None:
+    config = parse_settings(ServeConfig, arguments)
+    api_key = config.api_key or os.environ.get("FASTLLM_API_KEY") or None
+    set_threads(config.threads)
+    with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
+        check_packages()
+        # Before the model is read, which may take its time.
+        listener = listen(config.host, config.port, api_key)
+        raise SystemExit(run(config, listener, api_key))
+
+
+def check_packages() -> None:
+    """Raises an `ImportError` that names what to install."""
+    try:
+        import fastapi
+        import prometheus_client
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"serving needs the package {error.name}: pip install 'fastllm[serve]'"
+        ) from error
+
+
+def listen(host: str, port: int, api_key: str | None) -> socket.socket:
+    """A socket that is bound, not yet listening.
+
+    Raises:
+        ValueError: others could reach it, and there is no API key.
+        OSError: the address is not this computer's, or the port is in use.
+    """
+    from fastllm.serving.api import is_loopback
+
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise OSError(f"there is no host '{host}': {error.strerror}") from None
+    if api_key is None and not is_loopback(str(address[0])):
+        raise ValueError(
+            f"{host} can be reached by others: give an --api_key (or FASTLLM_API_KEY), or listen "
+            "on 127.0.0.1"
+        )
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port"
+        ) from None
+    return listener
+
+
+def load(config: ServeConfig) -> "Served":
+    """The model and what is known of it, from the checkpoint."""
+    from fastllm.serving.api import Served
+
+    checkpoint = find_checkpoint(config.checkpoint)
+    model, tokenizer, settings = load_model(checkpoint)
+    model.eval()
+    device = choose_device(config.device)
+    model.to(device)
+    precision = config.quantize or choose_precision(config.precision, model.hidden_size, device)
+    run_dir = checkpoint.resolve()
+    if run_dir.parent.name == "checkpoints":
+        run_dir = run_dir.parent.parent
+    return Served(
+        run_dir.name,
+        model,
+        tokenizer,
+        settings,
+        precision,
+        run_dir,
+        read_progress(checkpoint / "training_state/state.json"),
+        int((checkpoint / "model.safetensors").stat().st_mtime),
+    )
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """How far the training was, as the checkpoint says; nothing where it does not."""
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8"))["progress"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return dict(progress)
+
+
+def run(config: ServeConfig, listener: socket.socket, api_key: str | None) -> int:
+    """Serves until a signal has it end; gives the exit status."""
+    import uvicorn
+
+    from fastllm.serving.api import Limits, connection_class, create_app
+
+    served = load(config)
+    limits = Limits()
+    app = create_app(served, config.max_active, config.max_queue, api_key, limits)
+    engine = app.state.engine
+
+    class Server(uvicorn.Server):
+        """Ends when what runs has come to its end, and exits with success."""
+
+        drain_until: float | None = None
+
+        def handle_exit(self, number: int, frame: FrameType | None) -> None:
+            if self.drain_until is not None and number == signal.SIGINT:
+                os._exit(128 + number)
+            if self.drain_until is None:
+                self.drain_until = time.monotonic() + config.drain_seconds
+
+        async def on_tick(self, counter: int) -> bool:
+            if self.drain_until is not None and not engine.draining:
+                # Not by the signal's handler: it may have interrupted who holds the engine's lock.
+                engine.drain()
+                name = f"{engine.running + engine.waiting} sequences"
+                say(f"stopping when {name} are done; Ctrl-C again stops at once")
+            late = self.drain_until is not None and time.monotonic() > self.drain_until
+            done = engine.draining and not engine.running and not engine.waiting
+            self.should_exit = self.should_exit or late or done or not engine.alive
+            return await super().on_tick(counter)
+
+    server = Server(
+        uvicorn.Config(
+            app,
+            http=connection_class(limits),
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+        )
+    )
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    parameters = sum(parameter.numel() for parameter in served.model.parameters())
+    say(f"serving {served.name} ({parameters:,} parameters) on http://{host}:{port}")
+    try:
+        server.run(sockets=[listener])
+    finally:
+        broken = not engine.alive
+        engine.close()
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
