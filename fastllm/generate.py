@@ -269,9 +269,7 @@ class TextStream:
         end = len(text.rstrip(UNFINISHED))
         full = len(self._window) >= LONGEST_WINDOW
         if full and end < len(text):
-            end = (
-                len(text) - 1
-            )  # of bytes that are no character, only the last still may become one
+            end = len(text) - 1  # of bytes that are no character, the last may still become one
         new = text[self._certain : end]
         self._certain = max(self._certain, end)
         if full or end == len(text):

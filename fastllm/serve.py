@@ -1,5 +1,6 @@
 """A trained model behind OpenAI's HTTP interface: `python -m fastllm.serve --checkpoint DIR`."""
 
+import importlib
 import json
 import os
 import signal
@@ -11,7 +12,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-
 
 from fastllm.command import (
     CommandSettings,
@@ -80,9 +80,8 @@ def main(arguments: list[str]) -> None:
 def check_packages() -> None:
     """Raises an `ImportError` that names what to install."""
     try:
-        import fastapi
-        import prometheus_client
-        import uvicorn  # noqa: F401
+        for name in ("fastapi", "uvicorn", "prometheus_client"):
+            importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
             f"serving needs the package {error.name}: pip install 'fastllm[serve]'"
@@ -183,8 +182,8 @@ def run(config: ServeConfig, listener: socket.socket, api_key: str | None) -> in
             if self.drain_until is not None and not engine.draining:
                 # Not by the signal's handler: it may have interrupted who holds the engine's lock.
                 engine.drain()
-                name = f"{engine.running + engine.waiting} sequences"
-                say(f"stopping when {name} are done; Ctrl-C again stops at once")
+                left = engine.running + engine.waiting
+                say(f"stopping when what runs is done ({left} sequences); Ctrl-C stops at once")
             late = self.drain_until is not None and time.monotonic() > self.drain_until
             done = engine.draining and not engine.running and not engine.waiting
             self.should_exit = self.should_exit or late or done or not engine.alive

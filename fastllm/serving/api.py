@@ -7,7 +7,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -33,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastllm.command import describe
@@ -42,11 +43,6 @@ from fastllm.serving.engine import Busy, Draining, Engine, Job, Piece, Score
 from fastllm.tokenization import Tokenizer
 from fastllm.training.config import TrainConfig
 from fastllm.training.metrics import read_metrics
-
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 RETRY_AFTER_S = "1"
 # Points of a curve in one answer; of more, every so-manieth is given.
@@ -354,10 +350,9 @@ class Completion(Response):
         self._box.put([(job, Piece(finish="length")) for job in set(self._jobs) - set(computed)])
         metrics.prompt_tokens.inc(self._prompt_tokens)
 
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        answer = asyncio.ensure_future(
-            (self._stream if self._request.stream else self._whole)(send)
-        )
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answering = self._stream if self._request.stream else self._whole
+        answer = asyncio.ensure_future(answering(send))
         gone = asyncio.ensure_future(_hung_up(receive))
         try:
             with self._metrics.duration.time():
@@ -478,11 +473,11 @@ OPEN_PATHS = ("/", "/health")
 class Guard:
     """Who may ask, and how much: what is decided before a request is looked at."""
 
-    def __init__(self, app: App, api_key: str | None, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, limits: Limits, metrics: Metrics) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics
         self._api_key = None if api_key is None else api_key.encode()
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -504,14 +499,14 @@ class Guard:
             return
         if body is None:
             return
-        unread = [{"type": "http.request", "body": body, "more_body": False}]
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
             return unread.pop() if unread else await receive()
 
         await self._app(scope, replay, counting)
 
-    def _check_headers(self, scope: Message) -> None:
+    def _check_headers(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         if self._api_key is None:
             # A page somewhere on the web may have its own name lead here, and read the answers.
@@ -632,7 +627,7 @@ def create_app(
     metrics.watch(engine)
     app = FastAPI(title="fastllm", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.engine = engine
-    app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=metrics)  # type: ignore[arg-type]
+    app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=metrics)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -645,9 +640,8 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def bad_query(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return ApiError(
-            422, f"{first['loc'][-1]}: {first['msg']}", str(first["loc"][-1])
-        ).response()
+        name = str(first["loc"][-1])
+        return ApiError(422, f"{name}: {first['msg']}", name).response()
 
     @app.exception_handler(Exception)
     async def our_fault(request: Request, error: Exception) -> JSONResponse:

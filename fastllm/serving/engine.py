@@ -28,6 +28,8 @@ SCORED_TOKENS = 64
 # What stands for the logarithm of 0, which JSON cannot write.
 LEAST_LOGPROB = -9999.0
 
+DEFAULT_SAMPLING = Sampling()
+
 
 class Busy(Exception):
     """More sequences wait than may."""
@@ -54,7 +56,7 @@ class Job:
 
     prompt: list[int]
     max_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = DEFAULT_SAMPLING
     seed: int = 0
     stops: Sequence[str] = ()
     logprobs: int | None = None
