@@ -28,7 +28,9 @@ from fastllm.threads import set_threads
 from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
 
 if TYPE_CHECKING:
-    from fastllm.serving.api import Served
+    from fastapi import FastAPI
+
+    from fastllm.serving.api import Limits, Served
 
 
 class ServeConfig(CommandSettings):
@@ -158,25 +160,43 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 def run(config: ServeConfig, listener: socket.socket, api_key: str | None) -> int:
     """Serves until a signal has it end; gives the exit status."""
-    import uvicorn
-
-    from fastllm.serving.api import Limits, connection_class, create_app
+    from fastllm.serving.api import Limits, create_app
 
     served = load(config)
     limits = Limits()
     app = create_app(served, config.max_active, config.max_queue, api_key, limits)
+    server = make_server(app, limits, config.drain_seconds)
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    parameters = sum(parameter.numel() for parameter in served.model.parameters())
+    say(f"serving {served.name} ({parameters:,} parameters) on http://{host}:{port}")
+    try:
+        server.run(sockets=[listener])
+        return 1 if server.failed else 0
+    finally:
+        app.state.engine.close()
+
+
+def make_server(app: "FastAPI", limits: "Limits", drain_seconds: float) -> Any:
+    """A server that ends when it is told to, by a signal or `drain`, and what runs is done."""
+    import uvicorn
+
+    from fastllm.serving.api import connection_class
+
     engine = app.state.engine
 
     class Server(uvicorn.Server):
-        """Ends when what runs has come to its end, and exits with success."""
+        drain_until: float | None = None  # a time of time.monotonic()
+        failed = False
 
-        drain_until: float | None = None
+        def drain(self) -> None:
+            self.drain_until = time.monotonic() + drain_seconds
 
-        def handle_exit(self, number: int, frame: FrameType | None) -> None:
-            if self.drain_until is not None and number == signal.SIGINT:
-                os._exit(128 + number)
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.drain_until is None:
-                self.drain_until = time.monotonic() + config.drain_seconds
+                self.drain()
+            elif sig == signal.SIGINT:
+                os._exit(128 + sig)
 
         async def on_tick(self, counter: int) -> bool:
             if self.drain_until is not None and not engine.draining:
@@ -186,10 +206,13 @@ def run(config: ServeConfig, listener: socket.socket, api_key: str | None) -> in
                 say(f"stopping when what runs is done ({left} sequences); Ctrl-C stops at once")
             late = self.drain_until is not None and time.monotonic() > self.drain_until
             done = engine.draining and not engine.running and not engine.waiting
-            self.should_exit = self.should_exit or late or done or not engine.alive
+            self.failed = not engine.alive
+            self.should_exit = self.should_exit or late or done or self.failed
+            if self.should_exit:
+                engine.close()  # who still waits is told so
             return await super().on_tick(counter)
 
-    server = Server(
+    return Server(
         uvicorn.Config(
             app,
             http=connection_class(limits),
@@ -199,19 +222,10 @@ def run(config: ServeConfig, listener: socket.socket, api_key: str | None) -> in
             log_level="warning",
             access_log=False,
             server_header=False,
+            timeout_keep_alive=20,  # longer than clients keep a connection that they do not use
             timeout_graceful_shutdown=2,
         )
     )
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    parameters = sum(parameter.numel() for parameter in served.model.parameters())
-    say(f"serving {served.name} ({parameters:,} parameters) on http://{host}:{port}")
-    try:
-        server.run(sockets=[listener])
-    finally:
-        broken = not engine.alive
-        engine.close()
-    return 1 if broken else 0
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ class Completion(Response):
         self,
         request: CompletionRequest,
         served: Served,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[tuple[list[int], str]],
         engine: Engine,
         post: Post,
         metrics: Metrics,
@@ -319,13 +319,9 @@ class Completion(Response):
             "created": int(time.time()),
             "model": served.name,
         }
-        self._prompt_tokens = sum(map(len, prompts))
+        self._prompt_tokens = sum(len(tokens) for tokens, _ in prompts)
         seed = secrets.randbits(63) if request.seed is None else request.seed
-        texts = [
-            prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt)
-            for prompt in request.prompt
-        ]
-        self._echoes = [text for text in texts for _ in range(request.n)]
+        self._echoes = [text for _, text in prompts for _ in range(request.n)]
         self._jobs = [
             Job(
                 prompt,
@@ -337,7 +333,7 @@ class Completion(Response):
                 request.echo and request.logprobs is not None,
                 len(self._echoes[i]),
             )
-            for i, prompt in enumerate(p for p in prompts for _ in range(request.n))
+            for i, prompt in enumerate(p for p, _ in prompts for _ in range(request.n))
         ]
         self._index = {job: i for i, job in enumerate(self._jobs)}
         self._box = post.open(self._jobs)
@@ -517,9 +513,11 @@ class Guard:
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._api_key):
                 raise ApiError(
-                    401, "give the server's API key: Authorization: Bearer KEY", None,
+                    401,
+                    "give the server's API key: Authorization: Bearer KEY",
+                    None,
                     "invalid_api_key",
-                )  # fmt: skip
+                )
         kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip()
         if scope["method"] == "POST" and kind.lower() != b"application/json":
             # What a form on any page could send, without its browser asking us first.
@@ -567,42 +565,38 @@ def connection_class(limits: Limits) -> type[H11Protocol]:
     """
 
     class Connection(H11Protocol):
-        _deadline: asyncio.TimerHandle | None = None
+        _head: asyncio.TimerHandle | None = None
+        _write: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             transport.set_write_buffer_limits(0)  # what lies here has not been taken
             if len(self.connections) > limits.connections:
                 transport.abort()
-            self._start(limits.head_s)
+            self._head = self.loop.call_later(limits.head_s, transport.abort)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:
-                self._stop()
-            elif self._deadline is None:
-                self._start(limits.head_s)
+                self._head = stopped(self._head)
+            elif self._head is None:
+                self._head = self.loop.call_later(limits.head_s, self.transport.abort)
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._start(limits.write_s)
+            self._write = self.loop.call_later(limits.write_s, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._stop()
+            self._write = stopped(self._write)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop()
+            self._head, self._write = stopped(self._head), stopped(self._write)
             super().connection_lost(exc)
 
-        def _start(self, seconds: float) -> None:
-            self._stop()
-            self._deadline = self.loop.call_later(seconds, self.transport.abort)
-
-        def _stop(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
+    def stopped(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
 
     return Connection
 
@@ -686,9 +680,11 @@ def create_app(
     def check_model(name: str) -> None:
         if name != served.name:
             raise ApiError(
-                404, f"there is no model {name[:100]!r} here; it is {served.name!r}", "model",
+                404,
+                f"there is no model {name[:100]!r} here; it is {served.name!r}",
+                "model",
                 "model_not_found",
-            )  # fmt: skip
+            )
 
     @app.get("/api/card")
     async def card() -> JSONResponse:
@@ -738,9 +734,12 @@ def create_app(
             return Completion(asked, served, prompts, engine, post, metrics)
         except Busy:
             raise ApiError(
-                429, f"all {places} places are taken and {engine.waiting} sequences wait for one; "
-                "try again", None, "rate_limit_exceeded",
-            ) from None  # fmt: skip
+                429,
+                f"all {places} places are taken and {engine.waiting} sequences wait for one; "
+                "try again",
+                None,
+                "rate_limit_exceeded",
+            ) from None
         except Draining:
             raise ApiError(503, DRAINING) from None
 
@@ -755,32 +754,27 @@ def finite(value: Any) -> Any:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def encode_prompts(asked: CompletionRequest, served: Served) -> list[list[int]]:
-    """The token ids of every prompt; raises `ApiError` 400 where the model cannot take one."""
+def encode_prompts(asked: CompletionRequest, served: Served) -> list[tuple[list[int], str]]:
+    """Token ids and text of each prompt; raises `ApiError` 400 where the model cannot take one."""
     result = []
     for prompt in asked.prompt:
-        if isinstance(prompt, str):
-            try:
-                tokens = served.tokenizer.encode(prompt)
-            except (KeyError, ValueError) as error:  # str() of a KeyError would add quotes
-                raise ApiError(400, str(error.args[0]), "prompt") from None
-        else:
-            tokens = prompt
-            vocab_size = served.tokenizer.vocab_size
-            bad = next((token for token in tokens if not 0 <= token < vocab_size), None)
-            if bad is not None:
-                raise ApiError(
-                    400, f"Token id {bad} is outside the vocabulary of {vocab_size} tokens",
-                    "prompt",
-                )  # fmt: skip
+        try:
+            if isinstance(prompt, str):
+                tokens, text = served.tokenizer.encode(prompt), prompt
+            else:
+                tokens, text = prompt, served.tokenizer.decode(prompt)
+        except (KeyError, ValueError) as error:  # str() of a KeyError would add quotes
+            raise ApiError(400, str(error.args[0]), "prompt") from None
         if not tokens:
             raise ApiError(400, "the prompt is empty; give at least one token", "prompt")
         longest = served.model.max_seq_len
         if len(tokens) + asked.max_tokens > longest:
             raise ApiError(
-                400, f"the prompt has {len(tokens)} tokens and max_tokens is {asked.max_tokens}: "
+                400,
+                f"the prompt has {len(tokens)} tokens and max_tokens is {asked.max_tokens}: "
                 f"together {len(tokens) + asked.max_tokens}, but the model takes {longest}",
-                "max_tokens", "context_length_exceeded",
-            )  # fmt: skip
-        result.append(tokens)
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        result.append((tokens, text))
     return result

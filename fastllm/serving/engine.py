@@ -302,7 +302,11 @@ class Engine:
                 self._free(places[0])
             return
         for place, running, token, row in zip(places, drawn, tokens, logits, strict=True):
-            self._advance(place, running, token, row)
+            try:
+                self._advance(place, running, token, row)
+            except KeyError as error:  # a vocabulary may have ids without a token
+                self._events.append((running.job, Piece(error=str(error.args[0]))))
+                self._free(place)
 
     def _advance(self, place: int, running: Running, token: int, logits: Tensor) -> None:
         job, stream = running.job, running.stream
