@@ -91,7 +91,7 @@ def check_packages() -> None:
 
 
 def listen(host: str, port: int, api_key: str | None) -> socket.socket:
-    """A socket that is bound, not yet listening.
+    """A socket that listens; who comes before the server is ready waits.
 
     Raises:
         ValueError: others could reach it, and there is no API key.
@@ -114,6 +114,7 @@ def listen(host: str, port: int, api_key: str | None) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
+        listener.listen()
     except OSError as error:
         listener.close()
         raise OSError(

@@ -1,5 +1,6 @@
 """Small models to serve, and a server in a thread of the tests' own process."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -108,13 +109,14 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
 def raw_exchange(port: int, data: bytes, seconds: float = 10) -> bytes:
     """All that the server answers to these bytes, until it closes or is silent for so long."""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
-        connection.sendall(data)
-        answer = b""
-        while True:
-            try:
-                part = connection.recv(65536)
-            except (TimeoutError, ConnectionResetError):
-                return answer
-            if not part:
-                return answer
+        with contextlib.suppress(ConnectionError):  # it need not take everything
+            connection.sendall(data)
+        return received(connection)
+
+
+def received(connection: socket.socket) -> bytes:
+    answer = b""
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        while part := connection.recv(65536):
             answer += part
+    return answer
