@@ -272,7 +272,7 @@ class TextStream:
             end = len(text) - 1  # of bytes that are no character, the last may still become one
         new = text[self._certain : end]
         self._certain = max(self._certain, end)
-        if full or end == len(text):
+        if full or (end == len(text) and len(self._window) >= LONGEST_WINDOW // 2):
             self._shorten()
         return self._take(new)
 

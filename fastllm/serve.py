@@ -72,6 +72,9 @@ def main(arguments: list[str]) -> None:
     config = parse_settings(ServeConfig, arguments)
     api_key = config.api_key or os.environ.get("FASTLLM_API_KEY") or None
     set_threads(config.threads)
+    # The thread that computes asks for the interpreter after every step; it need not wait for the
+    # other's 5 ms, in which a small model makes many.
+    sys.setswitchinterval(0.0005)
     with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
         check_packages()
         # Before the model is read, which may take its time.

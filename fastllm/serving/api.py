@@ -45,6 +45,8 @@ from fastllm.training.config import TrainConfig
 from fastllm.training.metrics import read_metrics
 
 RETRY_AFTER_S = "1"
+# Between two chunks of a stream; nobody reads faster.
+CHUNKS_APART_S = 0.01
 # Points of a curve in one answer; of more, every so-manieth is given.
 CURVE_POINTS = 4000
 
@@ -240,21 +242,35 @@ class Metrics:
 
 
 class Mailbox:
-    """What the engine brought for the jobs of one request, until the request takes it."""
+    """What the engine brought for the jobs of one request, until the request takes it.
 
-    def __init__(self) -> None:
-        self.pieces: list[tuple[Job, Piece]] = []
-        self.filled = asyncio.Event()
+    It may be taken when a job is done, and otherwise not sooner than `apart_s` seconds after the
+    last time: a small model has thousands of tokens a second, each of which would cost more to be
+    sent than to be computed.
+    """
 
-    def put(self, pieces: Sequence[tuple[Job, Piece]]) -> None:
-        if pieces:
-            self.pieces += pieces
-            self.filled.set()
+    def __init__(self, apart_s: float) -> None:
+        self._pieces: list[tuple[Job, Piece]] = []
+        self._filled = asyncio.Event()
+        self._apart_s, self._next = apart_s, 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def put(self, job: Job, piece: Piece) -> None:
+        self._pieces.append((job, piece))
+        if piece.finish or piece.error:
+            self._filled.set()
+        elif self._timer is None and self._apart_s < math.inf:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(max(self._next, loop.time()), self._filled.set)
 
     async def take(self) -> list[tuple[Job, Piece]]:
-        await self.filled.wait()
-        self.filled.clear()
-        pieces, self.pieces = self.pieces, []
+        await self._filled.wait()
+        self._filled.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._next = asyncio.get_running_loop().time() + self._apart_s
+        pieces, self._pieces = self._pieces, []
         return pieces
 
 
@@ -267,9 +283,9 @@ class Post:
         self._boxes: dict[Job, Mailbox] = {}
         self._started: set[Job] = set()
 
-    def open(self, jobs: Sequence[Job]) -> Mailbox:
+    def open(self, jobs: Sequence[Job], apart_s: float) -> Mailbox:
         self._loop = asyncio.get_running_loop()
-        box = Mailbox()
+        box = Mailbox(apart_s)
         self._boxes.update(dict.fromkeys(jobs, box))
         return box
 
@@ -292,7 +308,7 @@ class Post:
             if piece.tokens and job not in self._started:
                 self._started.add(job)
                 self._metrics.first_token.observe(now - job.submitted)
-            box.put([(job, piece)])
+            box.put(job, piece)
 
 
 class Completion(Response):
@@ -336,14 +352,15 @@ class Completion(Response):
             for i, prompt in enumerate(p for p, _ in prompts for _ in range(request.n))
         ]
         self._index = {job: i for i, job in enumerate(self._jobs)}
-        self._box = post.open(self._jobs)
+        self._box = post.open(self._jobs, CHUNKS_APART_S if request.stream else math.inf)
         computed = [job for job in self._jobs if job.max_tokens or job.score_prompt]
         try:
             engine.submit(computed)
         except (Busy, Draining):
             post.close(self._jobs)
             raise
-        self._box.put([(job, Piece(finish="length")) for job in set(self._jobs) - set(computed)])
+        for job in set(self._jobs) - set(computed):
+            self._box.put(job, Piece(finish="length"))
         metrics.prompt_tokens.inc(self._prompt_tokens)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -578,7 +595,8 @@ def connection_class(limits: Limits) -> type[H11Protocol]:
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:
-                self._head = stopped(self._head)
+                stop(self._head)
+                self._head = None
             elif self._head is None:
                 self._head = self.loop.call_later(limits.head_s, self.transport.abort)
 
@@ -588,13 +606,14 @@ def connection_class(limits: Limits) -> type[H11Protocol]:
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._write = stopped(self._write)
+            stop(self._write)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._head, self._write = stopped(self._head), stopped(self._write)
+            stop(self._head)
+            stop(self._write)
             super().connection_lost(exc)
 
-    def stopped(timer: asyncio.TimerHandle | None) -> None:
+    def stop(timer: asyncio.TimerHandle | None) -> None:
         if timer is not None:
             timer.cancel()
 
