@@ -328,7 +328,6 @@ class Completion(Response):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._request, self._engine, self._post, self._metrics = request, engine, post, metrics
-        self._tokenizer = served.tokenizer
         self._common = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
