@@ -16,7 +16,7 @@ import torch
 from fastllm.bench import StepConfig, build_stock
 from fastllm.train import choose_run_dir, prepare
 from fastllm.training.config import parse_train_config
-from fastllm.training.loop import make_optimizers
+from fastllm.training.engine import make_optimizers
 from fastllm.training.metrics import evaluate
 
 

@@ -11,6 +11,11 @@ from fastllm.ops.adam import AdamGroup, adam
 _is_sparse = attrgetter("is_sparse")
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process has: all of it, unless it is a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class Adam(torch.optim.Optimizer):
     """`torch.optim.Adam` that also clips the gradients; state dicts are interchangeable.
 
@@ -118,10 +123,10 @@ class Adam(torch.optim.Optimizer):
             )
             groups.append(
                 AdamGroup(
-                    params,
-                    grads,
-                    exp_avgs,
-                    exp_avg_sqs,
+                    list(map(local, params)),
+                    list(map(local, grads)),
+                    list(map(local, exp_avgs)),
+                    list(map(local, exp_avg_sqs)),
                     steps,
                     float(group["lr"]),
                     beta1,

@@ -11,10 +11,15 @@ def set_threads(requested: int = 0) -> int:
 
     Args:
         requested: the number wanted; 0 leaves it to `OMP_NUM_THREADS` where that is set, else
-            takes the physical cores that this process may use.
+            takes the physical cores that this process may use, divided among the processes that a
+            launcher started on this machine.
     """
-    if requested or not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(requested or available_cores())
+    told = os.environ.get("OMP_NUM_THREADS")
+    launched = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if launched > 1 and told == "1":
+        told = None  # torchrun and Ray set it so where nobody has said anything
+    if requested or not told:
+        torch.set_num_threads(requested or max(1, available_cores() // launched))
     threads = torch.get_num_threads()
     # The tokenizers library has a pool of its own, as large as the machine unless told.
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))

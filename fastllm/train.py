@@ -1,6 +1,8 @@
 """Train a model on a text file: `python -m fastllm.train --file_path book.txt`."""
 
 import contextlib
+import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,34 +29,49 @@ from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_m
 from fastllm.training.config import RunSettings, TrainConfig, parse_train_config
 from fastllm.training.loop import Trainer, TrainingError, mix
 from fastllm.training.metrics import bits_per_character, plot_losses, resident_mb
+from fastllm.training.processes import ALONE, ProcessError, Processes, joined
 
 Tell = Callable[..., None]
 
 
 def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
-    tell: Tell = (lambda *parts: None) if config.quiet else say
+    resume_after_restart(config)
     threads = set_threads(config.threads)
     bad_input = (ImplementationError, CheckpointError, OSError, ValueError, KeyError, ImportError)
-    with errors_in_one_line(*bad_input):
-        # FASTLLM_IMPL speaks where the flag is silent.
-        chosen = contextlib.nullcontext() if config.impl == "auto" else use(config.impl)
-    with chosen:
-        with errors_in_one_line(*bad_input):
+    with contextlib.ExitStack() as stack:
+        with errors_in_one_line(ProcessError, *bad_input):
+            # FASTLLM_IMPL speaks where the flag is silent.
+            if config.impl != "auto":
+                stack.enter_context(use(config.impl))
             config.device = choose_device(config.device)
+            processes = stack.enter_context(joined(config.device))
+            processes.check_agreement(json.loads(config.to_json()))
+            tell: Tell = say if processes.is_first and not config.quiet else lambda *parts: None
             operations = implementation_line(config.device)
             name = config.file_path.stem if config.file_path else "demo"
-            run_dir = choose_run_dir(config, name)
-            trainer = prepare(config, run_dir, tell)
+            run_dir = processes.from_first(lambda: choose_run_dir(config, name))
+            trainer = prepare(config, run_dir, tell, processes)
             tell(f"run         {run_dir}")
-            tell(f"threads     {threads}")
+            tell(f"threads     {threads}{' in each process' if processes.count > 1 else ''}")
             tell(f"operations  {operations}")
         with errors_in_one_line(CheckpointError, TrainingError, ImplementationError, OSError):
             trainer.train()
-            plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
-    report(trainer, run_dir, tell)
+            if processes.is_first:
+                plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
+        report(trainer, run_dir, tell)
     if trainer.stopped_by:
         raise SystemExit(128 + trainer.stopped_by)
+
+
+def resume_after_restart(config: TrainConfig) -> None:
+    """Where torchrun has started the processes again, they go on from the last checkpoint."""
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and config.out_dir is None:
+        raise SystemExit(
+            "error: torchrun's --max_restarts needs --out_dir, where a restart finds the run"
+        )
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and config.out_dir is not None:
+        config.resume = any(config.out_dir.glob("checkpoints/step-*"))
 
 
 def choose_run_dir(config: RunSettings, name: str) -> Path:
@@ -76,8 +93,12 @@ def choose_run_dir(config: RunSettings, name: str) -> Path:
     return run_dir
 
 
-def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
+def prepare(
+    config: TrainConfig, run_dir: Path, tell: Tell, processes: Processes = ALONE
+) -> Trainer:
     """Everything that can go wrong before any work is lost: data, tokenizer, model, folder."""
+    if not processes.is_first:
+        processes.wait()  # the first one makes the files that all of them use
     at_start = resident_mb()
     checkpoint = None
     if config.resume:
@@ -88,7 +109,11 @@ def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
     config.precision = choose_precision(config.precision, config.hidden_size, device)
     text = config.file_path or demo_text(run_dir, tell)
     if not checkpoint:
-        tokenizer = make_tokenizer(config, text)
+        tokenizer = (
+            make_tokenizer(config, text)
+            if processes.is_first
+            else load_tokenizer(run_dir / "tokenizer.json")
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     dataset = TextDataset(
         text,
@@ -107,8 +132,8 @@ def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
     with torch.device("meta"):
         sketch = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
     tell(
-        f"data        {text}: {len(dataset.tokens):,} tokens of {tokenizer.vocab_size:,} kinds, "
-        f"{len(train_set):,} training sequences"
+        f"data        {text}: {len(dataset.tokens):,} tokens of {tokenizer.vocab_size:,} "
+        f"kinds, {len(train_set):,} training sequences"
     )
     tell(f"parameters  {sum(p.numel() for p in sketch.parameters()):,}")
     tell(f"precision   {config.precision}")
@@ -125,11 +150,14 @@ def prepare(config: TrainConfig, run_dir: Path, tell: Tell) -> Trainer:
     if not checkpoint:
         torch.manual_seed(mix(config.seed, "start"))
         model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
-        tokenizer.save(run_dir / "tokenizer.json")
     model.to(device)
-    with replace_file(run_dir / "config.json") as file:
-        file.write(config.to_json().encode())
-    return Trainer(config, model, tokenizer, train_set, val_set, run_dir, checkpoint)
+    if processes.is_first:
+        if not checkpoint:
+            tokenizer.save(run_dir / "tokenizer.json")
+        with replace_file(run_dir / "config.json") as file:
+            file.write(config.to_json().encode())
+        processes.wait()
+    return Trainer(config, model, tokenizer, train_set, val_set, run_dir, checkpoint, processes)
 
 
 def demo_text(run_dir: Path, tell: Tell) -> Path:
@@ -218,10 +246,11 @@ def report(trainer: Trainer, run_dir: Path, tell: Tell) -> None:
     """What a finished run has to say."""
     progress = trainer.progress
     if trainer.stopped_by:
-        say(
-            f"stopped by {trainer.stopped_by.name} at step {progress.step:,}; go on with: "
-            f"python -m fastllm.train --out_dir {run_dir} --resume"
-        )
+        if trainer.processes.is_first:
+            say(
+                f"stopped by {trainer.stopped_by.name} at step {progress.step:,}; go on with: "
+                f"python -m fastllm.train --out_dir {run_dir} --resume"
+            )
         return
     if trainer.evaluation is not None and trainer.val_set is not None:
         loss, perplexity = trainer.evaluation.loss, trainer.evaluation.perplexity

@@ -93,7 +93,7 @@ def map_file(
         dedup_lines=dedup_lines,
         tokenizer=tokenizer.fingerprint if _is_own(tokenizer) else "",
     )
-    there = _read_header(token_file)
+    there = read_header(token_file)
     if wanted.tokenizer and there is not None:
         same = replace(wanted, count=there.count, ids_sha256=there.ids_sha256)
         if there == same and _ids_digest(token_file) == there.ids_sha256:
@@ -122,7 +122,7 @@ def map_tokens(token_file: str | os.PathLike[str], header: TokenHeader) -> Token
     Raises:
         ValueError: the file no longer has this header.
     """
-    if _read_header(token_file) != header:
+    if read_header(token_file) != header:
         raise ValueError(
             f"token file {token_file} was changed or removed while in use; build the dataset again"
         )
@@ -185,7 +185,7 @@ def _ids_digest(token_file: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_header(token_file: str | os.PathLike[str]) -> TokenHeader | None:
+def read_header(token_file: str | os.PathLike[str]) -> TokenHeader | None:
     """The header of a whole token file; None for anything else."""
     try:
         with open(token_file, "rb") as file:

@@ -165,9 +165,7 @@ def load(
 
 def save(model: DecoderModel, directory: str | os.PathLike[str]) -> None:
     """See `DecoderModel.save_gpt2`."""
-    reason = next(_obstacles(model), None)
-    if reason is not None:
-        raise ValueError(f"GPT-2's format cannot express this model: {reason}")
+    check(model)
     weights = model.state_dict()
     if model.tie_word_embeddings:
         del weights["lm_head.weight"]
@@ -177,7 +175,7 @@ def save(model: DecoderModel, directory: str | os.PathLike[str]) -> None:
         name = names[ours]
         prefix = "" if name.startswith("lm_head") else "transformer."
         tensors[prefix + name] = _turned(name, tensor.detach().cpu()).contiguous()
-    text = json.dumps(_describe(model), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(settings(model), indent=2, sort_keys=True) + "\n"
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     # Both are written before either takes its place.
@@ -189,6 +187,114 @@ def save(model: DecoderModel, directory: str | os.PathLike[str]) -> None:
         mode = os.fstat(weights_file.fileno()).st_mode
         save_file(tensors, weights_file.name, metadata={"format": "pt"})
         os.chmod(weights_file.name, mode)  # safetensors lets nobody else read what it writes
+
+
+def check(model: DecoderModel, convertible: bool = False) -> None:
+    """Raises a `ValueError` with the reason where GPT-2's format cannot express the model.
+
+    Args:
+        convertible: let pass what `converted` can do something about.
+    """
+    reason = next(_obstacles(model, convertible), None)
+    if reason is not None:
+        raise ValueError(f"GPT-2's format cannot express this model: {reason}")
+
+
+@torch.no_grad()
+def converted(model: DecoderModel) -> DecoderModel:
+    """A new model of GPT-2's architecture with the same logits up to rounding.
+
+    The factor of the token embeddings is multiplied into them; a head that they were tied to gets
+    a matrix of its own. Sinusoidal positions become a table of positions.
+
+    GPT-2's head has no bias. One that is not 0 becomes a column of the head's matrix, for a channel
+    in which the last layer norm gives 1 whatever comes in. The model gets wider for it, by one
+    channel for each attention head, and the residual stream is 0 in all of these. The layer norms
+    give in the others what they gave before: whatever is added to the residual stream loses its
+    mean over the channels, which no layer norm looks at, so that the new mean is 0 as well; and
+    their weights and epsilons make up for a variance over more channels.
+
+    Raises:
+        ValueError: GPT-2's format cannot express the model even so; the message says why.
+    """
+    check(model, convertible=True)
+    table, block = model.embedding_layer, cast(TransformerBlock, model.transformer_blocks[0])
+    layer = cast(Layer, block.fused())
+    V, H = table.token_embeddings.weight.shape
+    N, D = layer.num_heads, H // layer.num_heads
+    extra = 0 if model.lm_head.bias is None or not model.lm_head.bias.any() else 1
+    wide = H + N * extra
+    result = DecoderModel(
+        V,
+        wide,
+        len(model.transformer_blocks),
+        N,
+        model.max_seq_len,
+        layer.fc1.weight.size(0),
+        pos_encoding_learned=True,
+        embedding_dropout_p=table.positional_encoding.dropout.p,
+        attn_dropout_p=block.self_attn.p,
+        mlp_dropout_p=block.mlp.dropout.p,
+        mlp_activation=layer.activation,
+        norm_eps=layer.norm1.eps * H / wide,
+        padding_idx=model.padding_idx,
+        lm_head_bias=False,
+        dtype=table.token_embeddings.weight.dtype,
+        scale_embeddings=False,
+    )
+
+    def channels(tensor: Tensor, dim: int = -1) -> Tensor:
+        return _padded(tensor, dim, 1, wide - H)
+
+    def added(tensor: Tensor, dim: int = -1) -> Tensor:
+        """What is added to the residual stream."""
+        return channels(tensor - tensor.mean(dim, keepdim=True) if extra else tensor, dim)
+
+    def projections(tensor: Tensor) -> Tensor:
+        """Of q, k and v; scores are divided by the root of a larger number."""
+        factors = torch.tensor([math.sqrt((D + extra) / D), 1, 1], dtype=tensor.dtype)
+        scaled = tensor.unflatten(0, (3, H)) * factors.view(3, *[1] * tensor.ndim)
+        return _padded(scaled.flatten(0, 1), 0, 3 * N, extra)
+
+    old = {name: tensor.double().cpu() for name, tensor in model.state_dict().items()}
+    new = {name: channels(old[name]) for name in old if "norm" in name}
+    for name in new:
+        if name.endswith("weight"):
+            new[name] *= math.sqrt(H / wide)
+    for i in range(len(model.transformer_blocks)):
+        attention, mlp = f"transformer_blocks.{i}.self_attn.", f"transformer_blocks.{i}.mlp."
+        new |= {
+            f"{attention}qkv_proj.weight": projections(
+                channels(old[f"{attention}qkv_proj.weight"])
+            ),
+            f"{attention}qkv_proj.bias": projections(old[f"{attention}qkv_proj.bias"]),
+            f"{attention}out_proj.weight": added(
+                _padded(old[f"{attention}out_proj.weight"], 1, N, extra), 0
+            ),
+            f"{attention}out_proj.bias": added(old[f"{attention}out_proj.bias"]),
+            f"{mlp}fc1.weight": channels(old[f"{mlp}fc1.weight"]),
+            f"{mlp}fc1.bias": old[f"{mlp}fc1.bias"],
+            f"{mlp}fc2.weight": added(old[f"{mlp}fc2.weight"], 0),
+            f"{mlp}fc2.bias": added(old[f"{mlp}fc2.bias"]),
+        }
+    tokens, positions = "embedding_layer.token_embeddings", "embedding_layer.positional_encoding"
+    new[f"{tokens}.weight"] = added(old[f"{tokens}.weight"] * table.scale)
+    new[f"{positions}.pos_embedding.weight"] = added(table.position_table().double().cpu())
+    new["lm_head.weight"] = channels(old["lm_head.weight"])
+    if extra:
+        new["final_norm.bias"][H] = 1
+        new["lm_head.weight"][:, H] = old["lm_head.bias"]
+    result.load_state_dict(new)
+    return result.train(model.training)
+
+
+def _padded(tensor: Tensor, dim: int, parts: int, extra: int) -> Tensor:
+    """Each of so many equal parts along a dimension, and `extra` zeros after it."""
+    dim %= tensor.ndim
+    split = tensor.unflatten(dim, (parts, -1))
+    shape = list(split.shape)
+    shape[dim + 1] = extra
+    return torch.cat((split, split.new_zeros(shape)), dim + 1).flatten(dim, dim + 1)
 
 
 def _read_config(source: Any) -> tuple[Path | None, Config]:
@@ -306,8 +412,12 @@ def _initialise(model: DecoderModel, std: float) -> None:
         model.embedding_layer.token_embeddings.weight[model.padding_idx].zero_()
 
 
-def _obstacles(model: DecoderModel) -> Iterator[str]:
-    """What GPT-2's format cannot express; later ones rely on there being no earlier one."""
+def _obstacles(model: DecoderModel, convertible: bool = False) -> Iterator[str]:
+    """What GPT-2's format cannot express; later ones rely on there being no earlier one.
+
+    Args:
+        convertible: without those that `converted` can do something about.
+    """
     sketch = DecoderModel(
         1, 1, len(model.transformer_blocks), 1, 1, pos_encoding_learned=True, device="meta"
     )
@@ -321,7 +431,7 @@ def _obstacles(model: DecoderModel) -> Iterator[str]:
                 f"{name or 'the model'}, a {type(module).__name__}, is of a kind that GPT-2 lacks, "
                 "or a hook, a patched forward or the like is attached to it"
             )
-    if not model.embedding_layer.positional_encoding.learned:
+    if not convertible and not model.embedding_layer.positional_encoding.learned:
         yield "its positions are sinusoidal, not learned (pos_encoding_learned=True)"
     decoder = model.fused(torch.empty(1, model.max_seq_len, device="meta"), None)
     if decoder is None or not decoder.layers:
@@ -331,11 +441,11 @@ def _obstacles(model: DecoderModel) -> Iterator[str]:
     if norm is None or not all(layer.norm_first for layer in layers):
         yield "it is Post-LN, not Pre-LN (norm_first=True)"
         return
-    if decoder.scale != 1:
+    if not convertible and decoder.scale != 1:
         yield "its token embeddings are multiplied by sqrt(H) (scale_embeddings=False lets them be)"
     if not all(layer.is_causal for layer in layers):
         yield "it is not causal"
-    if head.bias is not None:
+    if not convertible and head.bias is not None:
         yield "its head has a bias (lm_head_bias=False has none)"
     linears = [linear for l in layers for linear in (l.qkv, l.out, l.fc1, l.fc2)]
     if any(linear.bias is None for linear in linears):
@@ -350,12 +460,15 @@ def _obstacles(model: DecoderModel) -> Iterator[str]:
         yield "the sizes of its layers do not fit each other"
     if len(dtypes := {str(tensor.dtype) for tensor in model.state_dict().values()}) > 1:
         yield f"its parameters differ in type: {', '.join(sorted(dtypes))}"
-    for name in set(model.state_dict()).difference(_names(len(layers))):
+    placeless = set(model.state_dict()).difference(_names(len(layers)))
+    if convertible:
+        placeless -= {"lm_head.bias", "embedding_layer.positional_encoding.pe"}
+    for name in placeless:
         yield f"there is no place for '{name}'"
 
 
-def _describe(model: DecoderModel) -> dict[str, Any]:
-    """The content of config.json for a model without obstacles."""
+def settings(model: DecoderModel) -> dict[str, Any]:
+    """The content of config.json for a model that `check` lets pass."""
     table, block = model.embedding_layer, cast(TransformerBlock, model.transformer_blocks[0])
     V, H = table.token_embeddings.weight.shape
     layer = cast(Layer, block.fused())

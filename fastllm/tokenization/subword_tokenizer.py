@@ -262,10 +262,14 @@ class SubwordTokenizer:
             )
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
+    def to_json(self) -> str:
+        """The content of the library's own tokenizer.json."""
+        return self._tokenizer.to_str()
+
     @property
     def fingerprint(self) -> str:
         """A digest that two tokenizers share only if they encode every text alike."""
-        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the library's own tokenizer.json; the file is replaced in one step."""

@@ -8,12 +8,16 @@ A run's folder holds its newest checkpoints, and links to the newest one's parts
     training_state/      -> checkpoints/step-00000500/training_state
     checkpoints/step-00000500/
         config.json, tokenizer.json, model.safetensors
-        training_state/optimizer.safetensors, training_state/state.json
+        training_state/optimizer.safetensors, training_state/progress.json
         checksums.json   SHA-256 of every other file
 
 A checkpoint is written aside, every file is flushed to the disk, then the directory gets its name
 and the directory above is flushed: whenever the process dies, or the machine, the checkpoint before
 stays whole.
+
+Processes that train together write one checkpoint, through `torch.distributed.checkpoint`. It is
+the same whatever their number, and whether each had all of the model or a part; so a run may go on
+with another number of them.
 """
 
 import hashlib
@@ -24,9 +28,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -36,9 +40,11 @@ from fastllm.files import flush
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import Tokenizer, load_tokenizer
 from fastllm.training.config import TrainConfig, read_config
+from fastllm.training.processes import ALONE, Processes
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _CHECKSUMS = "checksums.json"
+_PROGRESS = "training_state/progress.json"
 
 
 class CheckpointError(Exception):
@@ -68,13 +74,17 @@ def save_checkpoint(
     model: DecoderModel,
     optimizers: Sequence[torch.optim.Optimizer],
     progress: Progress,
+    processes: Processes = ALONE,
     keep: Sequence[int] = (),
     keep_newest: int = 1,
 ) -> Path:
     """Writes a checkpoint under `run_dir` and removes the ones no longer wanted.
 
     Args:
+        model: or this process's part of it.
         progress: its step names the checkpoint.
+        processes: who trains together. All call this, and write what they have; the folder must be
+            one that all of them see.
         keep: steps whose checkpoints stay, besides the `keep_newest` newest.
 
     Raises:
@@ -85,33 +95,24 @@ def save_checkpoint(
     final = checkpoints / f"step-{progress.step:08d}"
     aside = checkpoints / f"writing-{final.name}"
     try:
-        for pattern in ("writing-*", "removing-*"):  # what a killed process left
-            for leftover in checkpoints.glob(pattern):
-                shutil.rmtree(leftover, ignore_errors=True)
-        (aside / "training_state").mkdir(parents=True)
-        (aside / "config.json").write_text(config.to_json(), encoding="utf-8")
-        tokenizer.save(aside / "tokenizer.json")
-        save_file(_cpu(_weights(model)), aside / "model.safetensors")
-        tensors, groups = _flatten(optimizers)
-        save_file(tensors, aside / "training_state/optimizer.safetensors")
-        text = json.dumps({"progress": asdict(progress), "optimizers": groups}, indent=2)
-        (aside / "training_state/state.json").write_text(text + "\n", encoding="utf-8")
-        sums = {str(file.relative_to(aside)): _sha256(file) for file in _files(aside)}
-        (aside / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-        for path in [*_files(aside), aside / "training_state", aside]:
-            flush(path)
-        replaced = checkpoints / f"removing-{final.name}"
-        if final.exists():
-            final.rename(replaced)
-        aside.rename(final)
-        flush(checkpoints)
-        shutil.rmtree(replaced, ignore_errors=True)
-        for name in ("model.safetensors", "training_state"):
-            _link(run_dir / name, Path("checkpoints") / final.name / name)
-        flush(run_dir)
-        for old in _checkpoints(run_dir)[:-keep_newest]:
-            if _step_of(old) not in keep:
-                _remove(old)
+        if processes.is_first:
+            for pattern in ("writing-*", "removing-*"):  # what a killed process left
+                for leftover in checkpoints.glob(pattern):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            (aside / "training_state").mkdir(parents=True)
+        _write_tensors(_weights(model), aside / "model.safetensors", processes)
+        state = aside / "training_state"
+        _write_tensors(_state(model, optimizers), state / "optimizer.safetensors", processes)
+        if processes.is_first:
+            (aside / "config.json").write_text(config.to_json(), encoding="utf-8")
+            tokenizer.save(aside / "tokenizer.json")
+            text = json.dumps(asdict(progress), indent=2)
+            (aside / _PROGRESS).write_text(text + "\n", encoding="utf-8")
+            _finish(aside, final)
+            for old in _checkpoints(run_dir)[:-keep_newest]:
+                if _step_of(old) not in keep:
+                    _remove(old)
+        processes.wait()
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         newest = _checkpoints(run_dir)
@@ -121,6 +122,48 @@ def save_checkpoint(
             "make the folder writable, then go on with --resume"
         ) from error
     return final
+
+
+def _finish(aside: Path, final: Path) -> None:
+    """Gives what was written aside its name, when all of it is on the disk."""
+    checkpoints, run_dir = final.parent, final.parent.parent
+    sums = {str(file.relative_to(aside)): _sha256(file) for file in _files(aside)}
+    (aside / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+    for path in [*_files(aside), aside / "training_state", aside]:
+        flush(path)
+    replaced = checkpoints / f"removing-{final.name}"
+    if final.exists():
+        final.rename(replaced)
+    aside.rename(final)
+    flush(checkpoints)
+    shutil.rmtree(replaced, ignore_errors=True)
+    for name in ("model.safetensors", "training_state"):
+        _link(run_dir / name, Path("checkpoints") / final.name / name)
+    flush(run_dir)
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], file: Path, processes: Processes) -> None:
+    """One safetensors file of what all processes have, whether parts or wholes."""
+    if processes.count == 1:
+        save_file(_cpu(tensors), file)
+        return
+    # Imported where it is used: it takes half a second.
+    import torch.distributed.checkpoint as dcp
+
+    # Each process writes a file of its own, and the first one puts them together.
+    parts = file.with_suffix("")
+    processes.wait()  # for the folder
+    writer = dcp.HuggingFaceStorageWriter(
+        str(parts), save_distributed=True, enable_consolidation=True
+    )
+    try:
+        dcp.save(dict(tensors), storage_writer=writer)
+    except dcp.CheckpointException as error:
+        raise OSError(str(error)) from error
+    if processes.is_first:
+        (whole,) = parts.glob("*.safetensors")
+        whole.rename(file)
+        shutil.rmtree(parts)
 
 
 def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
@@ -185,47 +228,104 @@ def _is_gpt2(config: Path) -> bool:
     return isinstance(settings, dict) and settings.get("model_type") == "gpt2"
 
 
-def load_training_state(checkpoint: Path, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
+def load_training_state(
+    checkpoint: Path, model: DecoderModel, optimizers: Sequence[torch.optim.Optimizer]
+) -> Progress:
     """Fills the optimizers and tells how far the run was.
+
+    Args:
+        model: whose parameters they update; parts of them where it is divided among processes.
 
     Raises:
         CheckpointError: a file is missing, truncated, changed or foreign.
     """
-    file = checkpoint / "training_state/state.json"
-    tensors = _read_tensors(checkpoint / "training_state/optimizer.safetensors")
+    folder = checkpoint / "training_state"
+    parameters = dict(model.named_parameters())
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        groups = state["optimizers"]
-        for i, optimizer in enumerate(optimizers):
-            optimizer.load_state_dict({"state": _unflatten(tensors, i), "param_groups": groups[i]})
-        return TypeAdapter(Progress).validate_python(state["progress"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        tensors = _read_parts(folder / "optimizer.safetensors", parameters)
+        for optimizer in optimizers:
+            groups = optimizer.state_dict()["param_groups"]
+            names = _names(optimizer, model) if tensors else []  # nothing before the first step
+            muon = isinstance(optimizer, torch.optim.Muon)
+            entries = {"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"}
+            for name in names:
+                if tensors.get(name, {}).keys() != entries:
+                    raise ValueError(
+                        f"{name} has {sorted(tensors.get(name, []))}, expected {sorted(entries)}"
+                    )
+            state = {i: tensors[name] for i, name in enumerate(names)}
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (OSError, SafetensorError, ValueError, LookupError) as error:
         raise CheckpointError(
-            f"{file} and optimizer.safetensors beside it do not fit this run: {error}"
+            f"{folder / 'optimizer.safetensors'} does not fit this run: {error}"
         ) from error
+    progress = read_progress(checkpoint)
+    if progress is None:
+        raise CheckpointError(f"{checkpoint / _PROGRESS} is missing")
+    return progress
 
 
-def _flatten(
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> tuple[dict[str, Tensor], list[list[dict[str, Any]]]]:
+def read_progress(checkpoint: Path) -> Progress | None:
+    """How far the run was; None in a folder that holds a model alone.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = checkpoint / _PROGRESS
+    if not file.exists():
+        return None
+    try:
+        return TypeAdapter(Progress).validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def _names(optimizer: torch.optim.Optimizer, model: DecoderModel) -> list[str]:
+    """The names of the parameters that an optimizer counts by number."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _state(model: DecoderModel, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What the optimizers keep, by what it is and whose: `exp_avg.lm_head.weight`."""
     tensors = {}
-    groups = []
-    for i, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        groups.append(state["param_groups"])
-        for index, entries in state["state"].items():
-            for name, tensor in entries.items():
-                tensors[f"{i}.{index}.{name}"] = tensor
-    return _cpu(tensors), groups
+    for optimizer in optimizers:
+        names = _names(optimizer, model)
+        for i, entries in optimizer.state_dict()["state"].items():
+            for entry, value in entries.items():
+                # As [1]: PyTorch loses a number when it puts the files of processes together.
+                tensors[f"{entry}.{names[i]}"] = value if value.ndim else value.view(1)
+    return tensors
 
 
-def _unflatten(tensors: Mapping[str, Tensor], optimizer: int) -> dict[int, dict[str, Tensor]]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        owner, index, name = key.split(".", 2)
-        if int(owner) == optimizer:
-            state.setdefault(int(index), {})[name] = tensor
-    return state
+def _read_parts(file: Path, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What `_state` gave of these parameters, in full or in parts as they are here."""
+    here: dict[str, dict[str, Tensor]] = {}
+    flat = {}
+    for key, shape in _shapes(file).items():
+        entry, _, name = key.partition(".")
+        like = parameters.get(name)
+        if like is None:
+            continue
+        if entry == "step":
+            number = here.setdefault(name, {})[entry] = torch.zeros(())
+            flat[key] = number.view(1)
+        else:
+            whole = list(like.shape) == shape
+            tensor = torch.zeros_like(like) if whole else torch.zeros(shape)
+            flat[key] = here.setdefault(name, {})[entry] = tensor.detach()
+    if not dist.is_initialized():
+        with safe_open(file, framework="pt") as tensors:
+            for key, tensor in flat.items():
+                tensor.copy_(tensors.get_tensor(key))
+        return here
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(file.parent)))
+    except dcp.CheckpointException as error:
+        raise OSError(str(error)) from error
+    return here
 
 
 def _weights(model: DecoderModel) -> dict[str, Tensor]:

@@ -176,6 +176,9 @@ class TrainConfig(RunSettings):
     """Implementation of the operations: auto takes the fastest that can serve."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, more time."""
+    parallel: Literal["ddp", "fsdp", "pipeline"] = "ddp"
+    """How the processes that torchrun starts divide a step: each has the whole model and some of
+    the sequences (ddp), a part of every weight (fsdp), or some of the layers (pipeline)."""
 
     @model_validator(mode="after")
     def _check_together(self) -> "TrainConfig":
@@ -194,7 +197,7 @@ class TrainConfig(RunSettings):
             raise ValueError("patience needs a validation split: give a val_fraction above 0")
         return self
 
-    def build_model(self, vocab_size: int, padding_idx: int) -> DecoderModel:
+    def build_model(self, vocab_size: int, padding_idx: int | None) -> DecoderModel:
         """An untrained model of these settings."""
         model = DecoderModel(
             vocab_size,

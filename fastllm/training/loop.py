@@ -24,11 +24,13 @@ from fastllm.command import autocast, stopped_by_signals
 from fastllm.data.loader import TextDataset, collate
 from fastllm.generate import generate_tokens
 from fastllm.models.decoder import DecoderModel
-from fastllm.optim import Adam, AdamW
+from fastllm.optim import local
 from fastllm.tokenization import Tokenizer
 from fastllm.training.checkpoint import Progress, load_training_state, save_checkpoint
 from fastllm.training.config import TrainConfig
+from fastllm.training.engine import DDP, FSDP, Engine, Pipeline
 from fastllm.training.metrics import Evaluation, MetricsLog, evaluate, resident_mb
+from fastllm.training.processes import ALONE, Processes
 
 
 class TrainingError(Exception):
@@ -36,49 +38,36 @@ class TrainingError(Exception):
 
 
 def batches(
-    dataset_size: int, batch_size: int, seed: int, epoch: int, first_batch: int
+    dataset_size: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first_batch: int,
+    readers: Processes = ALONE,
 ) -> Iterator[list[int]]:
-    """Indices of every batch from `first_batch` of `epoch` on, epoch after epoch, for ever."""
+    """Indices of every batch from `first_batch` of `epoch` on, epoch after epoch, for ever.
+
+    Of each batch, this process's share; a last batch of few sequences may have none for it.
+    """
     while True:
         generator = torch.Generator().manual_seed(mix(seed, "epoch", epoch))
         order = torch.randperm(dataset_size, generator=generator)
         for start in range(first_batch * batch_size, dataset_size, batch_size):
-            yield order[start : start + batch_size].tolist()
+            yield readers.share(order[start : start + batch_size].tolist())
         epoch, first_batch = epoch + 1, 0
+
+
+def choose_engine(config: TrainConfig, processes: Processes) -> type[Engine]:
+    """What computes the steps of a run."""
+    if processes.count == 1:
+        return Engine
+    return {"ddp": DDP, "fsdp": FSDP, "pipeline": Pipeline}[config.parallel]
 
 
 def mix(*parts: int | str) -> int:
     """A 63-bit seed from any parts: equal for equal ones, unrelated for others."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def make_optimizers(model: DecoderModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run. Vectors (biases, norms) and embeddings get no weight decay.
-
-    Embeddings that are tied to the head decay as its matrix does, like GPT-2's in nanoGPT.
-    """
-    matrices = [p for p in model.transformer_blocks.parameters() if p.ndim == 2]
-    decayed = [*matrices, model.lm_head.weight]
-    others = [p for p in model.parameters() if all(p is not d for d in decayed)]
-    muon = config.optimizer == "muon"
-    optimizer_class = Adam if config.optimizer == "adam" else AdamW
-    adam = optimizer_class(
-        [
-            {
-                "params": [model.lm_head.weight] if muon else decayed,
-                "weight_decay": config.weight_decay,
-            },
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        # Muon's matrices count for the common norm as well, so the loop clips for both.
-        max_grad_norm=None if muon else config.max_grad_norm or None,
-    )
-    if not muon:
-        return [adam]
-    return [torch.optim.Muon(matrices, config.muon_lr, config.weight_decay), adam]
 
 
 class Trainer:
@@ -88,8 +77,10 @@ class Trainer:
         model: on its device.
         val_set: what is held out, or None.
         checkpoint: continue from this one.
+        processes: who trains together; each has a trainer of its own.
 
     Attributes:
+        engine: computes the steps.
         progress: how far the run is.
         total_steps: where it ends.
         evaluation: the last validation of `train`, or None.
@@ -105,32 +96,33 @@ class Trainer:
         val_set: TextDataset | None,
         run_dir: Path,
         checkpoint: Path | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.config = config
         self.model = model
+        self.processes = processes
         self.tokenizer = tokenizer
         self.train_set = train_set
         self.val_set = val_set
         self.run_dir = run_dir
-        self.optimizers = make_optimizers(model, config)
-        # fp16 knows no gradient below 6e-8; elsewhere this does nothing.
-        self.scaler = torch.amp.GradScaler(
-            next(model.parameters()).device.type, enabled=config.precision == "fp16"
-        )
+        self.engine = choose_engine(config, processes)(config, model, processes)
         self.progress = Progress(text_sha256=train_set.text_sha256)
         if checkpoint is not None:
-            self.progress = load_training_state(checkpoint, self.optimizers)
+            self.progress = load_training_state(checkpoint, model, self.engine.optimizers)
             if self.progress.text_sha256 != train_set.text_sha256:
                 raise ValueError(
                     f"{train_set.file_path} is not the text that this run began with; give its "
                     "text back, or start a new run in another out_dir"
                 )
-            if self.progress.loss_scale and self.scaler.is_enabled():
-                self.scaler.load_state_dict(self.progress.loss_scale)
+            if self.progress.loss_scale and self.engine.scaler.is_enabled():
+                self.engine.scaler.load_state_dict(self.progress.loss_scale)
         self.batches_per_epoch = math.ceil(len(train_set) / config.batch_size)
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.grad_accum)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
         self.stopped_by: signal.Signals | None = None
+        self._signals = _Signals()
+        self._deadline = math.inf
+        self._is_late = 0.0
         self.evaluation: Evaluation | None = None
         self._saved_step = self.progress.step if checkpoint is not None else -1
 
@@ -143,21 +135,24 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         start, before = time.monotonic(), progress.elapsed_s
-        deadline = start + 60 * config.max_minutes if config.max_minutes else math.inf
+        if config.max_minutes:
+            self._deadline = start + 60 * config.max_minutes
         logged_tokens, logged_s = progress.tokens, progress.training_s
         sample_interval = 0 if config.quiet else config.sample_interval
         loader = self._loader()
         self.model.train()
         with (
-            stopped_by_signals(self),
+            stopped_by_signals(self._signals),
             self._profiler() as profiler,
             contextlib.closing(
                 MetricsLog(self.run_dir / "metrics.jsonl", progress.step + 1)
+                if self.processes.is_first
+                else _NoLog()
             ) as log,
             tqdm(
                 total=self.total_steps,
                 initial=progress.step,
-                disable=config.quiet,
+                disable=config.quiet or not self.processes.is_first,
                 unit="step",
                 # In a log file, a line now and then is enough.
                 mininterval=0.1 if sys.stderr.isatty() else 10,
@@ -173,7 +168,7 @@ class Trainer:
                 step = progress.step
                 progress.training_s += time.monotonic() - step_start
                 profiler.step()
-                ending = step >= self.total_steps or time.monotonic() >= deadline
+                ending = step >= self.total_steps or self._is_late > 0
 
                 new_val_loss = None
                 if self.val_set is not None and (
@@ -204,9 +199,13 @@ class Trainer:
                     )
                 bar.update()
                 if sample_interval and step % sample_interval == 0:
-                    bar.write(f"--- step {step}\n{self.sample()}\n---", file=sys.stderr)
+                    sample = self.sample()
+                    if self.processes.is_first:
+                        bar.write(f"--- step {step}\n{sample}\n---", file=sys.stderr)
                 if step % config.save_interval == 0 or progress.best_step == step:
                     self.save()
+                if self.processes.count == 1:  # else all have agreed within the step
+                    self.stopped_by = self._signals.stopped_by
                 if self.stopped_by:
                     break
             if self._saved_step != progress.step:
@@ -216,52 +215,39 @@ class Trainer:
         self, loader: Iterator[dict[str, Tensor]]
     ) -> tuple[float, float | None, float] | None:
         """One optimizer step: loss, gradient norm, learning rate; None if a signal came first."""
-        config, progress = self.config, self.progress
+        config, progress, engine = self.config, self.progress, self.engine
         # All that a step draws comes from this generator; seeding every device's would take 0.1 ms.
-        torch.default_generator.manual_seed(mix(config.seed, "step", progress.step))
+        rank = [self.processes.rank] if self.processes.rank else []
+        torch.default_generator.manual_seed(mix(config.seed, "step", progress.step, *rank))
         in_epoch = progress.step % self.steps_per_epoch
         count = min(config.grad_accum, self.batches_per_epoch - in_epoch * config.grad_accum)
-        device = next(self.model.parameters()).device
-        step_batches = [next(loader)["input_ids"].to(device) for _ in range(count)]
+        step_batches = [next(loader)["input_ids"].to(engine.device) for _ in range(count)]
         predicted = [int((self.model.targets(ids) != -100).sum()) for ids in step_batches]
+        all_predicted, seen = engine.readers.sum(
+            sum(predicted), sum(ids.numel() for ids in step_batches)
+        )
         loss = 0.0
-        for ids, tokens in zip(step_batches, predicted, strict=True):
-            if self.stopped_by and config.grad_accum > 1:
+        for i, (ids, tokens) in enumerate(zip(step_batches, predicted, strict=True), 1):
+            if self._signals.stopped_by and config.grad_accum > 1 and self.processes.count == 1:
                 # The step has changed nothing yet; a resumed run does it from its first batch.
-                for optimizer in self.optimizers:
-                    optimizer.zero_grad()
+                engine.zero_grad()
+                self.stopped_by = self._signals.stopped_by
                 return None
-            if tokens:
-                with autocast(device.type, config.precision):
-                    batch_loss = self.model.loss(ids, ids)
-                if count > 1:
-                    # By its tokens, so that the sum is the gradient of one big batch.
-                    batch_loss = batch_loss * (tokens / sum(predicted))
-                self.scaler.scale(batch_loss).backward()
-                loss += batch_loss.item()
+            if all_predicted:
+                # By its tokens, so that the sum is the gradient of one big batch.
+                loss += engine.backward(ids, tokens / all_predicted, last=i == count)
+        came = self._signals.stopped_by
+        late = self.processes.is_first and time.monotonic() >= self._deadline
+        loss, stops, self._is_late = self.processes.sum(loss, came is not None, late)
+        if stops:
+            self.stopped_by = came or signal.SIGTERM
         self._check_finite("loss", loss)
-        lr = self._set_learning_rates()
-        grad_norm = self._update() if any(predicted) else 0.0
+        factor = self.learning_rate_factor(progress.step)
+        engine.set_learning_rates(factor)
+        grad_norm = engine.update() if all_predicted else 0.0
         progress.step += 1
-        progress.tokens += sum(ids.numel() for ids in step_batches)
-        return loss, grad_norm, lr
-
-    def _update(self) -> float | None:
-        """The norm of the gradients; None where one overflowed and nothing was changed."""
-        norm, scale = 0.0, self.scaler.get_scale()
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        if len(self.optimizers) > 1 and self.config.max_grad_norm:
-            norm = float(
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-            )
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)  # unless a gradient overflowed
-            if isinstance(optimizer, Adam) and optimizer.grad_norm is not None:
-                norm = optimizer.grad_norm
-            optimizer.zero_grad()
-        self.scaler.update()
-        return norm if self.scaler.get_scale() >= scale else None
+        progress.tokens += int(seen)
+        return loss, grad_norm, factor * config.lr
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
@@ -269,15 +255,6 @@ class Trainer:
                 f"the {name} is {value} at step {self.progress.step + 1}. Try a lower --lr or more "
                 "--warmup_steps; the last checkpoint was saved before this"
             )
-
-    def _set_learning_rates(self) -> float:
-        config = self.config
-        factor = self.learning_rate_factor(self.progress.step)
-        for optimizer in self.optimizers:
-            muon = isinstance(optimizer, torch.optim.Muon)
-            for group in optimizer.param_groups:
-                group["lr"] = factor * (config.muon_lr if muon else config.lr)
-        return factor * config.lr
 
     def learning_rate_factor(self, step: int) -> float:
         """What the learning rates are multiplied by at `step`, counted from 0."""
@@ -301,6 +278,7 @@ class Trainer:
             self.config.seed,
             epoch,
             step_in_epoch * self.config.grad_accum,
+            self.engine.readers,
         )
         return iter(
             DataLoader(
@@ -314,9 +292,8 @@ class Trainer:
 
     def _validate(self, val_set: TextDataset) -> float:
         progress = self.progress
-        device = next(self.model.parameters()).device.type
-        with autocast(device, self.config.precision):
-            self.evaluation = evaluate(self.model, val_set, self.config.batch_size)
+        with autocast(self.engine.device.type, self.config.precision):
+            self.evaluation = evaluate(self.model, val_set, self.config.batch_size, self.engine)
         progress.val_loss = self.evaluation.loss
         self._check_finite("validation loss", progress.val_loss)
         if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
@@ -327,13 +304,19 @@ class Trainer:
         return progress.val_loss
 
     def sample(self, tokens: int = 300) -> str:
-        """Text that the model makes up, the same for the same weights."""
-        was_training = self.model.training
-        self.model.eval()
+        """Text that the model makes up, the same for the same weights.
+
+        All processes call this together; the text comes from the first, "" from the others.
+        """
+        model = self.engine.whole_model()
+        if model is None:
+            return ""
+        was_training = model.training
+        model.eval()
         first = self.train_set.tokens[:1].tolist()
-        generated = generate_tokens(self.model, first, tokens, temperature=0.8, seed=0)
+        generated = generate_tokens(model, first, tokens, temperature=0.8, seed=0)
         text = self.tokenizer.decode([*first, *generated])
-        self.model.train(was_training)
+        model.train(was_training)
         return text
 
     def save(self) -> None:
@@ -345,16 +328,18 @@ class Trainer:
         """
         progress = self.progress
         for name, parameter in self.model.named_parameters():
-            for extreme in torch.aminmax(parameter.detach()):
+            here = local(parameter.detach())
+            for extreme in torch.aminmax(here) if here.numel() else ():
                 self._check_finite(f"largest or smallest number of {name}", float(extreme))
-        progress.loss_scale = self.scaler.state_dict()
+        progress.loss_scale = self.engine.scaler.state_dict()
         save_checkpoint(
             self.run_dir,
             self.config,
             self.tokenizer,
             self.model,
-            self.optimizers,
+            self.engine.optimizers,
             progress,
+            self.processes,
             keep=[progress.best_step] if progress.best_step else [],
             keep_newest=self.config.keep_checkpoints,
         )
@@ -374,6 +359,20 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     # still needs its workers, who end with it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+class _Signals:
+    """What `stopped_by_signals` asks to stop; the processes agree on it between two steps."""
+
+    stopped_by: signal.Signals | None = None
+
+
+class _NoLog:
+    def write(self, **values: Any) -> None:
+        """Nothing: the first process keeps the record."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class _NoProfiler:

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import psutil
 import torch
+from torch.utils.data import DataLoader
 
-from fastllm.data.loader import TextDataset, create_dataloader
+from fastllm.data.loader import TextDataset, collate
 from fastllm.files import replace_file
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import Tokenizer
+from fastllm.training.engine import Engine, something_to_predict
+from fastllm.training.processes import ALONE
 
 
 class Evaluation(NamedTuple):
@@ -29,26 +32,38 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: DecoderModel, dataset: TextDataset, batch_size: int) -> Evaluation:
+def evaluate(
+    model: DecoderModel, dataset: TextDataset, batch_size: int, engine: Engine | None = None
+) -> Evaluation:
     """Mean loss over every chunk of `dataset`, each predicted token weighted alike.
+
+    Args:
+        batch_size: sequences that are computed at once.
+        engine: of the model's training. Its processes call this together, share the work out, and
+            get the same.
 
     Raises:
         ValueError: there is nothing to predict.
     """
+    loss = engine.loss if engine else lambda ids: model.loss(ids, ids)
+    readers, in_step = (engine.readers, engine.in_step) if engine else (ALONE, False)
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for batch in create_dataloader(dataset, batch_size, shuffle=False):
-        ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
-        predicted = int((model.targets(labels) != -100).sum())
-        if predicted:
-            total += float(model.loss(ids, labels)) * predicted
+    starts = range(0, len(dataset), batch_size)
+    rows = [readers.share(range(len(dataset))[i : i + batch_size]) for i in starts]
+    total, count = 0.0, 0.0
+    for batch in DataLoader(dataset, batch_sampler=rows, collate_fn=collate):
+        ids = batch["input_ids"].to(device)
+        predicted = int((model.targets(ids) != -100).sum())
+        if predicted or in_step:
+            total += float(loss(ids if predicted else something_to_predict(ids, model))) * predicted
             count += predicted
     model.train(was_training)
+    total, count = readers.sum(total, count)
     if not count:
         raise ValueError("the text has no token to predict: it needs two tokens at least")
-    return Evaluation(total / count, count)
+    return Evaluation(total / count, int(count))
 
 
 def bits_per_character(loss: float, dataset: TextDataset) -> float | None:

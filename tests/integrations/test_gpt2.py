@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastllm import DecoderModel
+from fastllm.integrations import gpt2
 from fastllm.optim import AdamW
 from tests.conftest import assert_as_accurate
 
@@ -481,3 +482,73 @@ def test_a_failing_disk_leaves_what_was_there(
     with pytest.raises(OSError, match="No space left"):
         make_model(norm_eps=0.1).save_gpt2(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@torch.no_grad()
+def assert_converted(model: DecoderModel) -> DecoderModel:
+    """Makes a GPT-2 of the model, in which errors are those of rounding alone."""
+    for parameter in model.parameters():
+        parameter += torch.randn_like(parameter) / 4
+    model.double().eval()
+    result = gpt2.converted(model)
+    gpt2.check(result)
+    ids = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
+    expected = model(ids)
+    difference = (result(ids) - expected).abs().max().item()
+    assert difference <= 1e-12 * expected.abs().max().item()
+    assert result.padding_idx == model.padding_idx and not result.training
+    return result
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_models_of_our_own_become_gpt2(activation: str, tied: bool) -> None:
+    """With a factor for the embeddings, sinusoidal positions and a bias of the head."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"mlp_activation": activation, "tie_word_embeddings": tied}
+    model = DecoderModel(61, 24, 2, 4, 20, norm_eps=1e-2, padding_idx=60, **settings)
+    assert assert_converted(model).hidden_size == 24 + 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scale_embeddings": True},
+        {"pos_encoding_learned": False},
+        {"lm_head_bias": True, "mlp_intermediate_size": 7},
+        {"pos_encoding_learned": False, "scale_embeddings": True, "tie_word_embeddings": True},
+    ],
+    ids=["none", "scale", "sinusoids", "bias", "several"],
+)
+def test_conversion_changes_no_more_than_it_must(changes: dict[str, Any]) -> None:
+    result = assert_converted(make_model(**changes))
+    assert result.hidden_size == (28 if changes.get("lm_head_bias") else 24)
+
+
+def test_a_bias_of_zeros_takes_no_width() -> None:
+    model = make_model(lm_head_bias=True)
+    nn.init.zeros_(model.lm_head.bias)
+    assert gpt2.converted(model).hidden_size == 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_first": False, "pos_encoding_learned": False}, "Post-LN"),
+        ({"mlp_activation": "leaky_relu"}, "its activation is leaky_relu"),
+        ({"is_causal": False}, "not causal"),
+        ({"qkv_bias": False}, "in its blocks has no bias"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_converted(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot express this model: .*{message}"):
+        gpt2.converted(make_model(**changes))
+
+
+def test_what_is_attached_is_not_lost_in_the_conversion() -> None:
+    model = make_model(scale_embeddings=True)
+    model.transformer_blocks[0].register_forward_hook(lambda *arguments: None)
+    with pytest.raises(ValueError, match="a hook, a patched forward or the like"):
+        gpt2.converted(model)

@@ -20,7 +20,8 @@ from fastllm.training.checkpoint import (
     load_training_state,
     save_checkpoint,
 )
-from fastllm.training.loop import Trainer, TrainingError, make_optimizers
+from fastllm.training.engine import make_optimizers
+from fastllm.training.loop import Trainer, TrainingError
 from tests.conftest import MakeTrainer
 
 
@@ -44,9 +45,9 @@ def test_layout_of_a_run(trained: Trainer) -> None:
     assert {
         "config.json", "tokenizer.json", "model.safetensors", "metrics.jsonl",
         step + "config.json", step + "tokenizer.json", step + "model.safetensors",
-        step + "training_state/optimizer.safetensors", step + "training_state/state.json",
+        step + "training_state/optimizer.safetensors", step + "training_state/progress.json",
     } <= names  # fmt: skip
-    assert (run_dir / "training_state/state.json").exists()
+    assert (run_dir / "training_state/progress.json").exists()
     assert find_checkpoint(run_dir) == run_dir / "checkpoints/step-00000004"
     assert find_checkpoint(run_dir / "checkpoints/step-00000004").name == "step-00000004"
 
@@ -59,10 +60,10 @@ def test_model_and_optimizer_come_back_bit_for_bit(trained: Trainer) -> None:
         assert torch.equal(model.state_dict()[name], tensor), name
     assert all(p.requires_grad for p in model.parameters())
     optimizers = make_optimizers(model, config)
-    progress = load_training_state(find_checkpoint(trained.run_dir), optimizers)
+    progress = load_training_state(find_checkpoint(trained.run_dir), model, optimizers)
     assert progress == trained.progress
     assert progress.step == 4
-    ours, theirs = optimizers[0].state_dict(), trained.optimizers[0].state_dict()
+    ours, theirs = optimizers[0].state_dict(), trained.engine.optimizers[0].state_dict()
     assert json.dumps(ours["param_groups"]) == json.dumps(theirs["param_groups"])
     for index, entries in theirs["state"].items():
         for name, tensor in entries.items():
@@ -117,7 +118,7 @@ def test_a_failing_disk_leaves_the_last_checkpoint_whole(
     newest = find_checkpoint(trained.run_dir)
     assert newest == before or fail_at == "link"
     load_model(newest)
-    load_training_state(newest, make_optimizers(trained.model, trained.config))
+    load_training_state(newest, trained.model, make_optimizers(trained.model, trained.config))
     assert not [name for name in steps(trained.run_dir) if name.startswith("writing")]
 
 
@@ -222,7 +223,9 @@ def test_optimizer_state_of_another_run(trained: Trainer, make_trainer: MakeTrai
     other.train()
     with pytest.raises(CheckpointError, match="do not fit this run"):
         load_training_state(
-            find_checkpoint(trained.run_dir), make_optimizers(other.model, other.config)
+            find_checkpoint(trained.run_dir),
+            other.model,
+            make_optimizers(other.model, other.config),
         )
 
 
@@ -269,7 +272,7 @@ def test_mutated_checkpoints_load_or_say_what_is_wrong(
             file.unlink()
         try:
             load_model(folder)
-            load_training_state(folder, optimizers)
+            load_training_state(folder, trained.model, optimizers)
         except CheckpointError as error:
             assert str(folder) in str(error)
             refused += 1

@@ -15,7 +15,8 @@ import torch
 import fastllm
 from fastllm.training.checkpoint import find_checkpoint, load_model, load_training_state
 from fastllm.training.config import parse_train_config
-from fastllm.training.loop import Trainer, TrainingError, batches, make_optimizers
+from fastllm.training.engine import make_optimizers
+from fastllm.training.loop import Trainer, TrainingError, batches
 from fastllm.training.metrics import evaluate, read_metrics
 from tests.conftest import MakeTrainer, make_config
 
@@ -27,7 +28,7 @@ def weights(trainer: Trainer) -> list[torch.Tensor]:
 def assert_same_run(a: Trainer, b: Trainer) -> None:
     """Weights, optimizer state and logged losses are equal to the last bit."""
     assert all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
-    for ours, theirs in zip(a.optimizers, b.optimizers, strict=True):
+    for ours, theirs in zip(a.engine.optimizers, b.engine.optimizers, strict=True):
         state = theirs.state_dict()["state"]
         for index, entries in ours.state_dict()["state"].items():
             assert all(torch.equal(entries[name], state[index][name]) for name in entries)
@@ -104,7 +105,7 @@ def test_a_gradient_that_overflows_fp16_is_skipped_and_the_scale_is_saved(
     """With the reference: the kernels of CPUs do not know fp16."""
     monkeypatch.setattr("fastllm.train.choose_precision", lambda *arguments: "fp16")
     trainer = make_trainer("run", "--max_steps", "4")
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # which overflows
+    trainer.engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # which overflows
     before = [p.detach().clone() for p in trainer.model.parameters()]
     with fastllm.use("ref"):
         trainer.train()
@@ -113,7 +114,7 @@ def test_a_gradient_that_overflows_fp16_is_skipped_and_the_scale_is_saved(
     lines = read_metrics(trainer.run_dir / "metrics.jsonl")
     assert [line["grad_norm"] for line in lines] == [None] * 4
     resumed = make_trainer("run", "--resume", "--max_steps", "40")
-    assert resumed.scaler.get_scale() == 2.0**36
+    assert resumed.engine.scaler.get_scale() == 2.0**36
     with fastllm.use("ref"):
         resumed.train()
     assert resumed.progress.loss_scale["scale"] < 2.0**36
@@ -259,7 +260,7 @@ def test_metrics_lines(make_trainer: MakeTrainer) -> None:
 def test_weight_decay_spares_vectors_and_embeddings(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("run", "--weight_decay", "0.1", "--optimizer", "adamw")
     names = {id(p): name for name, p in trainer.model.named_parameters()}
-    decayed, spared = trainer.optimizers[0].param_groups
+    decayed, spared = trainer.engine.optimizers[0].param_groups
     assert {names[id(p)].split(".")[-2] for p in decayed["params"]} == {
         "qkv_proj", "out_proj", "fc1", "fc2", "lm_head",
     }  # fmt: skip
@@ -274,7 +275,7 @@ def test_a_tied_weight_decays_like_the_head_and_is_there_once(
 ) -> None:
     flags = "--weight_decay 0.1 --tie_word_embeddings --optimizer".split()
     trainer = make_trainer("run", *flags, optimizer)
-    groups = [group for each in trainer.optimizers for group in each.param_groups]
+    groups = [group for each in trainer.engine.optimizers for group in each.param_groups]
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in trainer.model.parameters())
     tied = trainer.model.embedding_layer.token_embeddings.weight
@@ -326,7 +327,7 @@ def test_killed_a_hundred_times(tmp_path: Path, text: Path) -> None:
             continue
         checkpoint = find_checkpoint(run_dir)
         model, _, config = load_model(checkpoint)
-        step = load_training_state(checkpoint, make_optimizers(model, config)).step
+        step = load_training_state(checkpoint, model, make_optimizers(model, config)).step
         logged = [line["step"] for line in read_metrics(metrics)]
         # The step after the newest checkpoint may be logged already; no other can be missing.
         assert step >= max(last_step, logged[-1] - 1 if logged else 0)
@@ -372,8 +373,8 @@ def test_signals_save_and_exit_with_a_clear_line(
     assert process.returncode == 128 + number
     assert f"{number.name}: saving and stopping" in errors
     assert f"stopped by {number.name} at step" in errors and "--resume" in errors
-    state = json.loads((tmp_path / "run/training_state/state.json").read_text())
-    assert state["progress"]["step"] == list(read_metrics(metrics))[-1]["step"]
+    state = json.loads((tmp_path / "run/training_state/progress.json").read_text())
+    assert state["step"] == list(read_metrics(metrics))[-1]["step"]
 
 
 def test_muon_takes_the_blocks_matrices(tmp_path: Path) -> None:

@@ -1,0 +1,538 @@
+"""The export command, and what other programs make of its files."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from fastllm import DecoderModel, SimpleCharacterTokenizer, export
+from fastllm.integrations import gguf, gpt2, hf_tokenizer, onnx
+from fastllm.tokenization import SubwordTokenizer, Tokenizer
+from fastllm.train import prepare
+from fastllm.training.checkpoint import find_checkpoint, load_model
+from tests.conftest import make_config
+
+for module in ("onnx", "onnxscript", "onnxruntime", "gguf", "tokenizers", "transformers"):
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install '.[test]'")
+
+# Characters of one to four bytes, some of which begin or end alike; a mark that combines.
+CHARACTERS = "abc <PAD>.,!'\n\t\r0129\x00\x7féèéÄßæ—“”…世界丁一😀😁"
+TEXT = "He said: “Über 12 cafés — don't!”\n\n\tThe  世界, 😀 and so on... <PAD> ends.\n" * 40
+
+FLAGS = {
+    "default": "",
+    "learned-tied": "--pos_encoding learned --tie_word_embeddings --num_heads 4"
+    " --activation gelu_tanh",
+    "bpe": "--tokenizer bpe --vocab_size 300 --tie_word_embeddings --num_layers 2",
+}
+
+
+def train(run_dir: Path, flags: str) -> Path:
+    """The folder of a short run; its text has characters of several bytes."""
+    text = run_dir.with_name("text.txt")
+    text.write_text(TEXT, encoding="utf-8")
+    # A rate that gives every bias a size that counts.
+    config = make_config(run_dir, text, "--max_steps", "12", "--lr", "0.03", *flags.split())
+    prepare(config, run_dir, tell=lambda *parts: None).train()
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: train(tmp_path_factory.mktemp(name) / "run", flags) for name, flags in FLAGS.items()
+    }
+
+
+@pytest.fixture(params=FLAGS)
+def run(request: pytest.FixtureRequest, trained: dict[str, Path], tmp_path: Path) -> Path:
+    """Each of the runs, to be written into."""
+    return shutil.copytree(trained[request.param], tmp_path / "run", symlinks=True)
+
+
+@pytest.fixture
+def plain_run(trained: dict[str, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(trained["default"], tmp_path / "run", symlinks=True)
+
+
+def run_export(run: Path, format: str, *flags: str) -> Path:
+    """Exports it; the folder that it went to."""
+    export.main(["--checkpoint", str(run), "--format", format, *flags])
+    return run / format
+
+
+def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The message of an export that is refused."""
+    with pytest.raises(SystemExit) as stop:
+        export.main(list(flags))
+    assert str(stop.value.code).startswith("error: ")
+    assert "\n" not in str(stop.value.code)
+    return str(stop.value.code)
+
+
+def loaded(run: Path) -> tuple[DecoderModel, Tokenizer]:
+    model, tokenizer, _ = load_model(find_checkpoint(run))
+    return model.eval(), tokenizer
+
+
+def random_ids(model: DecoderModel, *shape: int) -> Tensor:
+    return torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: DecoderModel, ids: Tensor) -> Tensor:
+    return model(ids)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert (actual - expected).abs().max().item() <= tolerance * max(1, expected.abs().max().item())
+
+
+def test_transformers_loads_model_and_tokenizer(run: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run_export(run, "hf")
+    ours, tokenizer = loaded(run)
+    theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    ids = random_ids(ours, 3, ours.max_seq_len)
+    with torch.no_grad():
+        assert_close(theirs(ids).logits, logits(ours, ids), 1e-5)
+    reader = AutoTokenizer.from_pretrained(folder)
+    assert reader(TEXT).input_ids == tokenizer.encode(TEXT)
+    assert reader.decode(tokenizer.encode(TEXT)) == TEXT
+    assert reader.pad_token_id == tokenizer.pad_token_id
+    assert reader.model_max_length == ours.max_seq_len
+    inputs = reader("He said", return_tensors="pt")
+    out = theirs.generate(**inputs, max_length=ours.max_seq_len, do_sample=False)
+    assert out.shape == (1, ours.max_seq_len)
+    assert reader.decode(out[0]).startswith("He said")
+
+
+def auto_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    hf_tokenizer.save(tokenizer, folder, 16)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_characters_in_transformers(tmp_path: Path) -> None:
+    ours = SimpleCharacterTokenizer([CHARACTERS])
+    theirs = auto_tokenizer(ours, tmp_path)
+    assert len(theirs) == ours.vocab_size
+    for text in (CHARACTERS, " a  b ", "a<PAD>b", "", "\n\n\r\n", "é", "é"):
+        assert theirs(text).input_ids == ours.encode(text), repr(text)
+        assert theirs.decode(ours.encode(text)) == text
+    everything = list(range(ours.vocab_size))
+    assert theirs.decode(everything) == ours.decode(everything)
+    assert theirs.decode(everything, skip_special_tokens=True) == ours.decode(everything[:-1])
+    with pytest.raises(Exception, match="Missing"):  # as ours raises a KeyError
+        theirs("z")
+    batch = theirs(["a", "abc"], padding=True).input_ids
+    assert batch[0][1:] == [ours.pad_token_id] * 2
+
+
+@pytest.mark.parametrize("model", ["bpe", "wordpiece"])
+def test_subwords_in_transformers(tmp_path: Path, model: Any) -> None:
+    ours = SubwordTokenizer.train([TEXT], model, 400)
+    theirs = auto_tokenizer(ours, tmp_path)
+    for text in (TEXT, "Unseen: xyz", " two  spaces ", "a <PAD> b", "[PAD]", ""):
+        ids = ours.encode(text)
+        assert theirs(text).input_ids == ids
+        assert theirs.decode(ids) == ours.decode(ids)
+
+
+def test_no_special_tokens_come_around_a_text(tmp_path: Path) -> None:
+    """A tokenizer.json that adds some, such as BERT's, is used without them here and there."""
+    trained = SubwordTokenizer.train([TEXT], "wordpiece", 400)
+    data = json.loads(trained.to_json())
+    special = {"Special": {"tokens": "[CLS]", "id": "[CLS]", "ids": [2]}}
+    piece = {"SpecialToken": {"id": "[CLS]", "type_id": 0}}
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"[CLS]": special["Special"] | {"tokens": ["[CLS]"]}},
+    }
+    (tmp_path / "in.json").write_text(json.dumps(data))
+    ours = SubwordTokenizer.from_file(tmp_path / "in.json")
+    assert auto_tokenizer(ours, tmp_path)("He said").input_ids == ours.encode("He said")
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "pre": {"mlp_activation": "gelu_tanh", "padding_idx": 12},
+    "post": {"norm_first": False, "mlp_activation": "leaky_relu", "tie_word_embeddings": True},
+    "learned": {"pos_encoding_learned": True, "mlp_activation": "relu"},
+    "post-learned": {"norm_first": False, "pos_encoding_learned": True, "mlp_activation": "silu"},
+}
+
+
+@pytest.mark.parametrize("settings", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_onnx_of_any_batch_and_length(tmp_path: Path, settings: dict[str, Any]) -> None:
+    from onnx import checker
+
+    torch.manual_seed(0)
+    model = DecoderModel(13, 12, 1, 3, 9, **settings)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) / 4
+    onnx.save(model, tmp_path / "model.onnx")
+    checker.check_model(tmp_path / "model.onnx", full_check=True)
+    assert model.training  # as it was
+    model.eval()
+    for shape in ((1, 1), (1, 9), (3, 2), (2, 9), (5, 1), (12, 7)):
+        ids = random_ids(model, *shape)
+        assert_close(onnx.logits(tmp_path / "model.onnx", ids), logits(model, ids), 1e-4)
+
+
+def test_onnx_export(plain_run: Path) -> None:
+    import onnxruntime
+    from tokenizers import Tokenizer as LibraryTokenizer
+
+    folder = run_export(plain_run, "onnx")
+    model, tokenizer = loaded(plain_run)
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert [(i.name, i.type) for i in session.get_inputs()] == [("input_ids", "tensor(int64)")]
+    assert [(o.name, o.type) for o in session.get_outputs()] == [("logits", "tensor(float)")]
+    ids = random_ids(model, 2, 5)
+    assert_close(onnx.logits(folder / "model.onnx", ids), logits(model, ids), 1e-4)
+    reader = LibraryTokenizer.from_file(str(folder / "tokenizer.json"))
+    reader.encode_special_tokens = True
+    assert reader.encode(TEXT).ids == tokenizer.encode(TEXT)
+    with pytest.raises(Exception, match="broadcast"):  # no positions there
+        onnx.logits(folder / "model.onnx", random_ids(model, 1, model.max_seq_len + 1))
+
+
+def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Settings and tensors."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    settings = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert all(tensor.tensor_type.name == "F32" for tensor in reader.tensors)
+    return settings, tensors
+
+
+def test_gguf_read_back(run: Path) -> None:
+    """The file's numbers, put into a model of its settings, give the logits of the run's."""
+    settings, tensors = read_gguf(run_export(run, "gguf") / "model.gguf")
+    ours, tokenizer = loaded(run)
+    assert settings["general.architecture"] == "gpt2"
+    assert settings["general.name"] == "run"
+    theirs = DecoderModel(
+        len(settings["tokenizer.ggml.tokens"]),
+        settings["gpt2.embedding_length"],
+        settings["gpt2.block_count"],
+        settings["gpt2.attention.head_count"],
+        settings["gpt2.context_length"],
+        settings["gpt2.feed_forward_length"],
+        pos_encoding_learned=True,
+        # In a run's own file it is the exact one; GPT-2's there is the approximation.
+        mlp_activation="gelu_tanh" if "gelu_tanh" in (run / "config.json").read_text() else "gelu",
+        norm_eps=settings["gpt2.attention.layer_norm_epsilon"],
+        lm_head_bias=False,
+        scale_embeddings=False,
+    ).eval()
+    names = gguf.tensor_names(settings["gpt2.block_count"])
+    assert sorted(names.values()) == sorted(tensors)
+    theirs.load_state_dict({ours: torch.tensor(tensors[name]) for ours, name in names.items()})
+    ids = random_ids(ours, 3, ours.max_seq_len)
+    assert_close(logits(theirs, ids), logits(ours, ids), 1e-5)
+    pad = tokenizer.pad_token_id
+    assert settings["tokenizer.ggml.tokens"][pad] == "<PAD>"
+    assert settings["tokenizer.ggml.token_type"][pad] == 3
+    for name in ("bos", "eos", "padding"):
+        assert settings[f"tokenizer.ggml.{name}_token_id"] == pad
+    assert settings["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_llama_cpp_computes_the_same(run: Path) -> None:
+    if find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed: pip install llama-cpp-python")
+    from llama_cpp import Llama
+
+    file = run_export(run, "gguf") / "model.gguf"
+    ours, tokenizer = loaded(run)
+    theirs = Llama(str(file), n_ctx=ours.max_seq_len, logits_all=True, verbose=False)
+    ids = tokenizer.encode(TEXT)[: ours.max_seq_len]
+    theirs.eval(ids)
+    expected = logits(ours, torch.tensor([ids]))[0]
+    actual = torch.tensor(theirs.scores[: len(ids)])
+    assert_close(actual, expected, 2e-2)
+    # Ours takes the spelling of a special token for the token itself, but among characters.
+    special = isinstance(tokenizer, SubwordTokenizer)
+    spelt = theirs.tokenize(TEXT.encode(), add_bos=False, special=special)
+    assert spelt == tokenizer.encode(TEXT)
+    assert theirs.detokenize(spelt, special=True).decode() == TEXT
+    theirs.close()
+
+
+def bpe(vocabulary: gguf.Vocabulary, word: str) -> list[int]:
+    """Tokens of a word spelt in bytes by llama.cpp's rule: the earliest merge first."""
+    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(vocabulary.merges)}
+    symbols = list(word)
+    while True:
+        pairs = list(itertools.pairwise(symbols))
+        best = min((p for p in pairs if p in ranks), key=lambda p: ranks[p], default=None)
+        if best is None:
+            return [vocabulary.tokens.index(symbol) for symbol in symbols]
+        i = pairs.index(best)
+        symbols[i : i + 2] = ["".join(best)]
+
+
+def test_characters_in_gguf_are_joined_bytes() -> None:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    ours = SimpleCharacterTokenizer([CHARACTERS])
+    vocabulary = gguf.vocabulary(ours)
+    assert len(vocabulary.tokens) == len(set(vocabulary.tokens)) == ours.vocab_size
+    as_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
+    ((spelt, _),) = as_bytes.pre_tokenize_str(CHARACTERS)
+    assert bpe(vocabulary, spelt) == ours.encode(CHARACTERS)
+    # llama.cpp reads no file without a merge; the one of plain ASCII never happens.
+    assert gguf.vocabulary(SimpleCharacterTokenizer(["abc"])).merges == ["<PAD> <PAD>"]
+
+
+def edited(tokenizer: SubwordTokenizer, folder: Path, **changes: Any) -> SubwordTokenizer:
+    """With other parts in its tokenizer.json; those of the model go into it."""
+    data = json.loads(tokenizer.to_json())
+    for name, value in changes.items():
+        (data if name in data else data["model"])[name] = value
+    (folder / "edited.json").write_text(json.dumps(data))
+    return SubwordTokenizer.from_file(folder / "edited.json")
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pre_tokenizer": {**BYTE_LEVEL, "use_regex": False}}, "split text into words as GPT-2"),
+        ({"pre_tokenizer": None}, "split text into words as GPT-2"),
+        (
+            {"pre_tokenizer": {**BYTE_LEVEL, "use_regex": True, "add_prefix_space": True}},
+            "puts a space before every text",
+        ),
+        ({"normalizer": {"type": "NFC"}}, "changes a text before"),
+        ({"ignore_merges": True}, "no ignore_merges"),
+    ],
+    ids=["no-regex", "none", "prefix", "normalizer", "ignore-merges"],
+)
+def test_tokenizers_that_llama_cpp_lacks(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    tokenizer = edited(SubwordTokenizer.train([TEXT], "bpe", 300), tmp_path, **changes)
+    with pytest.raises(ValueError, match=f"llama.cpp cannot tokenise .*{message}"):
+        gguf.vocabulary(tokenizer)
+
+
+def test_ids_that_no_token_has_are_unused_in_gguf(tmp_path: Path) -> None:
+    trained = SubwordTokenizer.train([TEXT], "bpe", 300)
+    data = json.loads(trained.to_json())
+    vocab, (pad,) = data["model"]["vocab"], data["added_tokens"]
+    last = max(vocab, key=vocab.__getitem__)
+    vocab[last] += 10
+    more = {**pad, "id": vocab[last] + 1, "content": "<|more|>", "special": False}
+    tokenizer = edited(trained, tmp_path, vocab=vocab, added_tokens=[pad, more])
+    tokens, types, _ = gguf.vocabulary(tokenizer)
+    assert len(tokens) == len(set(tokens)) == tokenizer.vocab_size
+    for id, text in ((tokenizer.pad_token_id, "<PAD>"), *((i, t) for t, i in vocab.items())):
+        assert tokens[id] == text
+    assert [types[id] for id in tokenizer.encode("<PAD>a<|more|>")] == [3, 1, 4]
+    assert types.count(5) == tokenizer.vocab_size - len(vocab) - 1 == 9
+
+
+def test_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    tokenizer = SimpleCharacterTokenizer(["a\ud83d"])
+    for refuse in (gguf.vocabulary, hf_tokenizer.describe):
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            refuse(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("flags", "format", "message"),
+    [
+        ("--post_norm", "hf", "GPT-2's format cannot express this model: it is Post-LN"),
+        ("--post_norm", "gguf", "GPT-2's format cannot express this model: it is Post-LN"),
+        ("--activation leaky_relu", "hf", "its activation is leaky_relu"),
+        ("--activation leaky_relu", "gguf", "its activation is leaky_relu"),
+        ("--activation silu", "gguf", "no activation but GELU, and this is silu"),
+        ("--tokenizer wordpiece --vocab_size 300", "gguf", "WordPiece is there for BERT"),
+    ],
+)
+def test_what_a_format_cannot_express_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, format: str, message: str
+) -> None:
+    run = train(tmp_path / "run", flags)
+    assert message in fails(capsys, "--checkpoint", str(run), "--format", format)
+    assert not (run / format).exists()
+
+
+def test_nothing_is_overwritten(plain_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--checkpoint", str(plain_run), "--format", "gguf")
+    folder = run_export(plain_run, "gguf")
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "model.gguf"]
+    before = (folder / "model.gguf").read_bytes()
+    assert f"{folder}/model.gguf is there already" in fails(capsys, *flags)
+    # A name of one's own, beside what is there; but there is a card already.
+    out = ("--out", str(folder / "other.gguf"))
+    assert f"{folder}/README.md is there already" in fails(capsys, *flags, *out)
+    wrong = ("--checkpoint", str(plain_run), "--format", "hf", *out)
+    assert "other.gguf is no name for what --format hf writes" in fails(capsys, *wrong)
+    (folder / "README.md").unlink()
+    export.main([*flags, *out])
+    assert "other.gguf" in (folder / "README.md").read_text()
+    assert (folder / "other.gguf").read_bytes() == before == (folder / "model.gguf").read_bytes()
+
+
+def test_what_goes_wrong_on_the_way_leaves_nothing(
+    plain_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted = gpt2.converted
+
+    def slightly_wrong(model: DecoderModel) -> DecoderModel:
+        result = converted(model)
+        result.lm_head.weight.data *= 1.001
+        return result
+
+    monkeypatch.setattr(gpt2, "converted", slightly_wrong)
+    message = fails(capsys, "--checkpoint", str(plain_run), "--format", "gguf")
+    assert "what was written is not this model: a logit differs by " in message
+    assert list((plain_run / "gguf").iterdir()) == []
+
+
+def test_a_model_of_transformers_is_there_already(
+    plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tuned/model").mkdir(parents=True)
+    (tmp_path / "tuned/config.json").write_text('{"model": "minilm"}')
+    (tmp_path / "tuned/model/config.json").write_text('{"model_type": "bert"}')
+    for folder, found in (("tuned", "tuned/model"), ("tuned/model", "tuned/model")):
+        message = fails(capsys, "--checkpoint", str(tmp_path / folder), "--format", "onnx")
+        assert f"{tmp_path / found} is a folder of Hugging Face's transformers already" in message
+    hf = run_export(plain_run, "hf")
+    message = fails(capsys, "--checkpoint", str(hf), "--format", "gguf")
+    assert f"{hf} is a folder of Hugging Face's transformers already" in message
+
+
+def test_missing_packages_are_named(
+    plain_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "find_spec", lambda name: None if "onnx" in name else name)
+    message = fails(capsys, "--checkpoint", str(plain_run), "--format", "onnx")
+    assert message == "error: onnx, onnxscript, onnxruntime missing: pip install '.[export]'"
+    assert run_export(plain_run, "gguf").exists()
+
+
+def test_onnx_holds_less_than_2_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DecoderModel(100, 8, 1, 1, 4, tie_word_embeddings=True)
+    size = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr(onnx, "LARGEST_FILE", size + 1)
+    onnx.check(model)
+    monkeypatch.setattr(onnx, "LARGEST_FILE", size)
+    with pytest.raises(ValueError, match="an ONNX file holds less than 2 GiB"):
+        onnx.check(model)
+
+
+def card(folder: Path) -> tuple[dict[str, Any], str]:
+    _, head, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def test_the_card(run: Path) -> None:
+    """Its head is what Hugging Face reads, its body what is known of the run."""
+    export.main(["--checkpoint", str(run), "--format", "hf", "--license", "cc-by-4.0"])
+    head, text = card(run / "hf")
+    assert head == {
+        "license": "cc-by-4.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["fastllm", "hf"],
+    }
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    state = json.loads((run / "training_state/state.json").read_text())["progress"]
+    model, tokenizer = loaded(run)
+    for expected in (
+        "| text | text.txt |",
+        f"| SHA-256 of the text | `{state['text_sha256']}` |",
+        f"| tokens of the text | {len(tokenizer.encode(TEXT)):,} |",
+        f"| parameters | {sum(p.numel() for p in model.parameters()):,} |",
+        f"| training | 12 steps, over {lines[-1]['tokens']:,} tokens |",
+        f"| training loss | {lines[-1]['loss']:.4f} ",
+        f"| validation loss | {lines[-1]['val_loss']:.4f} ",
+        "`cc-by-4.0`, says whoever exported it",
+        '"hidden_size": 16',
+    ):
+        assert expected in text
+    assert str(run.parent) not in text
+    assert not any(word in text for word in ("FILE", "LENGTH", "HALF"))
+
+
+def test_the_card_of_an_earlier_checkpoint(tmp_path: Path) -> None:
+    """It tells what that one was like; the licence is unknown and said to be so."""
+    run = train(tmp_path / "run", "--max_steps 4 --save_interval 2 --keep_checkpoints 2")
+    first = run / "checkpoints/step-00000002"
+    export.main(["--checkpoint", str(first), "--format", "gguf"])
+    head, text = card(run / "gguf")
+    assert head["license"] == "unknown" and "library_name" not in head
+    lines = [json.loads(l) for l in (run / "metrics.jsonl").read_text().splitlines()]
+    assert f"| training loss | {lines[1]['loss']:.4f} " in text and lines[1]["step"] == 2
+    assert "| training | 2 steps" in text
+    assert "Unknown: whoever trained or exported this model did not say." in text
+
+
+def test_a_folder_with_a_model_alone(plain_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (copy / name).write_bytes((plain_run / name).read_bytes())
+    _, text = card(run_export(copy, "gguf"))
+    assert "# copy" in text and "| parameters | " in text
+    assert "loss |" not in text and "SHA-256" not in text
+
+
+@pytest.mark.parametrize("license", ["MIT", "my licence", ""])
+def test_a_licence_is_spelt_as_hugging_face_does(
+    capsys: pytest.CaptureFixture[str], license: str
+) -> None:
+    flags = ("--checkpoint", "run", "--format", "hf", "--license", license)
+    assert "license: it must be spelt as Hugging Face does" in fails(capsys, *flags)
+
+
+def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "--checkpoint", str(tmp_path / "nothing"), "--format", "hf")
+    assert "nothing is no folder" in message
+
+
+def test_the_command(plain_run: Path, tmp_path: Path) -> None:
+    """Nothing is said but what was written, and that on stderr."""
+    flags = "--checkpoint run --format onnx --out book.onnx"
+    result = subprocess.run(
+        [sys.executable, "-m", "fastllm.export", *flags.split()],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    *files, last = result.stderr.splitlines()
+    names = [line.split(" bytes  ")[1] for line in files]
+    assert names == ["book.onnx", "tokenizer.json", "tokenizer_config.json", "README.md"]
+    assert last.startswith("largest difference of a logit, on random tokens: ")
+    assert (tmp_path / "book.onnx").exists()

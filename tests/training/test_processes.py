@@ -1,0 +1,202 @@
+"""Training in several processes gives the runs that one gives, however steps are divided."""
+
+import io
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from multiprocessing import get_context
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastllm.train import main
+from fastllm.training.checkpoint import find_checkpoint, load_model
+from fastllm.training.loop import batches
+from fastllm.training.metrics import read_metrics
+from fastllm.training.processes import Processes
+
+SMALL = (
+    "--max_seq_len 16 --batch_size 8 --hidden_size 32 --num_layers 3 --num_heads 2 --dropout 0 "
+    "--log_interval 1 --threads 1 --quiet"
+)
+ODD = "--file_path {short} --max_seq_len 9 --val_fraction 0.03 --batch_size 5 --max_steps 24"
+# Flags of runs that are the same in one process and in two.
+RUNS = {
+    "ddp": "--max_steps 50",
+    "fsdp": "--max_steps 50 --parallel fsdp",
+    "pipeline": "--max_steps 50 --parallel pipeline",
+    # 5 sequences for 2 processes, and one, for the second alone, in the last batch of an epoch.
+    "ddp-odd": ODD,
+    "fsdp-odd": ODD + " --parallel fsdp",
+    "pipeline-odd": ODD + " --parallel pipeline",
+    "ddp-accumulation": "--max_steps 9 --grad_accum 3 --lr_schedule cosine",
+    "fsdp-accumulation": "--max_steps 9 --grad_accum 3 --lr_schedule cosine --parallel fsdp",
+    "pipeline-accumulation": "--max_steps 9 --grad_accum 3 --parallel pipeline",
+    "ddp-tied": "--max_steps 9 --tie_word_embeddings --optimizer adamw --weight_decay 0.1",
+    "fsdp-tied": "--max_steps 9 --tie_word_embeddings --gradient_checkpointing --parallel fsdp",
+    "ddp-muon": "--max_steps 9 --optimizer muon",
+    "pipeline-muon": "--max_steps 9 --optimizer muon --parallel pipeline",
+    "ddp-post": "--max_steps 9 --post_norm --pos_encoding learned",
+    "pipeline-post": "--max_steps 9 --post_norm --pos_encoding learned --parallel pipeline",
+    "fsdp-unclipped": "--max_steps 9 --max_grad_norm 0 --parallel fsdp",
+    # Resumed in the other way, and by the other number of processes.
+    "resumed-ddp": "--max_steps 20 --resume",
+    "resumed-fsdp": "--max_steps 20 --resume --parallel fsdp",
+    "resumed-pipeline": "--max_steps 20 --resume --parallel pipeline",
+}
+# In two processes each of these ends with a message; what is in braces is the rank.
+REFUSED = {
+    "--batch_size 1": "a batch of 1 cannot be shared out among 2 processes; start fewer",
+    "--batch_size 1 --parallel fsdp": "a batch of 1 cannot be shared out among 2 processes",
+    "--num_layers 1 --parallel pipeline": "1 layers cannot be divided among 2 processes",
+    "--tie_word_embeddings --parallel pipeline": "pipeline cannot tie the embeddings",
+    "--optimizer muon --parallel fsdp": "muon needs whole matrices",
+    "--lr 0.{rank}1": "process 1 has lr 0.11, the first one 0.01; start all of them with the same",
+}
+
+
+def train_together(
+    rank: int, count: int, port: int, folder: Path, runs: dict[str, list[str]]
+) -> None:
+    """In a child process: each of the runs, as one of `count`; what they say goes into files."""
+    torch.distributed.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", world_size=count, rank=rank
+    )
+    for name, flags in runs.items():
+        said = io.StringIO()
+        with redirect_stderr(said):
+            try:
+                main([flag.format(rank=rank) for flag in flags])
+            except SystemExit as end:
+                said.write(str(end))
+        (folder / f"{name.replace('/', '-')}.{rank}.txt").write_text(said.getvalue())
+
+
+def start_and_wait(count: int, folder: Path, runs: dict[str, list[str]]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = get_context("spawn")
+    children = [
+        context.Process(target=train_together, args=(rank, count, port, folder, runs))
+        for rank in range(count)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(150)
+    ended = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    assert ended == [0] * count
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with every run by one process, in `one`, and by two, in `two`."""
+    folder = tmp_path_factory.mktemp("together")
+    documentation = "\n".join(topics.values())
+    long, short = folder / "long.txt", folder / "short.txt"
+    long.write_text(documentation[:6000], "utf-8")
+    short.write_text(documentation[:980], "utf-8")  # 106 training sequences of 9
+    common = [*SMALL.split(), "--file_path", str(long)]
+    runs = {}
+    for where in ("one", "two"):
+        (folder / where).mkdir()
+        runs[where] = {
+            name: [
+                *common,
+                *flags.format(short=short).split(),
+                "--out_dir",
+                str(folder / where / name),
+            ]
+            for name, flags in RUNS.items()
+        }
+    for name, flags in runs["one"].items():
+        if "resumed" in name:  # begun by two
+            continue
+        main(flags)
+    first = {
+        name: [*common, "--max_steps", "10", "--parallel", kind, "--out_dir", runs["two"][name][-1]]
+        for name, kind in (
+            ("resumed-ddp", "pipeline"),
+            ("resumed-fsdp", "ddp"),
+            ("resumed-pipeline", "fsdp"),
+        )
+    }
+    refused = {
+        flags.replace(" ", ""): [*common, *flags.split(), "--out_dir", str(folder / "refused")]
+        for flags in REFUSED
+    }
+    begun = {f"begun-{name}": flags for name, flags in first.items()}
+    start_and_wait(2, folder, {**begun, **runs["two"], **refused})
+    yield folder
+
+
+def losses(run_dir: Path, keys: str = "loss val_loss lr tokens") -> torch.Tensor:
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    values = [[line[key] or 0 for key in keys.split()] for line in lines]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "resumed" not in name])
+def test_two_processes_train_as_one(folder: Path, name: str) -> None:
+    """Losses, logged after every step, to 1e-6; and the whole checkpoint is there."""
+    one, two = (folder / where / name for where in ("one", "two"))
+    expected, found = losses(one), losses(two)
+    assert expected.shape == found.shape and len(expected) >= 9
+    # Muon rounds to bf16, where a difference in the last bit may grow to one of 2^-8.
+    rtol = 1e-4 if "muon" in name else 1e-6
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
+    for file in ("model.safetensors", "training_state/optimizer.safetensors"):
+        ours, theirs = load_file(two / file), load_file(one / file)
+        assert {k: t.shape for k, t in ours.items()} == {k: t.shape for k, t in theirs.items()}
+    _, _, config = load_model(find_checkpoint(two))
+    assert config.parallel == name.partition("-")[0]
+    progress = [
+        json.loads((run / "training_state/progress.json").read_text()) for run in (one, two)
+    ]
+    assert progress[0]["tokens"] == progress[1]["tokens"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "pipeline"])
+def test_a_run_goes_on_in_another_way(folder: Path, kind: str) -> None:
+    found = losses(folder / "two" / f"resumed-{kind}", "loss lr tokens")
+    expected = losses(folder / "one/ddp", "loss lr tokens")[: len(found)]
+    assert len(found) == 20
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_one_process_goes_on_with_the_run_of_two(folder: Path) -> None:
+    run_dir = folder / "two" / "fsdp-accumulation"
+    main(["--resume", "--out_dir", str(run_dir), "--max_steps", "14", "--quiet"])
+    longer = folder / "one" / "fsdp-accumulation"
+    main(["--resume", "--out_dir", str(longer), "--max_steps", "14", "--quiet"])
+    torch.testing.assert_close(losses(run_dir), losses(longer), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_refused(folder: Path, flags: str) -> None:
+    for rank in (0, 1):
+        said = (folder / f"{flags.replace(' ', '')}.{rank}.txt").read_text()
+        assert REFUSED[flags] in said
+        assert said.count("\n") == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_every_sequence_is_read_once_by_any_number(count: int) -> None:
+    """Three epochs of 22 sequences in batches of 5: all processes together read what one does."""
+    readers = [
+        batches(22, 5, seed=1, epoch=0, first_batch=0, readers=Processes(rank, count))
+        for rank in range(count)
+    ]
+    alone = batches(22, 5, seed=1, epoch=0, first_batch=0)
+    for _ in range(15):
+        shares = [next(reader) for reader in readers]
+        assert [index for share in shares for index in share] == next(alone)
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
