@@ -1,12 +1,12 @@
 """A trained model behind OpenAI's HTTP interface: `python -m fastllm.serve --checkpoint DIR`."""
 
 import importlib
-import json
 import os
 import signal
 import socket
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,7 +25,12 @@ from fastllm.command import (
     say,
 )
 from fastllm.threads import set_threads
-from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
+from fastllm.training.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    load_model,
+    read_progress,
+)
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -136,6 +141,7 @@ def load(config: ServeConfig) -> "Served":
     device = choose_device(config.device)
     model.to(device)
     precision = config.quantize or choose_precision(config.precision, model.hidden_size, device)
+    progress = read_progress(checkpoint)
     run_dir = checkpoint.resolve()
     if run_dir.parent.name == "checkpoints":
         run_dir = run_dir.parent.parent
@@ -146,20 +152,9 @@ def load(config: ServeConfig) -> "Served":
         settings,
         precision,
         run_dir,
-        read_progress(checkpoint / "training_state/state.json"),
+        {} if progress is None else asdict(progress),
         int((checkpoint / "model.safetensors").stat().st_mtime),
     )
-
-
-def read_progress(path: Path) -> dict[str, Any]:
-    """How far the training was, as the checkpoint says; nothing where it does not."""
-    try:
-        progress = json.loads(path.read_text(encoding="utf-8"))["progress"]
-    except FileNotFoundError:
-        return {}
-    except (ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    return dict(progress)
 
 
 def run(config: ServeConfig, listener: socket.socket, api_key: str | None) -> int:
