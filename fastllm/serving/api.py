@@ -45,6 +45,8 @@ from fastllm.training.config import TrainConfig
 from fastllm.training.metrics import read_metrics
 
 RETRY_AFTER_S = "1"
+# Characters, or token ids, whose encoding takes so long that others need not wait for it.
+LONG_PROMPTS = 10_000
 # Between two chunks of a stream; nobody reads faster.
 CHUNKS_APART_S = 0.01
 # Points of a curve in one answer; of more, every so-manieth is given.
@@ -746,8 +748,10 @@ def create_app(
         most = min(limits.choices, places + longest_queue)
         if choices > most:
             raise ApiError(400, f"{choices} choices (prompts times n) are more than {most}", "n")
-        # A long text takes its time, which others need not wait for.
-        prompts = await asyncio.to_thread(encode_prompts, asked, served)
+        if sum(map(len, asked.prompt)) < LONG_PROMPTS:
+            prompts = encode_prompts(asked, served)
+        else:
+            prompts = await asyncio.to_thread(encode_prompts, asked, served)
         try:
             return Completion(asked, served, prompts, engine, post, metrics)
         except Busy:
