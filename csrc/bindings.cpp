@@ -301,27 +301,28 @@ public:
             layers_.push_back({multi_head_attention_of(attention), mlp_of(mlp)});
         model_ = {embedding_of(embedding), layers_.data(), static_cast<int64_t>(layers_.size()),
                   norm_of(norm), linear_cross_entropy_of(head), -1};
-        decoding_ = {&model_, nullptr, static_cast<Precision>(precision), B, capacity, nullptr};
-        const auto take = [](int64_t floats) {
-            return std::make_unique<Memory>((floats + 1) * sizeof(float));  // there may be none
-        };
+        caches_.resize(B);
+        caches_at_.resize(B);
+        decoding_ = {&model_, nullptr, static_cast<Precision>(precision), B, capacity,
+                     caches_at_.data()};
         weights_ = take(kernels_->decode_weights_size(model_, decoding_.precision));
-        cache_ = take(kernels_->decode_cache_size(decoding_));
         decoding_.weights = weights_->floats();
-        decoding_.cache = cache_->floats();
         const py::gil_scoped_release release;
         kernels_->decode_pack(weights_->floats(), model_, decoding_.precision, threads);
     }
     PyDecoding(const PyDecoding&) = delete;
 
-    // Appends tokens to each sequence, and writes logits [B, V] for those that were given any.
-    void extend(const std::vector<std::vector<int64_t>>& tokens, uint64_t logits, int threads) {
+    // Appends tokens to each sequence, and writes rows of logits for those that were given any: one
+    // row after the other, or each in the row of its sequence. With `every`, a row for every token.
+    void extend(const std::vector<std::vector<int64_t>>& tokens, uint64_t logits, bool in_place,
+                bool every, int threads) {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (tokens.size() != lengths_.size())
             throw std::invalid_argument("there are " + std::to_string(lengths_.size()) +
                                         " sequences, got tokens for " +
                                         std::to_string(tokens.size()));
         std::vector<int64_t> ids, counts;
+        std::vector<Scored> scored;
         for (size_t b = 0; b < tokens.size(); ++b) {
             const auto count = static_cast<int64_t>(tokens[b].size());
             if (lengths_[b] + count > decoding_.capacity)
@@ -330,11 +331,21 @@ public:
                     " exceeds maximum sequence length " + std::to_string(decoding_.capacity));
             ids.insert(ids.end(), tokens[b].begin(), tokens[b].end());
             counts.push_back(count);
+            const auto end = static_cast<int64_t>(ids.size());
+            for (int64_t row = every ? end - count : end - (count > 0); row < end; ++row) {
+                const auto place = static_cast<int64_t>(in_place ? b : scored.size());
+                scored.push_back({row, place});
+            }
         }
         check_ids(ids.data(), ids.size(), model_.embedding.V);
         if (ids.empty()) return;
+        for (size_t b = 0; b < counts.size(); ++b) {
+            if (counts[b] == 0 || caches_[b]) continue;
+            caches_[b] = take(kernels_->decode_cache_size(decoding_));
+            caches_at_[b] = caches_[b]->floats();
+        }
         kernels_->decode(at<float>(logits), decoding_, ids.data(), counts.data(), lengths_.data(),
-                         threads);
+                         scored.data(), scored.size(), threads);
         for (size_t b = 0; b < counts.size(); ++b) lengths_[b] += counts[b];
     }
 
@@ -354,12 +365,18 @@ public:
     }
 
 private:
+    static std::unique_ptr<Memory> take(int64_t floats) {
+        return std::make_unique<Memory>((floats + 1) * sizeof(float));  // there may be none
+    }
+
     std::mutex mutex_;
     const Kernels* kernels_;  // whose layout the weights are packed in
     std::vector<DecoderLayer> layers_;
     Decoder model_;
     Decoding decoding_;
-    std::unique_ptr<Memory> weights_, cache_;
+    std::unique_ptr<Memory> weights_;
+    std::vector<std::unique_ptr<Memory>> caches_;  // of who had tokens
+    std::vector<float*> caches_at_;
     std::vector<int64_t> lengths_;
 };
 
@@ -382,7 +399,8 @@ PYBIND11_MODULE(_kernels, m) {
              py::arg("embedding"), py::arg("layers"), py::arg("norm"), py::arg("head"),
              py::arg("precision"), py::arg("B"), py::arg("capacity"), py::arg("threads"))
         .def("extend", &PyDecoding::extend, py::arg("tokens"), py::arg("logits"),
-             py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+             py::arg("in_place"), py::arg("every"), py::arg("threads"),
+             py::call_guard<py::gil_scoped_release>())
         .def("clear", &PyDecoding::clear, py::arg("sequence"),
              py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("lengths",
@@ -512,15 +530,18 @@ PYBIND11_MODULE(_kernels, m) {
     m.def(
         "sample",
         [](uint64_t tokens, uint64_t logits, const std::pair<int64_t, int64_t>& sizes,
-           const std::tuple<double, int64_t, double, double, float>& settings, uint64_t seen,
-           const std::vector<uint64_t>& seeds, uint64_t step, int threads) {
-            const auto& [temperature, top_k, top_p, min_p, repetition_penalty] = settings;
+           const std::vector<std::tuple<double, int64_t, double, double, float>>& settings,
+           uint64_t seen, const std::vector<uint64_t>& seeds, const std::vector<uint64_t>& steps,
+           int threads) {
+            std::vector<Sampling> each;
+            for (const auto& [temperature, top_k, top_p, min_p, repetition_penalty] : settings)
+                each.push_back({temperature, top_k, top_p, min_p, repetition_penalty});
             return kernels->sample(at<int64_t>(tokens), at<const float>(logits), sizes.first,
-                                   sizes.second, {temperature, top_k, top_p, min_p, repetition_penalty},
-                                   at<const uint8_t>(seen), seeds.data(), step, threads);
+                                   sizes.second, each.data(), at<const uint8_t>(seen), seeds.data(),
+                                   steps.data(), threads);
         },
         py::arg("tokens"), py::arg("logits"), py::arg("sizes"), py::arg("settings"),
-        py::arg("seen"), py::arg("seeds"), py::arg("step"), py::arg("threads"),
+        py::arg("seen"), py::arg("seeds"), py::arg("steps"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "fma_loop",

@@ -190,7 +190,12 @@ struct Decoding {
     const float* weights;  // see decode_pack
     Precision precision;   // of the weights
     int64_t B, capacity;   // sequences, and positions that each has room for
-    float* cache;          // of decode_cache_size floats
+    float* const* caches;  // [B], each of decode_cache_size floats; null for who has no tokens
+};
+
+// Logits that are wanted: row `place` of them is for the token after row `row` of the ids.
+struct Scored {
+    int64_t row, place;
 };
 
 // How a token is chosen; see fastllm/ops/sampling.py.
@@ -217,14 +222,16 @@ struct Kernels {
     void (*attention_bwd)(float* grad_q, float* grad_k, float* grad_v, const float* grad_out,
                           const Attention& a, int threads);
 
-    // decode.inc: what Decoding needs, in floats; its weights, packed; and logits [B, V] after
-    // counts[b] more tokens of each sequence b behind the lengths[b] that its cache holds (ids has
-    // those of all sequences one after the other). Rows of sequences without any stay as they are.
+    // decode.inc: what Decoding needs, in floats (for its weights, and for each sequence); its
+    // weights, packed; and the logits [., V] that are wanted, after counts[b] more tokens of each
+    // sequence b behind the lengths[b] that its cache holds (ids has those of all sequences one
+    // after the other). Other rows of the logits stay as they are.
     int64_t (*decode_weights_size)(const Decoder& d, Precision precision);
     int64_t (*decode_cache_size)(const Decoding& g);
     void (*decode_pack)(float* weights, const Decoder& d, Precision precision, int threads);
     void (*decode)(float* logits, const Decoding& g, const int64_t* ids, const int64_t* counts,
-                   const int64_t* lengths, int threads);
+                   const int64_t* lengths, const Scored* scored, int64_t scored_count,
+                   int threads);
 
     // decoder_loss.inc: the mean cross-entropy of the next token, and, unless `grad` is null, the
     // gradients for a gradient of 1 by it.
@@ -266,10 +273,12 @@ struct Kernels {
                                      const float* grad_out, const MultiHeadAttentionKept& kept,
                                      const float* x, const MultiHeadAttention& m, int threads);
 
-    // sampling.inc: tokens [B] for logits [B, V]; `seen` [B, V] is not zero for tokens that were there
-    // before, or null. False where the logits of a sequence give no probabilities.
-    bool (*sample)(int64_t* tokens, const float* logits, int64_t B, int64_t V, const Sampling& s,
-                   const uint8_t* seen, const uint64_t* seeds, uint64_t step, int threads);
+    // sampling.inc: tokens [B] for logits [B, V], drawn as each sequence's settings and step say;
+    // `seen` [B, V] is not zero for tokens that were there before, or null. False where the logits
+    // of a sequence give no probabilities.
+    bool (*sample)(int64_t* tokens, const float* logits, int64_t B, int64_t V,
+                   const Sampling* settings, const uint8_t* seen, const uint64_t* seeds,
+                   const uint64_t* steps, int threads);
 
     // machine.inc: what the processor and the memory can do at best. The first two return the
     // number of floating-point operations done and the sum of what was read.

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -141,15 +141,21 @@ class ModuleDecoding:
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         for b, new in enumerate(tokens):
-            if not new:
-                continue
-            self._tokens[b] += new
-            ids = torch.tensor([new if self._use_cache else self._tokens[b]], device=self._device)
-            # Around the forward only: the caller's own code runs between two tokens.
-            with torch.no_grad(), self._autocast():
-                logits = self._model(ids, caches=self._caches[b] if self._use_cache else None)
-            self._logits[b] = logits[0, -1].float().cpu()
+            if new:
+                self._logits[b] = self._forward(b, new)[-1]
         return torch.stack(self._logits)
+
+    def append(self, tokens: Mapping[int, Sequence[int]], every: bool = False) -> Tensor:
+        kept = slice(None) if every else slice(-1, None)
+        return torch.cat([self._forward(b, new)[kept] for b, new in sorted(tokens.items())])
+
+    def _forward(self, b: int, new: Sequence[int]) -> Tensor:
+        self._tokens[b] += new
+        ids = torch.tensor([new if self._use_cache else self._tokens[b]], device=self._device)
+        # Around the forward only: the caller's own code runs between two tokens.
+        with torch.no_grad(), self._autocast():
+            logits = self._model(ids, caches=self._caches[b] if self._use_cache else None)
+        return logits[0, -len(new) :].float().cpu()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._precision == "fp32":  # the caller's, if there is one
@@ -221,51 +227,98 @@ def generate_text(
         ValueError: the prompt is empty or a setting out of range.
     """
     tokens = generate_tokens(model, tokenizer.encode(prompt), max_new_tokens, **sampling)
-    return _until(stop, _decode_stream(tokenizer, tokens))
+    return _pieces(TextStream(tokenizer, [stop] if stop else []), tokens)
 
 
-def _until(stop: str | None, pieces: Iterator[str]) -> Iterator[str]:
-    held = ""  # may be the beginning of the stop text
-    for piece in pieces:
-        held += piece
-        if stop:
-            end = held.find(stop)
-            if end >= 0:
-                yield held[:end]
-                return
-            sure = len(held) - _overlap(held, stop)
-        else:
-            sure = len(held)
-        if sure:
-            yield held[:sure]
-            held = held[sure:]
-    if held:
-        yield held
+def _pieces(stream: "TextStream", tokens: Iterator[int]) -> Iterator[str]:
+    for token in tokens:
+        if piece := stream.push(token):
+            yield piece
+        if stream.stopped:
+            return
+    if piece := stream.end():
+        yield piece
+
+
+class TextStream:
+    """Text of tokens that come one by one, as soon as it is certain.
+
+    Args:
+        stops: texts before which it ends; none of them is given out, nor a part of one.
+
+    Attributes:
+        length: characters that the tokens have come to, held back or not.
+        shown: characters that were given out.
+        stopped: whether one of `stops` has come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        # A subword's text depends on the one before it, and a character may span several tokens:
+        # what a token adds is the difference that it makes to a short window.
+        self._window: list[int] = []
+        self._certain = 0  # characters of the window's text that were taken
+        self._held = ""  # may be the beginning of a stop text
+        self.length = self.shown = 0
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """What became certain with one more token, perhaps nothing."""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        end = len(text.rstrip(UNFINISHED))
+        full = len(self._window) >= LONGEST_WINDOW
+        if full and end < len(text):
+            end = len(text) - 1  # of bytes that are no character, the last may still become one
+        new = text[self._certain : end]
+        self._certain = max(self._certain, end)
+        if full or (end == len(text) and len(self._window) >= LONGEST_WINDOW // 2):
+            self._shorten()
+        return self._take(new)
+
+    def end(self) -> str:
+        """What is left when no token follows: halves of characters, halves of stop texts."""
+        text = self._tokenizer.decode(self._window)[self._certain :]
+        given = self._take(text)
+        if not self.stopped:
+            given += self._held
+            self.shown += len(self._held)
+        self._held = ""
+        return given
+
+    def _shorten(self) -> None:
+        for size in range(4, 8):  # a whole character's bytes where there is one
+            window = self._window[-size:]
+            text = self._tokenizer.decode(window)
+            if UNFINISHED not in text:
+                break
+        self._window, self._certain = window, len(text) - text.endswith(UNFINISHED)
+
+    def _take(self, new: str) -> str:
+        self.length += len(new)
+        self._held += new
+        sure = len(self._held)
+        # The stop text that is complete first, however the text comes in pieces.
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            _, sure = min(found)
+            self.stopped = True
+        elif self._stops:
+            sure -= max(_overlap(self._held, stop) for stop in self._stops)
+        given, self._held = self._held[:sure], self._held[sure:]
+        self.shown += sure
+        return given
+
+
+# What a tokenizer gives for bytes that are no character, or not yet.
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+LONGEST_WINDOW = 16
 
 
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` could be the beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _decode_stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    # A subword's text depends on the one before it, and a character may span several tokens: what
-    # a token adds is the difference that it makes to a short window.
-    window: list[int] = []
-    shown = ""
-    for token in tokens:
-        window.append(token)
-        text = tokenizer.decode(window)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(window) < 16:
-            continue
-        if len(text) > len(shown):
-            yield text[len(shown) :]
-        window = window[-4:]
-        shown = tokenizer.decode(window)
-    rest = tokenizer.decode(window)[len(shown) :]
-    if rest:
-        yield rest
 
 
 # Of a file of prompts. More would hardly be faster, and their keys and values take memory.
@@ -380,7 +433,8 @@ def continue_lines(
         )
         tokens = list(zip(*steps, strict=True)) or [()] * len(lines[group])
         for b, (line, new) in enumerate(zip(lines[group], tokens, strict=True), first):
-            text = "".join(_until(config.stop, _decode_stream(tokenizer, iter(new))))
+            stream = TextStream(tokenizer, [config.stop] if config.stop else [])
+            text = "".join(_pieces(stream, iter(new)))
             print("---\n" * (b > 0) + line + text, flush=True)
 
 

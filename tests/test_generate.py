@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from fastllm import DecoderModel, SimpleCharacterTokenizer
 from fastllm.core.attachments import FORWARDS
 from fastllm.generate import (
     ModuleDecoding,
+    TextStream,
     generate_batch,
     generate_text,
     generate_tokens,
@@ -21,7 +23,7 @@ from fastllm.generate import (
 from fastllm.ops import dispatch
 from fastllm.ops.decode import Decoding
 from fastllm.ops.sampling import Sampling
-from fastllm.tokenization import SubwordTokenizer
+from fastllm.tokenization import SubwordTokenizer, Tokenizer
 from tests.conftest import MakeTrainer, needs_extension
 
 TOKENIZER = SimpleCharacterTokenizer(["abcdefghij"])
@@ -262,6 +264,42 @@ def test_pieces_of_a_subword_text_join_to_the_whole() -> None:
         whole = tokenizer.decode(tokens)
         assert "".join(pieces) == whole
         assert len(pieces) > 50
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "character"])
+def test_text_is_given_out_as_soon_as_it_is_certain_and_never_taken_back(kind: str) -> None:
+    """Whatever tokens come, in an order that makes sense or not, and with any stop texts."""
+    text = "Grüße an 世界 and 🙂 the wonderful words, of the world's end. " * 30
+    tokenizer: Tokenizer = SimpleCharacterTokenizer([text])
+    if kind != "character":
+        tokenizer = SubwordTokenizer.train([text], kind, 300)  # type: ignore[arg-type]
+    source = random.Random(5)
+    sensible = tokenizer.encode(text)
+    for _ in range(300):
+        tokens = [source.randrange(tokenizer.vocab_size) for _ in range(source.randrange(60))]
+        at = source.randrange(len(sensible) - 60)
+        tokens = source.choice([tokens, sensible[at : at + 40], tokens + sensible[at : at + 20]])
+        whole = tokenizer.decode(tokens)
+        stream = TextStream(tokenizer)
+        pieces = [stream.push(token) for token in tokens]
+        assert "".join(pieces) + stream.end() == whole
+        assert stream.length == stream.shown == len(whole) and not stream.stopped
+        for number in (1, 2, 4):
+            stops = [
+                whole[at : at + source.randint(1, 5)] or "x"
+                for at in (source.randrange(len(whole) + 1) for _ in range(number))
+            ]
+            ends = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops]
+            expected = whole[: min((e for e in ends if e[1] >= 0), default=(0, len(whole)))[1]]
+            stream, given = TextStream(tokenizer, stops), ""
+            for token in tokens:
+                given += stream.push(token)
+                assert expected.startswith(given) and stream.shown == len(given)
+                if stream.stopped:
+                    break
+            else:
+                given += stream.end()
+            assert given == expected
 
 
 def test_wrong_settings(model: DecoderModel) -> None:

@@ -4,7 +4,7 @@ A token more for each sequence, or a whole prompt, goes through all layers in on
 It stands for the modules with their caches, which `fastllm.generate` uses where it cannot serve.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,9 @@ def own(decoder: Decoder) -> Decoder:
 class Decoding:
     """Sequences that a decoder model continues, without dropout.
 
+    The logits of a sequence are the same bits whoever is beside it, and for any number of threads.
+    A sequence's keys and values have memory from its first token on.
+
     Args:
         decoder: the model as it is now; of later changes, only those of the token embeddings in
             place are seen. Its `positions` say how long a sequence can be. See `why_not` for what
@@ -95,6 +98,7 @@ class Decoding:
         V = decoder.head.weight.size(0)
         self._decoder = decoder = own(decoder)  # the kernel reads some of it where it lies
         self._logits = torch.empty(batch_size, V, dtype=torch.float32, device="cpu")
+        self._rows = self._logits[:0]
         nothing = torch.empty(1, 1, dtype=torch.long, device="cpu")
         arguments = description(decoder, nothing, nothing, 0, [0] * len(decoder.dropout_ps()))
         self._kernel = dispatch.kernels.Decoding(
@@ -116,8 +120,28 @@ class Decoding:
             IndexError: a token is outside the vocabulary; nothing was appended.
             ValueError: a sequence would become longer than there are positions, or there are not B.
         """
-        self._kernel.extend(tokens, self._logits.data_ptr(), torch.get_num_threads())
+        self._kernel.extend(tokens, self._logits.data_ptr(), True, False, torch.get_num_threads())
         return self._logits
+
+    def append(self, tokens: Mapping[int, Sequence[int]], every: bool = False) -> Tensor:
+        """Appends tokens, one at least, to some of the sequences, which are numbered from 0.
+
+        Returns:
+            Logits [len(tokens), V] for the token after each of these sequences, in the order of
+            their numbers, until the next call. With `every`, a row for each token that was
+            appended, sequence by sequence.
+
+        Raises:
+            IndexError: a token is outside the vocabulary; nothing was appended.
+            ValueError: a sequence would become longer than there are positions.
+        """
+        count = sum(map(len, tokens.values())) if every else len(tokens)
+        B, V = self._logits.shape
+        if len(self._rows) < count:
+            self._rows = torch.empty(count, V, dtype=torch.float32, device="cpu")
+        each = [tokens.get(b, ()) for b in range(B)]
+        self._kernel.extend(each, self._rows.data_ptr(), False, every, torch.get_num_threads())
+        return self._rows[:count]
 
     def clear(self, sequence: int) -> None:
         """Forgets the tokens of a sequence.

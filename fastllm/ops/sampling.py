@@ -49,7 +49,20 @@ def _is_integer(number: object, bits: int) -> bool:
 
 
 def sample_ref(
-    logits: Tensor, sampling: Sampling, seeds: Sequence[int], step: int, seen: Tensor | None
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    seen: Tensor | None,
+) -> Tensor:
+    rows = zip(logits.split(1), samplings, seeds, steps, strict=True)
+    return torch.cat(
+        [_sample_row(*row, None if seen is None else seen[b]) for b, row in enumerate(rows)]
+    )
+
+
+def _sample_row(
+    logits: Tensor, sampling: Sampling, seed: int, step: int, seen: Tensor | None
 ) -> Tensor:
     if seen is not None:
         penalty = sampling.repetition_penalty
@@ -71,8 +84,7 @@ def sample_ref(
     weights[before >= sampling.top_p * weights.sum(-1, keepdim=True)] = 0
     weights[weights < sampling.min_p] = 0
     below = torch.zeros_like(weights).scatter(-1, ids, weights).cumsum(-1)
-    drawn = torch.tensor([_uniform(seed, step) for seed in seeds], dtype=torch.double)
-    return (below <= drawn.to(below.device)[:, None] * below[:, -1:]).sum(-1)
+    return (below <= _uniform(seed, step) * below[:, -1:]).sum(-1)
 
 
 NO_PROBABILITIES = (
@@ -88,7 +100,11 @@ def _uniform(seed: int, step: int) -> float:
 
 
 def sample_cpu(
-    logits: Tensor, sampling: Sampling, seeds: Sequence[int], step: int, seen: Tensor | None
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    seen: Tensor | None,
 ) -> Tensor:
     B, V = logits.shape
     tokens = torch.empty(B, dtype=torch.long, device="cpu")
@@ -96,10 +112,10 @@ def sample_cpu(
         tokens.data_ptr(),
         logits.data_ptr(),
         (B, V),
-        sampling,
+        samplings,
         0 if seen is None else seen.data_ptr(),
         seeds,
-        step,
+        steps,
         torch.get_num_threads(),
     )
     if not good:
@@ -109,9 +125,9 @@ def sample_cpu(
 
 def why_not_cpu(
     logits: Tensor | None = None,
-    sampling: Sampling | None = None,
+    samplings: Sequence[Sampling] = (),
     seeds: Sequence[int] = (),
-    step: int = 0,
+    steps: Sequence[int] = (),
     seen: Tensor | None = None,
 ) -> str | None:
     if logits is None:
@@ -131,19 +147,19 @@ IMPLEMENTATIONS: list[dispatch.Implementation] = [
 
 def sample(
     logits: Tensor,
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     seeds: Sequence[int],
-    step: int,
+    step: int | Sequence[int],
     seen: Tensor | None = None,
 ) -> Tensor:
     """A token for each row of logits.
 
     Args:
         logits: [B, V]; -inf for a token that must not be drawn.
-        sampling: see `Sampling`.
+        sampling: see `Sampling`; one for all sequences, or one for each.
         seeds: one for each sequence, in [0, 2**64): the same seed and step give the same draw,
             whatever else is in the batch.
-        step: which draw of the sequences it is, in [0, 2**63).
+        step: which draw of the sequences it is, in [0, 2**63); of all, or of each.
         seen: bool [B, V], which tokens were there before; needed for a repetition penalty.
 
     Returns:
@@ -153,12 +169,19 @@ def sample(
         ValueError: a setting, a seed or the step is out of range; shapes or devices do not fit; or
             the logits of a sequence are not numbers or all -inf.
     """
-    sampling.check()
+    samplings = [sampling] * len(seeds) if isinstance(sampling, Sampling) else sampling
+    steps = step if isinstance(step, Sequence) else [step] * len(seeds)
+    for each in set(samplings):
+        each.check()
     if logits.ndim != 2 or len(seeds) != logits.size(0) or logits.size(1) == 0:
         raise ValueError(f"logits {list(logits.shape)} and {len(seeds)} seeds do not fit: [B, V]")
+    if not len(samplings) == len(seeds) == len(steps):
+        raise ValueError(
+            f"{len(samplings)} samplings and {len(steps)} steps do not fit {len(seeds)} seeds"
+        )
     if not all(_is_integer(seed, 64) for seed in seeds):
         raise ValueError(f"seeds must be integers in [0, 2**64), got {list(seeds)}")
-    if not _is_integer(step, 63):
+    if not all(_is_integer(each, 63) for each in steps):
         raise ValueError(f"step must be an integer in [0, 2**63), got {step}")
     if seen is not None and (
         seen.shape != logits.shape or seen.dtype is not torch.bool or seen.device != logits.device
@@ -167,9 +190,9 @@ def sample(
             f"seen must be bool {list(logits.shape)} on {logits.device}, "
             f"got {seen.dtype} {list(seen.shape)} on {seen.device}"
         )
-    if sampling.repetition_penalty == 1:
+    if all(each.repetition_penalty == 1 for each in samplings):
         seen = None
     elif seen is None:
         raise ValueError("a repetition_penalty other than 1 needs `seen`: what was there before")
-    arguments = (logits, sampling, seeds, step, seen)
+    arguments = (logits, samplings, seeds, steps, seen)
     return dispatch.choose("sampling", IMPLEMENTATIONS, *arguments).run(*arguments)

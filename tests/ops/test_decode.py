@@ -171,6 +171,53 @@ def test_a_sequence_does_not_depend_on_the_others() -> None:
     assert torch.equal(alone[:, 0], together[:, 0])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("size", ["odd", "even", "long"])
+def test_rows_are_the_same_bits_whoever_is_beside_them(isa: str, size: str, precision: str) -> None:
+    """Tiles of every height, and more rows than one unit of work has; who comes and goes."""
+    model = make_model(size)
+    B, source = 130, torch.Generator().manual_seed(3)
+    ids = torch.randint(0, model.vocab_size, (B, 12), generator=source).tolist()
+    decoding, single = start(model, B, precision), start(model, 1, precision)
+    alone = []  # for each sequence, its logits after a prompt of 5 tokens and each one more
+    for row in ids:
+        single.clear(0)
+        steps = [row[:5], *([token] for token in row[5:])]
+        alone.append([single.append({0: new})[0].clone() for new in steps])
+    for members in (range(B), range(1), range(0, B, 9), range(3, 17), range(115), range(20, 43)):
+        for b in members:
+            decoding.clear(b)
+        for step in range(8):
+            # Some have their prompts while the others go on.
+            tokens = {b: ids[b][:5] for b in members if step == b % 3}
+            tokens |= {b: ids[b][step - b % 3 + 4 :][:1] for b in members if step > b % 3}
+            if not tokens:
+                continue
+            logits = decoding.append(tokens)
+            assert logits.shape == (len(tokens), model.vocab_size)
+            for row, b in zip(logits, sorted(tokens), strict=True):
+                assert torch.equal(row, alone[b][step - b % 3])
+
+
+def test_a_row_for_every_token(isa: str) -> None:
+    model = make_model()
+    ids = make_ids(model)[:2].tolist()
+    decoding, single = start(model), start(model, 1)
+    decoding.append({2: ids[1][:3]})
+    every = decoding.append({2: ids[1][3:9], 0: ids[0][:7]}, every=True)
+    expected = []
+    for row, first, count in ((ids[0], 0, 7), (ids[1], 3, 6)):
+        single.clear(0)
+        logits = [single.append({0: [token]})[0].clone() for token in row[: first + count]]
+        expected += logits[first:]
+    assert torch.equal(every, torch.stack(expected))
+    with pytest.raises(IndexError, match="Token id 99 is outside"):
+        decoding.append({0: [1], 1: [99]})
+    with pytest.raises(ValueError, match="Sequence length 41 exceeds"):
+        decoding.append({1: [1] * 41})
+    assert decoding.lengths == [7, 0, 9]
+
+
 @needs_extension
 def test_a_cleared_sequence_begins_anew() -> None:
     model = make_model()

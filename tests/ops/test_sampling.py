@@ -86,6 +86,23 @@ def drawn(logits: Tensor, sampling: Sampling, steps: int = 20_000) -> Tensor:
     return counts
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "ref"])
+@pytest.mark.parametrize("V", [66, 1500])
+def test_each_sequence_has_its_own_settings_and_step(isa: str, V: int, implementation: str) -> None:
+    generator = torch.Generator().manual_seed(9)
+    logits = 3 * torch.randn(len(SAMPLINGS), V, generator=generator)
+    seen = torch.rand(logits.shape, generator=generator) < 0.3
+    seeds, steps = range(6), [5, 0, 2**62, 7, 1, 3]
+    together = tokens(implementation, logits, SAMPLINGS, seeds, steps, seen)
+    for b, own in enumerate(SAMPLINGS):
+        row = slice(b, b + 1)
+        alone = tokens(implementation, logits[row], own, seeds[row], steps[b], seen[row])
+        assert alone == together[row]
+    for wrong in ((SAMPLINGS[:5], steps), (SAMPLINGS, steps[:5])):
+        with pytest.raises(ValueError, match="do not fit 6 seeds"):
+            sample(logits, wrong[0], seeds, wrong[1], seen)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_are_the_probabilities(temperature: float) -> None:
     """Pearson's chi-squared: with 19 degrees of freedom, 43.8 is exceeded once in a thousand."""

@@ -297,15 +297,20 @@ Outputs decode(int64_t N, int64_t D, bool norm_first, Precision precision, int t
                        {1, H, V, nullptr, -100, head.linear(), precision}, -1};
     Floats weights = empty(k.decode_weights_size(d, precision));
     k.decode_pack(weights.data(), d, precision, threads);
-    Decoding g = {&d, weights.data(), precision, B, CAPACITY, nullptr};
-    Floats cache = empty(k.decode_cache_size(g));
-    g.cache = cache.data();
+    float* caches[B];
+    const Decoding g = {&d, weights.data(), precision, B, CAPACITY, caches};
+    Floats all_caches = empty(B * k.decode_cache_size(g));
+    for (int64_t b = 0; b < B; ++b) caches[b] = all_caches.data() + b * k.decode_cache_size(g);
     Outputs outputs;
     Floats logits = source.floats(B * V);
     int64_t lengths[B] = {};
     for (const auto& counts : COUNTS) {
         const Ids ids = source.ids(counts[0] + counts[1] + counts[2], V);
-        k.decode(logits.data(), g, ids.data(), counts, lengths, threads);
+        std::vector<Scored> scored;  // the last token of each
+        for (int64_t b = 0, row = 0; b < B; row += counts[b++])
+            if (counts[b] > 0) scored.push_back({row + counts[b] - 1, b});
+        k.decode(logits.data(), g, ids.data(), counts, lengths, scored.data(), scored.size(),
+                 threads);
         for (int64_t b = 0; b < B; ++b) lengths[b] += counts[b];
         outputs.push_back(logits);
     }
@@ -319,7 +324,9 @@ Outputs sampling(int64_t V, int threads) {
     const std::vector<uint8_t> seen = source.mask(B * V);
     const uint64_t seeds[B] = {1, 2, 3, 4, 5};
     Ids tokens(B);
-    k.sample(tokens.data(), logits.data(), B, V, {0.3, 40, 0.9, 0.1, 1.2f}, seen.data(), seeds, 7,
+    const std::vector<Sampling> settings(B, {0.3, 40, 0.9, 0.1, 1.2f});
+    const uint64_t steps[B] = {7, 7, 8, 9, 0};
+    k.sample(tokens.data(), logits.data(), B, V, settings.data(), seen.data(), seeds, steps,
              threads);
     return {Floats(tokens.begin(), tokens.end())};
 }

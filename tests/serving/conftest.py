@@ -1,0 +1,122 @@
+"""Small models to serve, and a server in a thread of the tests' own process."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from fastllm import DecoderModel, SimpleCharacterTokenizer
+from fastllm.serve import listen, make_server
+from fastllm.serving.api import Limits, Served, create_app
+from fastllm.serving.engine import Engine
+from fastllm.tokenization import SubwordTokenizer, Tokenizer
+from fastllm.training.config import TrainConfig
+
+TEXT = "Grüße an 世界 and 🙂 the wonderful words of the world. " * 30
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    """Such small models gain nothing from more, and several engines may compute at a time."""
+    torch.set_num_threads(1)
+
+
+def make_model(tokenizer: Tokenizer, max_seq_len: int = 300) -> DecoderModel:
+    torch.manual_seed(0)
+    padding = tokenizer.pad_token_id
+    model = DecoderModel(tokenizer.vocab_size, 32, 2, 2, max_seq_len, padding_idx=padding).eval()
+    for parameter in model.parameters():  # an untrained model hardly has preferences
+        parameter.data *= 3
+    return model
+
+
+@pytest.fixture(scope="session")
+def characters() -> tuple[DecoderModel, Tokenizer]:
+    tokenizer = SimpleCharacterTokenizer(["abcdefghij klmno"])
+    return make_model(tokenizer), tokenizer
+
+
+@pytest.fixture(scope="session")
+def subwords() -> tuple[DecoderModel, Tokenizer]:
+    """Whose tokens are often parts of a character."""
+    tokenizer = SubwordTokenizer.train([TEXT], "bpe", 300)
+    return make_model(tokenizer), tokenizer
+
+
+class Server(NamedTuple):
+    url: str
+    port: int
+    engine: Engine
+    served: Served
+
+
+@contextmanager
+def running_server(
+    model: DecoderModel,
+    tokenizer: Tokenizer,
+    places: int = 5,
+    longest_queue: int = 100,
+    api_key: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008 - it cannot be changed
+    run_dir: Path = Path("nowhere"),
+) -> Iterator[Server]:
+    served = Served("tiny", model, tokenizer, TrainConfig(), "fp32", run_dir, {"step": 7}, 123)
+    app = create_app(served, places, longest_queue, api_key, limits)
+    server = make_server(app, limits, drain_seconds=0.5)
+    listener = listen("127.0.0.1", 0, None)
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield Server(f"http://127.0.0.1:{port}", port, app.state.engine, served)
+    finally:
+        server.drain()
+        thread.join()
+    assert not server.failed
+
+
+@contextmanager
+def slowed(engine: Engine, seconds: float) -> Iterator[None]:
+    """Every step takes so much longer."""
+    append: Callable[..., Any] = engine._decoding.append
+
+    def slow(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        time.sleep(seconds)
+        return append(*arguments, **keywords)
+
+    engine._decoding.append = slow  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine._decoding.append = append  # type: ignore[method-assign]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def raw_exchange(port: int, data: bytes, seconds: float = 10) -> bytes:
+    """All that the server answers to these bytes, until it closes or is silent for so long."""
+    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
+        with contextlib.suppress(ConnectionError):  # it need not take everything
+            connection.sendall(data)
+        return received(connection)
+
+
+def received(connection: socket.socket) -> bytes:
+    answer = b""
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        while part := connection.recv(65536):
+            answer += part
+    return answer
