@@ -151,8 +151,9 @@ class DDP(Engine):
     def backward(self, ids: Tensor, weight: float, last: bool) -> float:
         # A process with nothing to predict takes part all the same: the others wait for it.
         ids = ids if weight else something_to_predict(ids, self.model)
-        with self.accumulating(last), autocast(self.device.type, self.config.precision):
-            loss = self.loss(ids)
+        with self.accumulating(last):
+            with autocast(self.device.type, self.config.precision):
+                loss = self.loss(ids)
             factor = weight * self.processes.count  # PyTorch averages over the processes
             self.scaler.scale(loss if factor == 1 else loss * factor).backward()
         return loss.item() * weight
