@@ -1,0 +1,296 @@
+"""Measures what benchmarks/scaling.py computes with, and writes docs/scaling.json.
+
+    sudo python benchmarks/scaling_measure.py    # about ten minutes, on a machine at rest
+
+Two processes of one thread each stand for two machines: collective operations over links that are
+shaped to a bandwidth or delayed, in network namespaces, and training steps. On Linux, as root, with
+iproute2. Processes and namespaces have ended when it ends.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from scaling import FILE, FITTED, Link, fit, show_fit
+from torch import Tensor
+
+from fastllm.bench import CONFIGS, Letter, cpu_name
+from fastllm.command import errors_in_one_line, say
+from fastllm.training.config import TrainConfig
+from fastllm.training.engine import DDP, FSDP, Engine, Pipeline
+from fastllm.training.processes import ALONE, Processes
+
+CHECKED = [Link(2, 10), Link(4, 1), Link(8, None, 1)]  # left out of the fit
+SIZES = [8, 2**12, 2**16, 2**20, 2**23, 2**25, 2**28]
+LARGEST_DELAYED = 2**12  # what forwards delayed packets is no network card
+SECONDS = 2.0  # of steps in each measurement, after the first ones
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+@contextmanager
+def network(link: Link) -> Iterator[list[list[str]]]:
+    """The beginning of a command for each process, which puts it where the link is.
+
+    Namespaces around a bridge whose links have a token bucket, or around a thread that holds every
+    packet back for a while.
+    """
+    if link == Link(link.processes):
+        yield [["env", "GLOO_SOCKET_IFNAME=lo", "MASTER_ADDR=127.0.0.1"]] * link.processes
+        return
+    names = [f"fastllm-{i}" for i in range(link.processes)]
+    with ExitStack() as stack:
+        for name in ("fastllm-hub", *names):
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "del", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        if link.gbits:
+            ip("-n", "fastllm-hub", "link", "add", "hub", "type", "bridge")
+            ip("-n", "fastllm-hub", "link", "set", "hub", "up")
+            for i, name in enumerate(names):
+                end = ["name", f"port{i}", "netns", "fastllm-hub"]
+                ip("-n", name, "link", "add", "net0", "type", "veth", "peer", *end)
+                ip("-n", "fastllm-hub", "link", "set", f"port{i}", "master", "hub", "up")
+                shape = ["tbf", "rate", f"{link.gbits}gbit", "burst", "256kb", "latency", "20ms"]
+                tc = ["tc", "-n", name, "qdisc", "add", "dev", "net0", "root"]
+                subprocess.run([*tc, *shape], check=True)
+        else:
+            stack.enter_context(delayed(names, link.delay_ms / 1000))
+        for i, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "net0")
+            ip("-n", name, "link", "set", "net0", "up")
+        variables = ["env", "GLOO_SOCKET_IFNAME=net0", "MASTER_ADDR=10.77.0.1"]
+        yield [["ip", "netns", "exec", name, *variables] for name in names]
+
+
+@contextmanager
+def delayed(names: list[str], seconds: float) -> Iterator[None]:
+    """A device net0 in each namespace; a packet for 10.77.0.n comes out of the n-th after a while.
+
+    Many kernels lack netem, which would do the same.
+    """
+    ready, stop = threading.Event(), threading.Event()
+
+    def forward() -> None:
+        tuns = []
+        for name in names:  # a namespace that is entered holds for this thread alone
+            with open(f"/run/netns/{name}") as file:
+                if ctypes.CDLL(None).setns(file.fileno(), 0):
+                    raise OSError(f"namespace {name} cannot be entered")
+            tuns.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK))
+            IFF_TUN, IFF_NO_PI, TUNSETIFF = 0x0001, 0x1000, 0x400454CA
+            fcntl.ioctl(tuns[-1], TUNSETIFF, struct.pack("16sH22x", b"net0", IFF_TUN | IFF_NO_PI))
+        ready.set()
+        held: deque[tuple[float, bytes]] = deque()
+        while not stop.is_set():
+            wait = max(0.0, held[0][0] - time.perf_counter()) if held else 0.1
+            for tun in select.select(tuns, [], [], wait)[0]:
+                held.append((time.perf_counter() + seconds, os.read(tun, 2**16)))
+            while held and held[0][0] <= time.perf_counter():
+                packet = held.popleft()[1]
+                if packet[0] >> 4 == 4 and 0 < packet[19] <= len(tuns):  # IPv4, its last byte
+                    os.write(tuns[packet[19] - 1], packet)
+        for tun in tuns:
+            os.close(tun)
+
+    with ThreadPoolExecutor(1) as pool:
+        forwarding = pool.submit(forward)
+        try:
+            while not ready.wait(0.1) and not forwarding.done():
+                pass
+            yield
+        finally:
+            stop.set()
+            forwarding.result()
+
+
+def run_workers(link: Link, task: str, **arguments: Any) -> list[dict[str, Any]]:
+    """What the first process of a measurement prints; all have ended when this returns."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with network(link) as prefixes, ExitStack() as stack:
+        workers = []
+        for rank, prefix in enumerate(prefixes):
+            variables = [f"RANK={rank}", f"WORLD_SIZE={link.processes}", f"MASTER_PORT={port}"]
+            variables.append("TORCH_CPP_LOG_LEVEL=ERROR")  # addresses here have no names
+            command = [sys.executable, __file__, "worker", task, json.dumps(arguments)]
+            worker = subprocess.Popen([*prefix, *variables, *command], stdout=subprocess.PIPE)
+            stack.callback(worker.wait)
+            stack.callback(worker.kill)
+            workers.append(worker)
+        outputs = [worker.communicate()[0] for worker in workers]
+    if any(worker.returncode for worker in workers):
+        raise SystemExit(f"error: a process that measured {task} over {link} failed; see above")
+    return json.loads(outputs[0])
+
+
+def worker(task: str, arguments: str) -> None:
+    """One process of a measurement."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    time_ = {"operations": time_operations, "step": time_steps}[task]
+    results = time_(**json.loads(arguments))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def time_operations(largest: int) -> list[dict[str, Any]]:
+    """Every collective operation at every size up to `largest` bytes."""
+    W, rank = dist.get_world_size(), dist.get_rank()
+    results = []
+    for size in [each for each in SIZES if each <= largest]:
+        whole = torch.ones(max(W, size // 4))
+        whole = whole[: len(whole) // W * W]
+        part = torch.ones(len(whole) // W)
+
+        def pass_on(x: Tensor = whole) -> None:  # there and back
+            for turn in range(2):
+                if rank == turn:
+                    dist.send(x, 1 - turn)
+                elif rank == 1 - turn:
+                    dist.recv(x, turn)
+
+        runs: dict[str, Callable[[], Any]] = {
+            "all_reduce": partial(dist.all_reduce, whole),
+            "all_gather": partial(dist.all_gather_single, whole, part),
+            "reduce_scatter": partial(dist.reduce_scatter_single, part, whole),
+            "send": pass_on,
+        }
+        together = max(1, min(20, 2**18 // size))  # so that barriers do not count
+        for name in runs:
+            seconds, cpu = [], []
+            for _ in range(max(3, min(30, 2**27 // size)) + 1):
+                dist.barrier()
+                begin = time.perf_counter(), time.process_time()
+                for _ in range(together):
+                    runs[name]()
+                seconds.append(time.perf_counter() - begin[0])
+                cpu.append(time.process_time() - begin[1])
+            times = together * (2 if name == "send" else 1)
+            results.append(
+                {
+                    "operation": name,
+                    "bytes": size,
+                    "median_s": median(seconds[1:]) / times,
+                    "min_s": min(seconds[1:]) / times,
+                    "cpu_s": median(cpu[1:]) / times,
+                }
+            )
+    return results
+
+
+def time_steps(letter: Letter, mode: str) -> dict[str, float]:
+    """Training steps, each process on a batch; `alone` means without a word between them."""
+    shape, count = CONFIGS[letter], dist.get_world_size()
+    config = TrainConfig(
+        hidden_size=shape.H,
+        num_layers=shape.L,
+        num_heads=shape.N,
+        max_seq_len=shape.S,
+        batch_size=shape.B * count,
+        dropout=shape.dropout,
+    )
+    model = config.build_model(shape.V, shape.V - 1)
+    engines = {"alone": Engine, "ddp": DDP, "fsdp": FSDP, "pipeline": Pipeline}
+    processes = ALONE if mode == "alone" else Processes(dist.get_rank(), count)
+    engine = engines[mode](config, model, processes)
+    seconds, cpu, updates = [], [], []
+    steps = torch.tensor(5)
+    while len(seconds) < steps:
+        batch = shape.B * (count if mode == "pipeline" else 1)  # it shares out no sequences
+        ids = torch.randint(shape.V - 1, (batch, shape.S))
+        begin = time.perf_counter(), time.process_time()
+        whole, _ = engine.readers.sum(batch, ids.numel())
+        loss = engine.backward(ids, batch / whole, last=True)
+        processes.sum(loss, False, False)
+        middle = time.process_time()
+        engine.update()
+        seconds.append(time.perf_counter() - begin[0])
+        cpu.append(time.process_time() - begin[1])
+        updates.append(time.process_time() - middle)
+        if len(seconds) == 2:  # warm
+            steps += int(SECONDS / seconds[-1])
+            dist.broadcast(steps, 0)
+    return {
+        "median_s": median(seconds[2:]),
+        "min_s": min(seconds[2:]),
+        "cpu_s": median(cpu[2:]),
+        "update_cpu_s": median(updates[2:]),
+    }
+
+
+# Training steps of each configuration: mode and link.
+STEPS = [
+    ("alone", Link(1)),
+    ("alone", Link(2)),
+    ("ddp", Link(2)),
+    ("fsdp", Link(2)),
+    ("pipeline", Link(2)),
+    ("ddp", Link(2, 1)),
+]
+
+
+def measure_operations() -> Iterator[dict[str, Any]]:
+    for link in (*FITTED, *CHECKED):
+        say(f"operations, {link.processes} processes, {link}")
+        largest = LARGEST_DELAYED if link.delay_ms else 2**28 if link.processes == 2 else 2**23
+        for row in run_workers(link, "operations", largest=largest):
+            yield {"link": link, **row}
+
+
+def measure_steps() -> Iterator[dict[str, Any]]:
+    for letter in CONFIGS:
+        for mode, link in STEPS:
+            say(f"steps of {letter}, {mode}, {link.processes} processes, {link}")
+            row = run_workers(link, "step", letter=letter, mode=mode)
+            yield {"config": letter, "mode": mode, "link": link, **row}
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["worker"]:
+        worker(*arguments[1:])
+        return
+    parts = {"operations": measure_operations, "steps": measure_steps}
+    if not set(arguments) <= set(parts):
+        raise SystemExit("error: say operations or steps to measure only these; else both")
+    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("tc"):
+        raise SystemExit("error: network namespaces need Linux, root and iproute2 (ip and tc)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through every `finally`
+    found = json.loads(FILE.read_text()) if FILE.exists() else {}
+    found["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__}
+    for part in arguments or parts:
+        found[part] = []
+        for row in parts[part]():  # what is measured is kept, whatever becomes of the rest
+            found[part].append(row)
+            FILE.write_text(json.dumps(found, indent=1) + "\n")
+    if missing := set(parts) - set(found):
+        raise SystemExit(f"error: {missing.pop()} have not been measured yet; measure them as well")
+    with errors_in_one_line(ValueError):
+        show_fit(found, fit(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
