@@ -43,10 +43,15 @@ RUNS = {
     "ddp-post": "--max_steps 9 --post_norm --pos_encoding learned",
     "pipeline-post": "--max_steps 9 --post_norm --pos_encoding learned --parallel pipeline",
     "fsdp-unclipped": "--max_steps 9 --max_grad_norm 0 --parallel fsdp",
-    # Resumed in the other way, and by the other number of processes.
-    "resumed-ddp": "--max_steps 20 --resume",
-    "resumed-fsdp": "--max_steps 20 --resume --parallel fsdp",
-    "resumed-pipeline": "--max_steps 20 --resume --parallel pipeline",
+}
+# Flags of runs of two processes that begin and go on, in another way of dividing a step or with
+# dropout, whose masks each process draws for itself.
+RESUMED = {
+    "ddp": ("--max_steps 10 --parallel pipeline", "--max_steps 20 --parallel ddp"),
+    "fsdp": ("--max_steps 10 --parallel ddp", "--max_steps 20 --parallel fsdp"),
+    "pipeline": ("--max_steps 10 --parallel fsdp", "--max_steps 20 --parallel pipeline"),
+    "dropout-whole": ("--max_steps 8 --dropout 0.2", "--max_steps 8 --dropout 0.2"),
+    "dropout-parts": ("--max_steps 3 --dropout 0.2", "--max_steps 8 --dropout 0.2"),
 }
 # In two processes each of these ends with a message; what is in braces is the rank.
 REFUSED = {
@@ -73,7 +78,7 @@ def train_together(
                 main([flag.format(rank=rank) for flag in flags])
             except SystemExit as end:
                 said.write(str(end))
-        (folder / f"{name.replace('/', '-')}.{rank}.txt").write_text(said.getvalue())
+        (folder / f"{name}.{rank}.txt").write_text(said.getvalue())
 
 
 def start_and_wait(count: int, folder: Path, runs: dict[str, list[str]]) -> None:
@@ -104,36 +109,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     long.write_text(documentation[:6000], "utf-8")
     short.write_text(documentation[:980], "utf-8")  # 106 training sequences of 9
     common = [*SMALL.split(), "--file_path", str(long)]
-    runs = {}
-    for where in ("one", "two"):
-        (folder / where).mkdir()
-        runs[where] = {
-            name: [
-                *common,
-                *flags.format(short=short).split(),
-                "--out_dir",
-                str(folder / where / name),
-            ]
-            for name, flags in RUNS.items()
-        }
-    for name, flags in runs["one"].items():
-        if "resumed" in name:  # begun by two
-            continue
-        main(flags)
-    first = {
-        name: [*common, "--max_steps", "10", "--parallel", kind, "--out_dir", runs["two"][name][-1]]
-        for name, kind in (
-            ("resumed-ddp", "pipeline"),
-            ("resumed-fsdp", "ddp"),
-            ("resumed-pipeline", "fsdp"),
-        )
-    }
-    refused = {
-        flags.replace(" ", ""): [*common, *flags.split(), "--out_dir", str(folder / "refused")]
-        for flags in REFUSED
-    }
-    begun = {f"begun-{name}": flags for name, flags in first.items()}
-    start_and_wait(2, folder, {**begun, **runs["two"], **refused})
+
+    def flags_of(where: str, name: str, flags: str) -> list[str]:
+        run_dir = folder / where / name
+        return [
+            *common,
+            *flags.format(short=short, rank="{rank}").split(),
+            "--out_dir",
+            str(run_dir),
+        ]
+
+    for name, flags in RUNS.items():
+        main(flags_of("one", name, flags))
+    together = {name: flags_of("two", name, flags) for name, flags in RUNS.items()}
+    for name, (first, then) in RESUMED.items():
+        together[f"begun-{name}"] = flags_of("resumed", name, first)
+        together[f"resumed-{name}"] = [*flags_of("resumed", name, then), "--resume"]
+    for flags in REFUSED:
+        together[flags] = flags_of("refused", "run", flags)
+    start_and_wait(2, folder, together)
     yield folder
 
 
@@ -143,7 +137,7 @@ def losses(run_dir: Path, keys: str = "loss val_loss lr tokens") -> torch.Tensor
     return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if "resumed" not in name])
+@pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(folder: Path, name: str) -> None:
     """Losses, logged after every step, to 1e-6; and the whole checkpoint is there."""
     one, two = (folder / where / name for where in ("one", "two"))
@@ -165,10 +159,18 @@ def test_two_processes_train_as_one(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "pipeline"])
 def test_a_run_goes_on_in_another_way(folder: Path, kind: str) -> None:
-    found = losses(folder / "two" / f"resumed-{kind}", "loss lr tokens")
+    found = losses(folder / "resumed" / kind, "loss lr tokens")
     expected = losses(folder / "one/ddp", "loss lr tokens")[: len(found)]
     assert len(found) == 20
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_dropout_is_drawn_anew_in_a_resumed_run(folder: Path) -> None:
+    whole, parts = (folder / "resumed" / f"dropout-{name}" for name in ("whole", "parts"))
+    assert torch.equal(losses(whole, "loss lr tokens"), losses(parts, "loss lr tokens"))
+    assert not torch.equal(losses(whole, "loss")[:8], losses(folder / "one/ddp", "loss")[:8])
+    ours, theirs = (load_file(run / "model.safetensors") for run in (whole, parts))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_one_process_goes_on_with_the_run_of_two(folder: Path) -> None:
@@ -182,7 +184,7 @@ def test_one_process_goes_on_with_the_run_of_two(folder: Path) -> None:
 @pytest.mark.parametrize("flags", REFUSED)
 def test_refused(folder: Path, flags: str) -> None:
     for rank in (0, 1):
-        said = (folder / f"{flags.replace(' ', '')}.{rank}.txt").read_text()
+        said = (folder / f"{flags}.{rank}.txt").read_text()
         assert REFUSED[flags] in said
         assert said.count("\n") == 0
 
