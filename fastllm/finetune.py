@@ -507,7 +507,7 @@ def load_model(
     tell(f"model       {type(model).__name__}, {model.num_parameters():,} parameters, {start}")
     if new and not config.resume:
         names = ", ".join(sorted(new))
-        say(f"warning: the model's files have no {names}: it starts at random, to be learnt here")
+        say(f"warning: not in the model's files, so that it starts at random: {names}")
     rows = model.get_input_embeddings().weight.size(0)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
@@ -524,6 +524,10 @@ def load_model(
             f"lora_targets: this model has no {', '.join(sorted(unknown))}, but "
             f"{', '.join(sorted(known))}"
         )
+    learnt = wholly_new(model, new)
+    left = sorted(name for name in new if not any(name.startswith(f"{part}.") for part in learnt))
+    if left:
+        say(f"warning: under --lora this stays as it starts: {', '.join(left)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
         wrapped = get_peft_model(
@@ -535,7 +539,7 @@ def load_model(
                 lora_dropout=config.lora_dropout,
                 target_modules=config.lora_targets or None,
                 # What starts at random is learnt as a whole.
-                modules_to_save=sorted(wholly_new(model, new)) or None,
+                modules_to_save=sorted(learnt) or None,
                 fan_in_fan_out=any(isinstance(part, Conv1D) for part in model.modules()),
             ),
         )

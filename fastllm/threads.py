@@ -11,8 +11,8 @@ def set_threads(requested: int = 0) -> int:
 
     Args:
         requested: the number wanted; 0 leaves it to `OMP_NUM_THREADS` where that is set, else
-            takes the physical cores that this process may use, divided among the processes that a
-            launcher started on this machine.
+            takes the physical cores that this process may use. Where a launcher started several
+            processes on this machine they are divided among them, also with OMP_NUM_THREADS=1.
     """
     told = os.environ.get("OMP_NUM_THREADS")
     launched = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

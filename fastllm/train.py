@@ -1,8 +1,8 @@
 """Train a model on a text file: `python -m fastllm.train --file_path book.txt`."""
 
 import contextlib
-import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,6 @@ Tell = Callable[..., None]
 
 def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
-    resume_after_restart(config)
     threads = set_threads(config.threads)
     bad_input = (ImplementationError, CheckpointError, OSError, ValueError, KeyError, ImportError)
     with contextlib.ExitStack() as stack:
@@ -46,11 +45,12 @@ def main(arguments: list[str]) -> None:
                 stack.enter_context(use(config.impl))
             config.device = choose_device(config.device)
             processes = stack.enter_context(joined(config.device))
-            processes.check_agreement(json.loads(config.to_json()))
+            stack.enter_context(errors_in_one_line(ProcessError))
+            stack.enter_context(processes.noticing_lost_ones())
+            processes.check_agreement(config.model_dump(mode="json"))
             tell: Tell = say if processes.is_first and not config.quiet else lambda *parts: None
             operations = implementation_line(config.device)
-            name = config.file_path.stem if config.file_path else "demo"
-            run_dir = processes.from_first(lambda: choose_run_dir(config, name))
+            run_dir, config.resume = processes.from_first(lambda: begin_or_go_on(config))
             trainer = prepare(config, run_dir, tell, processes)
             tell(f"run         {run_dir}")
             tell(f"threads     {threads}{' in each process' if processes.count > 1 else ''}")
@@ -64,14 +64,38 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(128 + trainer.stopped_by)
 
 
-def resume_after_restart(config: TrainConfig) -> None:
-    """Where torchrun has started the processes again, they go on from the last checkpoint."""
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and config.out_dir is None:
-        raise SystemExit(
-            "error: torchrun's --max_restarts needs --out_dir, where a restart finds the run"
+def begin_or_go_on(config: TrainConfig) -> tuple[Path, bool]:
+    """The run's folder, and whether to resume the run in it.
+
+    Where torchrun starts processes again, they go on from the last checkpoint; a note in the
+    folder tells whether what is there is of this start of torchrun.
+
+    Raises:
+        ValueError: the folder holds another run, or there is none for a restart to find.
+    """
+    launch = torchrun_launch()
+    if launch is None:
+        return choose_run_dir(config, config.file_path.stem if config.file_path else "demo"), (
+            config.resume
         )
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and config.out_dir is not None:
-        config.resume = any(config.out_dir.glob("checkpoints/step-*"))
+    if config.out_dir is None:
+        raise ValueError("torchrun's --max_restarts needs --out_dir, where a restart finds the run")
+    note = config.out_dir / "torchrun.txt"
+    if note.exists() and note.read_text(encoding="utf-8") == launch:
+        return config.out_dir, any(config.out_dir.glob("checkpoints/step-*"))
+    run_dir = choose_run_dir(config, "")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    note.write_text(launch, encoding="utf-8")
+    return run_dir, config.resume
+
+
+def torchrun_launch() -> str | None:
+    """What tells one start of torchrun from another; None where it starts nothing again."""
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return None
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    # Without an id, the first process always has the same agent.
+    return f"{name} {socket.gethostname()} {os.getppid()}" if name == "none" else name
 
 
 def choose_run_dir(config: RunSettings, name: str) -> Path:
@@ -98,12 +122,19 @@ def prepare(
     config: TrainConfig, run_dir: Path, tell: Tell, processes: Processes = ALONE
 ) -> Trainer:
     """Everything that can go wrong before any work is lost: data, tokenizer, model, folder."""
-    if not processes.is_first:
-        processes.wait()  # the first one makes the files that all of them use
+    checkpoint = processes.from_first(lambda: find_checkpoint(run_dir)) if config.resume else None
+    with processes.first_before_others():  # it makes the files that all of them use
+        parts = read(config, run_dir, checkpoint, tell, processes)
+    processes.check_agreement({"precision": config.precision})
+    return Trainer(config, *parts, run_dir, checkpoint, processes)
+
+
+def read(
+    config: TrainConfig, run_dir: Path, checkpoint: Path | None, tell: Tell, processes: Processes
+) -> tuple[DecoderModel, Tokenizer, TextDataset, TextDataset | None]:
+    """Model, tokenizer, and what to train and to validate on."""
     at_start = resident_mb()
-    checkpoint = None
-    if config.resume:
-        checkpoint = find_checkpoint(run_dir)
+    if checkpoint:
         model, tokenizer, _ = load_model(checkpoint)
         model.gradient_checkpointing = config.gradient_checkpointing
     device = config.device = choose_device(config.device)
@@ -138,8 +169,10 @@ def prepare(
     )
     tell(f"parameters  {sum(p.numel() for p in sketch.parameters()):,}")
     tell(f"precision   {config.precision}")
-    if device == "cpu":
-        memory = at_start + estimate_memory_mb(sketch, config, torch.get_num_threads())
+    if device == "cpu" and (processes.count == 1 or config.parallel == "ddp"):
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+        part = config.model_copy(update={"batch_size": -(-config.batch_size // processes.count)})
+        memory = here * (at_start + estimate_memory_mb(sketch, part, torch.get_num_threads()))
         tell(f"memory      about {memory:,.0f} MiB at its peak")
         there = psutil.virtual_memory().total / 2**20
         if memory > there:
@@ -157,8 +190,7 @@ def prepare(
             tokenizer.save(run_dir / "tokenizer.json")
         with replace_file(run_dir / "config.json") as file:
             file.write(config.to_json().encode())
-        processes.wait()
-    return Trainer(config, model, tokenizer, train_set, val_set, run_dir, checkpoint, processes)
+    return model, tokenizer, train_set, val_set
 
 
 def demo_text(run_dir: Path, tell: Tell) -> Path:
@@ -246,12 +278,15 @@ def _reference_floats(config: TrainConfig, V: int) -> int:
 def report(trainer: Trainer, run_dir: Path, tell: Tell) -> None:
     """What a finished run has to say."""
     progress = trainer.progress
+    wanted = not trainer.config.quiet and not trainer.stopped_by
+    sample = trainer.sample() if wanted else ""  # by all processes together
+    if not trainer.processes.is_first:
+        return
     if trainer.stopped_by:
-        if trainer.processes.is_first:
-            say(
-                f"stopped by {trainer.stopped_by.name} at step {progress.step:,}; go on with: "
-                f"python -m fastllm.train --out_dir {run_dir} --resume"
-            )
+        say(
+            f"stopped by {trainer.stopped_by.name} at step {progress.step:,}; go on with: "
+            f"python -m fastllm.train --out_dir {run_dir} --resume"
+        )
         return
     if trainer.evaluation is not None and trainer.val_set is not None:
         loss, perplexity = trainer.evaluation.loss, trainer.evaluation.perplexity
@@ -269,8 +304,8 @@ def report(trainer: Trainer, run_dir: Path, tell: Tell) -> None:
     for name, file in (("curves", "loss.png"), ("profile", "profile.json")):
         if (run_dir / file).exists():
             tell(f"{name:12}{run_dir / file}")
-    if not trainer.config.quiet:
-        tell(f"sample\n{trainer.sample()}")
+    if sample:
+        tell(f"sample\n{sample}")
 
 
 if __name__ == "__main__":

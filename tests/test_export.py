@@ -464,7 +464,7 @@ def test_the_card(run: Path) -> None:
         "tags": ["fastllm", "hf"],
     }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    state = json.loads((run / "training_state/state.json").read_text())["progress"]
+    state = json.loads((run / "training_state/progress.json").read_text())
     model, tokenizer = loaded(run)
     for expected in (
         "| text | text.txt |",

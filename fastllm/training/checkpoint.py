@@ -28,9 +28,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -144,8 +144,9 @@ def _finish(aside: Path, final: Path) -> None:
 
 def _write_tensors(tensors: Mapping[str, Tensor], file: Path, processes: Processes) -> None:
     """One safetensors file of what all processes have, whether parts or wholes."""
-    if processes.count == 1:
-        save_file(_cpu(tensors), file)
+    if processes.count == 1 or not tensors:  # there is no state before the first step
+        if processes.is_first:
+            save_file(_cpu(tensors), file)
         return
     # Imported where it is used: it takes half a second.
     import torch.distributed.checkpoint as dcp
@@ -159,7 +160,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], file: Path, processes: Process
     try:
         dcp.save(dict(tensors), storage_writer=writer)
     except dcp.CheckpointException as error:
-        raise OSError(str(error)) from error
+        raise _first_failure(error) from error
     if processes.is_first:
         (whole,) = parts.glob("*.safetensors")
         whole.rename(file)
@@ -228,13 +229,23 @@ def _is_gpt2(config: Path) -> bool:
     return isinstance(settings, dict) and settings.get("model_type") == "gpt2"
 
 
+def _first_failure(error: Any) -> BaseException:
+    """What happened, without the tracebacks of all processes that PyTorch puts into one text."""
+    failure, _ = next(iter(error.failures.values()))
+    return failure if isinstance(failure, (OSError, SafetensorError)) else error
+
+
 def load_training_state(
-    checkpoint: Path, model: DecoderModel, optimizers: Sequence[torch.optim.Optimizer]
+    checkpoint: Path,
+    model: DecoderModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    processes: Processes = ALONE,
 ) -> Progress:
     """Fills the optimizers and tells how far the run was.
 
     Args:
         model: whose parameters they update; parts of them where it is divided among processes.
+        processes: who trains together; all call this.
 
     Raises:
         CheckpointError: a file is missing, truncated, changed or foreign.
@@ -242,10 +253,10 @@ def load_training_state(
     folder = checkpoint / "training_state"
     parameters = dict(model.named_parameters())
     try:
-        tensors = _read_parts(folder / "optimizer.safetensors", parameters)
+        tensors = _read_parts(folder / "optimizer.safetensors", parameters, processes)
         for optimizer in optimizers:
             groups = optimizer.state_dict()["param_groups"]
-            names = _names(optimizer, model) if tensors else []  # nothing before the first step
+            names = _names(optimizer, model) if tensors else []
             muon = isinstance(optimizer, torch.optim.Muon)
             entries = {"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"}
             for name in names:
@@ -255,7 +266,7 @@ def load_training_state(
                     )
             state = {i: tensors[name] for i, name in enumerate(names)}
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (OSError, SafetensorError, ValueError, LookupError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder / 'optimizer.safetensors'} does not fit this run: {error}"
         ) from error
@@ -298,11 +309,14 @@ def _state(model: DecoderModel, optimizers: Sequence[torch.optim.Optimizer]) -> 
     return tensors
 
 
-def _read_parts(file: Path, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _read_parts(
+    file: Path, parameters: Mapping[str, Tensor], processes: Processes
+) -> dict[str, dict[str, Tensor]]:
     """What `_state` gave of these parameters, in full or in parts as they are here."""
     here: dict[str, dict[str, Tensor]] = {}
     flat = {}
-    for key, shape in _shapes(file).items():
+    shapes = _shapes(file)
+    for key, shape in shapes.items():
         entry, _, name = key.partition(".")
         like = parameters.get(name)
         if like is None:
@@ -310,21 +324,23 @@ def _read_parts(file: Path, parameters: Mapping[str, Tensor]) -> dict[str, dict[
         if entry == "step":
             number = here.setdefault(name, {})[entry] = torch.zeros(())
             flat[key] = number.view(1)
+        elif list(like.shape) == shape:
+            flat[key] = here.setdefault(name, {})[entry] = torch.zeros_like(like).detach()
         else:
-            whole = list(like.shape) == shape
-            tensor = torch.zeros_like(like) if whole else torch.zeros(shape)
-            flat[key] = here.setdefault(name, {})[entry] = tensor.detach()
-    if not dist.is_initialized():
+            raise ValueError(f"'{key}' is {shape}, expected {list(like.shape)}")
+    if shapes and not here:
+        raise ValueError("it holds nothing of this model")
+    if processes.count == 1:
         with safe_open(file, framework="pt") as tensors:
             for key, tensor in flat.items():
                 tensor.copy_(tensors.get_tensor(key))
-        return here
-    import torch.distributed.checkpoint as dcp
+    elif flat:
+        import torch.distributed.checkpoint as dcp
 
-    try:
-        dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(file.parent)))
-    except dcp.CheckpointException as error:
-        raise OSError(str(error)) from error
+        try:
+            dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(file.parent)))
+        except dcp.CheckpointException as error:
+            raise _first_failure(error) from error
     return here
 
 

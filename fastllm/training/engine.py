@@ -6,6 +6,7 @@ computes by no more than rounding, but for dropout, whose masks are drawn by eac
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -120,7 +121,8 @@ class Engine:
 class DDP(Engine):
     """Each process has the whole model and a part of the sequences; gradients are added up.
 
-    PyTorch's `DistributedDataParallel` does that, bucket by bucket while the backward goes on.
+    PyTorch's `DistributedDataParallel` does that, bucket by bucket while the backward goes on. Of a
+    small model all gradients come at its end, from one operation.
     """
 
     def _divide(self) -> None:
@@ -195,11 +197,12 @@ class FSDP(DDP):
         return float(norm.full_tensor())
 
     def whole_model(self) -> DecoderModel | None:
-        whole = {
-            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            for name, tensor in self.model.state_dict().items()
-        }
-        return rebuilt(whole, self) if self.processes.is_first else None
+        whole = {}
+        for name, tensor in self.model.state_dict().items():
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if self.processes.is_first:
+                whole[name] = full
+        return rebuilt(whole, self) if whole else None
 
 
 class Pipeline(Engine):
@@ -239,9 +242,13 @@ class Pipeline(Engine):
             model.final_norm = None
             model.lm_head = Elsewhere()  # type: ignore[assignment]
         self.readers = ALONE  # every process takes all sequences
-        # Four times as many pieces as processes leave at most a fifth of the time idle.
-        pieces = max(n for n in range(1, 4 * processes.count + 1) if config.batch_size % n == 0)
-        shape = (config.batch_size // pieces, config.max_seq_len)
+        # Every process is at work on one piece while count - 1 others are on their way.
+        pieces = min(
+            range(processes.count, 4 * processes.count + 1),
+            key=lambda n: (n + processes.count - 1) * math.ceil(config.batch_size / n),
+        )
+        shape = (math.ceil(config.batch_size / pieces), config.max_seq_len)
+        self._rows = pieces * shape[0]
         x = torch.empty(*shape, config.hidden_size, device="meta", requires_grad=True)
         stage = PipelineStage(
             HiddenStatesOf(model, config.precision),
@@ -263,7 +270,7 @@ class Pipeline(Engine):
     def _run(self, schedule: Callable[..., Any], ids: Tensor, weight: float) -> float:
         """The weighted loss in the last process, 0 in the others."""
         self._scale = weight / max(1, int((self.model.targets(ids) != -100).sum()))
-        missing = self.config.batch_size - len(ids)
+        missing = self._rows - len(ids)
         ids = nn.functional.pad(ids, (0, 0, 0, missing), value=self.model.padding_idx)
         losses: list[Tensor] = []
         schedule(*([ids] if self.processes.is_first else []), target=ids, losses=losses)
@@ -288,7 +295,8 @@ class Pipeline(Engine):
 
     def whole_model(self) -> DecoderModel | None:
         parts: list[Any] | None = [None] * self.processes.count if self.processes.is_first else None
-        dist.gather_object(self.model.state_dict(), parts)
+        weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+        dist.gather_object(weights, parts)
         if parts is None:
             return None
         return rebuilt({k: v for part in parts for k, v in part.items()}, self)

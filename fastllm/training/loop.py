@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,9 @@ class Trainer:
         self.engine = choose_engine(config, processes)(config, model, processes)
         self.progress = Progress(text_sha256=train_set.text_sha256)
         if checkpoint is not None:
-            self.progress = load_training_state(checkpoint, model, self.engine.optimizers)
+            self.progress = load_training_state(
+                checkpoint, model, self.engine.optimizers, processes
+            )
             if self.progress.text_sha256 != train_set.text_sha256:
                 raise ValueError(
                     f"{train_set.file_path} is not the text that this run began with; give its "
@@ -121,8 +124,6 @@ class Trainer:
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
         self.stopped_by: signal.Signals | None = None
         self._signals = _Signals()
-        self._deadline = math.inf
-        self._is_late = 0.0
         self.evaluation: Evaluation | None = None
         self._saved_step = self.progress.step if checkpoint is not None else -1
 
@@ -135,8 +136,7 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         start, before = time.monotonic(), progress.elapsed_s
-        if config.max_minutes:
-            self._deadline = start + 60 * config.max_minutes
+        deadline = start + 60 * config.max_minutes if config.max_minutes else math.inf
         logged_tokens, logged_s = progress.tokens, progress.training_s
         sample_interval = 0 if config.quiet else config.sample_interval
         loader = self._loader()
@@ -161,14 +161,14 @@ class Trainer:
             ending = progress.step >= self.total_steps
             while not ending:
                 step_start = time.monotonic()
-                outcome = self._step(loader)
+                outcome = self._step(loader, deadline)
                 if outcome is None:  # a signal came between two batches of the step
                     break
-                loss, grad_norm, lr = outcome
+                loss, grad_norm, lr, is_late = outcome
                 step = progress.step
                 progress.training_s += time.monotonic() - step_start
                 profiler.step()
-                ending = step >= self.total_steps or self._is_late > 0
+                ending = step >= self.total_steps or is_late
 
                 new_val_loss = None
                 if self.val_set is not None and (
@@ -210,11 +210,16 @@ class Trainer:
                     break
             if self._saved_step != progress.step:
                 self.save()
+            if self.processes.count == 1:
+                self.stopped_by = self._signals.stopped_by
 
     def _step(
-        self, loader: Iterator[dict[str, Tensor]]
-    ) -> tuple[float, float | None, float] | None:
-        """One optimizer step: loss, gradient norm, learning rate; None if a signal came first."""
+        self, loader: Iterator[dict[str, Tensor]], deadline: float
+    ) -> tuple[float, float | None, float, bool] | None:
+        """One optimizer step: loss, gradient norm, learning rate and whether the time is over.
+
+        None if a signal came before it was done.
+        """
         config, progress, engine = self.config, self.progress, self.engine
         # All that a step draws comes from this generator; seeding every device's would take 0.1 ms.
         rank = [self.processes.rank] if self.processes.rank else []
@@ -237,8 +242,8 @@ class Trainer:
                 # By its tokens, so that the sum is the gradient of one big batch.
                 loss += engine.backward(ids, tokens / all_predicted, last=i == count)
         came = self._signals.stopped_by
-        late = self.processes.is_first and time.monotonic() >= self._deadline
-        loss, stops, self._is_late = self.processes.sum(loss, came is not None, late)
+        late = self.processes.is_first and time.monotonic() >= deadline
+        loss, stops, lates = self.processes.sum(loss, came is not None, late)
         if stops:
             self.stopped_by = came or signal.SIGTERM
         self._check_finite("loss", loss)
@@ -247,14 +252,17 @@ class Trainer:
         grad_norm = engine.update() if all_predicted else 0.0
         progress.step += 1
         progress.tokens += int(seen)
-        return loss, grad_norm, factor * config.lr
+        return loss, grad_norm, factor * config.lr, lates > 0
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
-            raise TrainingError(
-                f"the {name} is {value} at step {self.progress.step + 1}. Try a lower --lr or more "
-                "--warmup_steps; the last checkpoint was saved before this"
-            )
+            raise self._diverged(f"the {name} is {value}")
+
+    def _diverged(self, problem: str) -> TrainingError:
+        return TrainingError(
+            f"{problem} at step {self.progress.step + 1}. Try a lower --lr or more --warmup_steps; "
+            "the last checkpoint was saved before this"
+        )
 
     def learning_rate_factor(self, step: int) -> float:
         """What the learning rates are multiplied by at `step`, counted from 0."""
@@ -327,10 +335,10 @@ class Trainer:
             CheckpointError: the checkpoint cannot be written.
         """
         progress = self.progress
-        for name, parameter in self.model.named_parameters():
-            here = local(parameter.detach())
-            for extreme in torch.aminmax(here) if here.numel() else ():
-                self._check_finite(f"largest or smallest number of {name}", float(extreme))
+        problem = next(filter(None, starmap(why_not_finite, self.model.named_parameters())), None)
+        (problems,) = self.processes.sum(problem is not None)
+        if problems:
+            raise self._diverged(problem or "a weight in another process is no finite number")
         progress.loss_scale = self.engine.scaler.state_dict()
         save_checkpoint(
             self.run_dir,
@@ -346,12 +354,21 @@ class Trainer:
         self._saved_step = progress.step
 
     def _profiler(self) -> Any:
-        if not self.config.profile:
+        if not self.config.profile or not self.processes.is_first:
             return contextlib.nullcontext(_NoProfiler())
         return torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1),
             on_trace_ready=lambda p: p.export_chrome_trace(str(self.run_dir / "profile.json")),
         )
+
+
+def why_not_finite(name: str, parameter: Tensor) -> str | None:
+    """Names a number in a parameter that is not finite; None where all are."""
+    here = local(parameter.detach())
+    for extreme in torch.aminmax(here) if here.numel() else ():
+        if not extreme.isfinite():
+            return f"the largest or smallest number of {name} is {extreme.item()}"
+    return None
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

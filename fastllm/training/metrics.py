@@ -51,7 +51,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     starts = range(0, len(dataset), batch_size)
-    rows = [readers.share(range(len(dataset))[i : i + batch_size]) for i in starts]
+    rows = (readers.share(range(len(dataset))[i : i + batch_size]) for i in starts)
     total, count = 0.0, 0.0
     for batch in DataLoader(dataset, batch_sampler=rows, collate_fn=collate):
         ids = batch["input_ids"].to(device)

@@ -1,14 +1,15 @@
 """The processes that train one model together, and what they tell each other."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -48,11 +49,41 @@ class Processes:
         return total.tolist()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, in every process."""
-        made: list[Any] = [make() if self.is_first else None]
-        if self.count > 1:
+        """What the first process makes, in every process.
+
+        Raises:
+            ProcessError: it could not; there, what `make` raised.
+        """
+        if self.count == 1:
+            return make()
+        made: list[Any] = [None]
+        try:
+            if self.is_first:
+                made = [(make(),)]
+        finally:  # also where that raised: the others wait for it
             dist.broadcast_object_list(made)
-        return made[0]
+        if made[0] is None:
+            raise ProcessError("the first process could not go on; its message says why")
+        return made[0][0]
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """What is inside runs in the first process, and where that succeeds in the others.
+
+        Raises:
+            ProcessError: in the others, where it failed in the first.
+        """
+        if self.is_first:
+            done = False
+            try:
+                yield
+                done = True
+            finally:
+                if self.count > 1:
+                    dist.broadcast_object_list([(None,) if done else None])
+        else:
+            self.from_first(lambda: None)
+            yield
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -73,6 +104,18 @@ class Processes:
                         "start all of them with the same command"
                     )
 
+    @contextmanager
+    def noticing_lost_ones(self) -> Iterator[None]:
+        """Says in one line that another process ended while this one waited for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count > 1 and re.search(r"(closed|reset) by peer|Broken pipe", str(error)):
+                raise ProcessError(
+                    "another process of this run has ended; its message says why"
+                ) from error
+            raise
+
 
 ALONE = Processes()
 
@@ -84,21 +127,16 @@ def joined(device: str) -> Iterator[Processes]:
     Raises:
         ProcessError: they cannot meet.
     """
-    started_by_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    already_met = dist.is_initialized()  # a launcher such as Ray's does it
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    already_met = dist.is_available() and dist.is_initialized()  # a launcher such as Ray's does it
+    if device == "cuda" and (launched or already_met):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not already_met:
-        if not started_by_launcher or os.environ["WORLD_SIZE"] == "1":
+        if not launched or os.environ["WORLD_SIZE"] == "1":
             yield ALONE
             return
         try:
-            if device == "cuda":
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            store, rank, count = next(rendezvous("env://"))
-            # torchrun's store outlives the processes: in one that is started again, the addresses
-            # of the dead must not be taken for those of the living.
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            backend = "nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+            _meet("nccl" if device == "cuda" else "gloo")
         except (ValueError, RuntimeError) as error:
             raise ProcessError(_why_not_met(str(error))) from error
     try:
@@ -106,6 +144,19 @@ def joined(device: str) -> Iterator[Processes]:
     finally:
         if not already_met:
             dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(rendezvous("env://"))
+    # torchrun's store outlives the processes: where they are started again, the addresses of the
+    # dead must not be taken for those of the living.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    # The others wait while the first makes tokens of a text, which may be large.
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=count, timeout=timedelta(hours=6)
+    )
 
 
 def _why_not_met(error: str) -> str:
@@ -116,5 +167,5 @@ def _why_not_met(error: str) -> str:
     elif "timed out" in error.lower():
         remedy = "not all of them came: start WORLD_SIZE processes, with ranks from 0 on"
     else:
-        remedy = error.splitlines()[0]
+        remedy = error.partition("\n")[0]
     return f"the processes of this run cannot meet ({given}): {remedy}"

@@ -34,6 +34,17 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.005)
 
 
+def test_a_restart_does_not_take_over_another_run(tmp_path: Path, text: Path) -> None:
+    """Nor does it end well: what was refused at first is refused again."""
+    for flags, status in ((), 0), (("--max_restarts=1",), 1):
+        ended = subprocess.run(
+            torchrun(text, tmp_path / "run", 3, *flags), stderr=subprocess.PIPE, text=True
+        )
+        assert ended.returncode == status, ended.stderr
+    assert ended.stderr.count("holds a run already; --resume continues it") == 2
+    assert ended.stderr.count("the first process could not go on") == 2
+
+
 def test_twenty_kills_change_nothing(tmp_path: Path, text: Path) -> None:
     """A process dies at random instants; the weights are bit for bit an undisturbed run's."""
     steps, rng = 400, random.Random(1)
@@ -44,29 +55,21 @@ def test_twenty_kills_change_nothing(tmp_path: Path, text: Path) -> None:
     def logged() -> int:
         return metrics.stat().st_size if metrics.exists() else 0
 
-    agent = subprocess.Popen(
-        torchrun(text, disturbed, steps, "--max_restarts=20"), stderr=subprocess.DEVNULL
-    )
+    command = torchrun(text, disturbed, steps, "--max_restarts=20")
+    agent = psutil.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        before: set[int] = set()
+        before: list[psutil.Process] = []
         for kill in range(20):
-            workers = psutil.Process(agent.pid).children
-
-            def started(before=before, workers=workers) -> bool:
-                return len({w.pid for w in workers()} - before) == 2
-
-            wait_for(started)
+            wait_for(lambda: len(set(agent.children()) - set(before)) == 2)  # noqa: B023
             at_start = logged()
             if kill % 5:  # the others may die before their first step
-                wait_for(lambda at_start=at_start: logged() != at_start)
+                wait_for(lambda: logged() != at_start)  # noqa: B023
             time.sleep(rng.uniform(0, 0.2))
-            before = {worker.pid for worker in workers()}
-            rng.choice(workers()).kill()
+            before = agent.children()
+            rng.choice(before).kill()
         assert agent.wait(120) == 0
     finally:
-        for process in (
-            psutil.Process(agent.pid).children(recursive=True) if agent.poll() is None else ()
-        ):
+        for process in agent.children(recursive=True) if agent.is_running() else ():
             process.kill()
         agent.kill()
         agent.wait()

@@ -38,6 +38,8 @@ RUNS = {
     "pipeline-accumulation": "--max_steps 9 --grad_accum 3 --parallel pipeline",
     "ddp-tied": "--max_steps 9 --tie_word_embeddings --optimizer adamw --weight_decay 0.1",
     "fsdp-tied": "--max_steps 9 --tie_word_embeddings --gradient_checkpointing --parallel fsdp",
+    # Two sequences in a piece, and three that stand for none.
+    "pipeline-rest": "--max_steps 9 --batch_size 13 --parallel pipeline",
     "ddp-muon": "--max_steps 9 --optimizer muon",
     "pipeline-muon": "--max_steps 9 --optimizer muon --parallel pipeline",
     "ddp-post": "--max_steps 9 --post_norm --pos_encoding learned",
@@ -53,8 +55,14 @@ RESUMED = {
     "dropout-whole": ("--max_steps 8 --dropout 0.2", "--max_steps 8 --dropout 0.2"),
     "dropout-parts": ("--max_steps 3 --dropout 0.2", "--max_steps 8 --dropout 0.2"),
 }
-# In two processes each of these ends with a message; what is in braces is the rank.
+# In two processes each of these ends with a message; what is in braces is the rank. What only the
+# first can notice is said there.
+FIRST_ALONE = {
+    "--file_path nowhere.txt": "nowhere.txt",
+    "--out_dir {used}": "holds a run already; --resume continues it",
+}
 REFUSED = {
+    **FIRST_ALONE,
     "--batch_size 1": "a batch of 1 cannot be shared out among 2 processes; start fewer",
     "--batch_size 1 --parallel fsdp": "a batch of 1 cannot be shared out among 2 processes",
     "--num_layers 1 --parallel pipeline": "1 layers cannot be divided among 2 processes",
@@ -112,12 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     def flags_of(where: str, name: str, flags: str) -> list[str]:
         run_dir = folder / where / name
-        return [
-            *common,
-            *flags.format(short=short, rank="{rank}").split(),
-            "--out_dir",
-            str(run_dir),
-        ]
+        return [*common, *flags.format(short=short).split(), "--out_dir", str(run_dir)]
 
     for name, flags in RUNS.items():
         main(flags_of("one", name, flags))
@@ -125,13 +128,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, (first, then) in RESUMED.items():
         together[f"begun-{name}"] = flags_of("resumed", name, first)
         together[f"resumed-{name}"] = [*flags_of("resumed", name, then), "--resume"]
+    used = folder / "one" / "ddp"
     for flags in REFUSED:
-        together[flags] = flags_of("refused", "run", flags)
+        own = flags.format(used=used, rank="{rank}").split()
+        together[place(flags)] = [*flags_of("refused", "run", ""), *own]
     start_and_wait(2, folder, together)
     yield folder
 
 
-def losses(run_dir: Path, keys: str = "loss val_loss lr tokens") -> torch.Tensor:
+def place(flags: str) -> str:
+    """The name of the files for what a refused command says."""
+    return flags.replace("/", "").replace(" ", "")
+
+
+def losses(run_dir: Path, keys: str = "loss val_loss lr tokens grad_norm") -> torch.Tensor:
     lines = read_metrics(run_dir / "metrics.jsonl")
     values = [[line[key] or 0 for key in keys.split()] for line in lines]
     return torch.tensor(values, dtype=torch.float64)
@@ -144,11 +154,17 @@ def test_two_processes_train_as_one(folder: Path, name: str) -> None:
     expected, found = losses(one), losses(two)
     assert expected.shape == found.shape and len(expected) >= 9
     # Muon rounds to bf16, where a difference in the last bit may grow to one of 2^-8.
-    rtol = 1e-4 if "muon" in name else 1e-6
+    rtol = 2**-8 if "muon" in name else 1e-6
     torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
     for file in ("model.safetensors", "training_state/optimizer.safetensors"):
         ours, theirs = load_file(two / file), load_file(one / file)
-        assert {k: t.shape for k, t in ours.items()} == {k: t.shape for k, t in theirs.items()}
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            # By norms: where a gradient is next to nothing, as by a key's bias it always is, Adam
+            # makes of the rounding as much as of a gradient.
+            if not key.endswith("qkv_proj.bias") and "muon" not in name:
+                difference, scale = (ours[key] - tensor).norm(), tensor.norm()
+                assert difference <= 1e-4 * scale, f"{key}: {difference} of {scale}"
     _, _, config = load_model(find_checkpoint(two))
     assert config.parallel == name.partition("-")[0]
     progress = [
@@ -184,8 +200,9 @@ def test_one_process_goes_on_with_the_run_of_two(folder: Path) -> None:
 @pytest.mark.parametrize("flags", REFUSED)
 def test_refused(folder: Path, flags: str) -> None:
     for rank in (0, 1):
-        said = (folder / f"{flags}.{rank}.txt").read_text()
-        assert REFUSED[flags] in said
+        said = (folder / f"{place(flags)}.{rank}.txt").read_text()
+        others = "the first process could not go on; its message says why"
+        assert (others if rank and flags in FIRST_ALONE else REFUSED[flags]) in said
         assert said.count("\n") == 0
 
 
