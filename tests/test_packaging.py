@@ -71,3 +71,12 @@ def test_without_a_compiler_the_build_succeeds_with_one_warning(
 def test_one_version() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert project["version"] == __version__
+
+
+def test_the_page_is_in_the_wheel(sources: Path) -> None:
+    subprocess.run(
+        [sys.executable, "setup.py", "build_py", "--build-lib", "lib"],
+        cwd=sources, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    page = (sources / "lib/fastllm/serving/page.html").read_bytes()
+    assert page == (REPOSITORY / "fastllm/serving/page.html").read_bytes()

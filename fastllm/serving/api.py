@@ -1,6 +1,8 @@
 """The HTTP side: OpenAI's completions, what the page shows, metrics, and the bounds around them."""
 
 import asyncio
+import base64
+import hashlib
 import hmac
 import ipaddress
 import json
@@ -13,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -661,12 +663,12 @@ def create_app(
     async def our_fault(request: Request, error: Exception) -> JSONResponse:
         return ApiError(500, "the server has made a mistake; its log says which").response()
 
+    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page_headers = headers_of_page(text)
+
     @app.get("/")
-    async def page() -> PlainTextResponse:
-        return PlainTextResponse(
-            f"{served.name}\n\nPOST /v1/completions\nGET  /v1/models\nGET  /health\n"
-            "GET  /metrics\nGET  /api/card\nGET  /api/curve?after=STEP\n"
-        )
+    async def page() -> HTMLResponse:
+        return HTMLResponse(text, headers=page_headers)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -766,6 +768,27 @@ def create_app(
             raise ApiError(503, DRAINING) from None
 
     return app
+
+
+def headers_of_page(text: str) -> dict[str, str]:
+    """What has a browser run the page's own script and style, talk to this server, and no more."""
+
+    def hash_of(tag: str) -> str:
+        inside = text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {hash_of('script')}; style-src {hash_of('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        # Nor may the script make markup of a text.
+        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
 
 
 DRAINING = "the server is about to end; it takes no new requests"

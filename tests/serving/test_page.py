@@ -1,0 +1,595 @@
+"""The page in a real browser: Debian's Chromium, led by Playwright."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="pip install '.[test]' brings Playwright"
+)
+
+from fastllm import DecoderModel, SimpleCharacterTokenizer  # noqa: E402
+from fastllm.generate import generate_text  # noqa: E402
+from fastllm.tokenization import Tokenizer  # noqa: E402
+from tests.serving.conftest import (  # noqa: E402
+    Server,
+    make_model,
+    running_server,
+    slowed,
+    wait_until,
+)
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no browser: apt-get install --no-install-recommends chromium"
+)
+
+Model = tuple[DecoderModel, Tokenizer]
+Open = Callable[..., Any]
+# Some thirty times what any of it took.
+sync_api.expect.set_options(timeout=15_000)
+expect = sync_api.expect
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(characters: Model) -> Iterator[Server]:
+    with running_server(*characters) as server:
+        yield server
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Open]:
+    """Opens a server's page; the test fails if anything went wrong in its script."""
+    contexts, wrong = [], []
+
+    def note(message: Any) -> None:
+        # Answers other than success stand in the console as well.
+        if message.type in ("error", "warning") and "Failed to load" not in message.text:
+            wrong.append(message.text)
+
+    def open_page(server: Server, clock: bool = False, **settings: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **settings})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", note)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        if clock:
+            page.clock.install()
+        page.goto(server.url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def ask(page: Any, prompt: str, wait: bool = True, **settings: Any) -> None:
+    page.fill("#prompt", prompt)
+    for name, value in settings.items():
+        page.fill(f"[name={name}]", str(value))
+    page.press("#prompt", "Control+Enter")
+    if wait:
+        page.locator("#state button").wait_for()  # the seed, which stands at the end
+
+
+def alone(model: Model, prompt: str, max_tokens: int, seed: int, **sampling: Any) -> str:
+    return "".join(generate_text(*model, prompt, max_tokens, seed=seed, **sampling))
+
+
+def answer_of(page: Any) -> str:
+    return str(page.evaluate("answer.textContent"))
+
+
+# The answer
+
+
+def test_text_streams_and_stays_text(open_page: Open) -> None:
+    """Markup in the prompt or in the answer is text."""
+    tokenizer = SimpleCharacterTokenizer(["<img src=x onerror=alert(1)>&\"'/1234567890_"])
+    model = make_model(tokenizer), tokenizer
+    with running_server(*model) as server:
+        page = open_page(server)
+        prompt = "<img src=x>"
+        with slowed(server.engine, 0.01):
+            ask(page, prompt, wait=False, temperature=1, seed=3, max_tokens=200)
+            page.locator("#answer b").nth(20).wait_for()
+            assert page.get_attribute("#answer", "aria-busy") == "true"
+            so_far = answer_of(page)
+            assert len(prompt) + 20 <= len(so_far) < 150
+            expect(page.locator("#state")).to_contain_text("tokens")
+            page.locator("#state button").wait_for()
+        text = answer_of(page)
+        assert text.startswith(so_far) and text == prompt + alone(model, prompt, 200, 3)
+        assert page.get_attribute("#answer", "aria-busy") is None
+        tags = page.evaluate("[...answer.querySelectorAll('*')].map(e => e.tagName).join('')")
+        assert tags == "I" + "B" * 200
+        assert page.inner_text("#state").startswith("200 tokens, ")
+        for i in range(12):  # the likeliest first, also where digits are among them
+            page.hover(f"#answer b >> nth={i}")
+            values = page.locator("#token li > span").all_inner_texts()
+            shares = [float(value.strip("<%")) for value in values]
+            assert len(shares) >= 5 and shares == sorted(shares, reverse=True)
+
+
+def test_characters_of_several_tokens(open_page: Open, subwords: Model) -> None:
+    texts = (alone(subwords, "世界🙂", 120, seed) for seed in range(100))
+    seed, text = next((seed, text) for seed, text in enumerate(texts) if "🙂" in text)
+    with running_server(*subwords) as server:
+        page = open_page(server)
+        ask(page, "世界🙂", temperature=1, seed=seed, max_tokens=120)
+        assert answer_of(page) == "世界🙂" + text
+        parts = page.evaluate(
+            "[...answer.querySelectorAll('b')]"
+            ".map((e) => [e.textContent, scores.get(e).map((each) => each.token)])"
+        )
+        assert sum(len(tokens) for _, tokens in parts) <= 120
+        assert any(len(tokens) > 1 for _, tokens in parts)
+        for shown, tokens in parts:
+            assert "\ufffd" in "".join(tokens) or [shown] == tokens
+        several = next(i for i, (_, tokens) in enumerate(parts) if len(tokens) > 1)
+        page.hover(f"#answer b >> nth={several}")
+        expect(page.locator("#token ol")).to_have_count(len(parts[several][1]))
+
+
+@pytest.mark.parametrize("by", ["key", "button"])
+def test_stop_frees_the_place(open_page: Open, server: Server, by: str) -> None:
+    page = open_page(server)
+    with slowed(server.engine, 0.02):
+        ask(page, "abc", wait=False, max_tokens=290)
+        page.locator("#answer b").nth(5).wait_for()
+        assert server.engine.running == 1
+        if by == "key":
+            page.keyboard.press("Escape")
+        else:
+            page.click("#abort")
+        wait_until(lambda: not server.engine.running, 5)
+    expect(page.locator("#state")).to_contain_text("stopped")
+    expect(page.locator("#send")).to_be_visible()
+    expect(page.locator("#abort")).to_be_hidden()
+    assert page.locator("#problem").is_hidden()
+    text = answer_of(page)
+    ask(page, "cba", max_tokens=7)
+    assert len(answer_of(page)) == 10 < len(text)
+
+
+def test_every_control_is_sent(open_page: Open, server: Server, characters: Model) -> None:
+    page = open_page(server)
+    settings = {
+        "temperature": 0.35, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1,
+        "max_tokens": 40, "seed": 7,
+    }  # fmt: skip
+    with page.expect_request("**/v1/completions") as sent:
+        ask(page, "abc", stop=r"\n\\", **settings)
+    assert sent.value.post_data_json == {
+        "prompt": "abc", "stream": True, "logprobs": 5, "stop": "\n\\", **settings,
+    }  # fmt: skip
+    sampling = {name: settings[name] for name in settings if name not in ("max_tokens", "seed")}
+    assert answer_of(page) == "abc" + alone(characters, "abc", 40, 7, **sampling)
+    for name in settings:
+        page.fill(f"[name={name}]", "")
+    with page.expect_request("**/v1/completions") as sent:
+        ask(page, "abc", stop="", temperature=0)
+    body = sent.value.post_data_json
+    seed = body.pop("seed")
+    assert body == {"prompt": "abc", "stream": True, "logprobs": 5, "temperature": 0}
+    assert answer_of(page) == "abc" + alone(characters, "abc", 16, 0, temperature=0)
+    page.click("#state button")
+    assert page.input_value("[name=seed]") == str(seed)
+    whole = alone(characters, "ab", 60, 5)
+    ask(page, "ab", seed=5, temperature=1, max_tokens=60, stop=whole[20:22])
+    assert answer_of(page) == "ab" + whole[: whole.index(whole[20:22])]
+    expect(page.locator("#state")).to_contain_text("came to the stop text")
+
+
+def test_two_thousand_tokens_are_only_appended(open_page: Open, characters: Model) -> None:
+    with running_server(make_model(characters[1], 2100), characters[1]) as server:
+        page = open_page(server)
+        ask(page, "a", max_tokens=1)
+        page.evaluate(
+            """() => {
+              window.seen = { added: 0, removed: 0, spoken: 0 };
+              new MutationObserver((all) => all.forEach((each) => {
+                seen.added += each.addedNodes.length;
+                seen.removed += each.removedNodes.length;
+              })).observe(answer, { childList: true, subtree: true, characterData: true });
+              new MutationObserver((all) => seen.spoken += all.length)
+                .observe(document.getElementById("spoken"), { childList: true });
+            }"""
+        )
+        ask(page, "ab", max_tokens=2000, wait=False)
+        page.locator("#answer b").nth(1999).wait_for(timeout=60_000)
+        expect(page.locator("#state")).to_contain_text("2,000 tokens")
+        seen = page.evaluate("seen")
+        # The prompt and each token once; what went is the answer before.
+        assert (seen["added"], seen["removed"]) == (2001, 2)
+        assert 3 <= seen["spoken"] < 20  # a screen reader gets sentences
+        assert page.inner_text("#spoken").startswith("The model writes.")
+        assert "".join(page.inner_text("#spoken").split()).endswith("2000tokens.")
+        assert page.evaluate("document.getElementById('end').getBoundingClientRect().bottom") < 800
+
+
+# Probabilities
+
+
+def test_probabilities_by_pointer_and_by_keyboard(
+    open_page: Open, server: Server, characters: Model
+) -> None:
+    page = open_page(server)
+    body = {"prompt": "abc", "max_tokens": 150, "seed": 5, "logprobs": 5, "temperature": 1}
+    choice = page.request.post(f"{server.url}/v1/completions", data=body).json()["choices"][0]
+    ask(page, "abc", temperature=1, seed=5, max_tokens=150)
+    assert answer_of(page) == "abc" + choice["text"]
+
+    def shown(i: int) -> bool:
+        """Whether the card is that of token i: its alternatives, the likeliest first."""
+        top = sorted(choice["logprobs"]["top_logprobs"][i].items(), key=lambda each: -each[1])
+        names = [{" ": "space"}.get(token, token) for token, _ in top]
+        expect(page.locator("#token code")).to_have_text(names)
+        values = page.locator("#token li > span").all_inner_texts()
+        for value, (_, logprob) in zip(values, top, strict=True):
+            assert value == "<0.1%" or abs(float(value[:-1]) - 100 * 2.718281828**logprob) < 0.06
+        own = choice["logprobs"]["tokens"][i]
+        expect(page.locator("#token .drawn code")).to_have_text({" ": "space"}.get(own, own))
+        return bool(page.locator("#token").is_visible())
+
+    token = page.locator("#answer b")
+    for i in (4, 77):
+        token.nth(i).hover()
+        assert shown(i)
+    page.mouse.move(5, 5)
+    expect(page.locator("#token")).to_be_hidden()
+
+    # By keyboard: the text is one stop of Tab, in it the arrows lead on.
+    page.focus("#send")
+    page.keyboard.press("Tab")  # the seed
+    page.keyboard.press("Tab")
+    assert shown(0)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert shown(2)
+    assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == "token"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("ArrowLeft")
+    assert shown(1)
+    place = "document.activeElement.getBoundingClientRect()"
+    before = page.evaluate(place)
+    page.keyboard.press("ArrowDown")
+    below = page.evaluate(place)
+    assert below["top"] > before["top"] + 10 and abs(below["left"] - before["left"]) < 20
+    page.keyboard.press("ArrowUp")
+    assert abs(page.evaluate(place)["top"] - before["top"]) < 1
+    page.keyboard.press("End")
+    assert shown(149)
+    page.keyboard.press("ArrowRight")  # there is none
+    assert shown(149)
+    page.keyboard.press("Escape")
+    expect(page.locator("#token")).to_be_hidden()
+    page.keyboard.press("Home")
+    assert shown(0)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "shade"
+    expect(page.locator("#token")).to_be_hidden()
+    band = "getComputedStyle(answer.querySelector('.p4')).backgroundImage"
+    assert "gradient" in page.evaluate(band)
+    page.keyboard.press("Space")
+    assert page.evaluate(band) == "none"
+
+
+# What goes wrong
+
+
+def test_errors_say_why_and_where(open_page: Open, server: Server) -> None:
+    page = open_page(server)
+    problem = page.get_by_role("alert")
+    for name, value, message in (
+        ("prompt", "abz", "Character 'z' not found"),
+        ("max_tokens", "299", "the model takes 300"),
+        ("temperature", "-1", "temperature"),
+        ("seed", "12345678901234567890", "up to 15 digits"),
+    ):
+        page.reload()
+        page.locator("#card dd").first.wait_for()
+        page.evaluate("document.getElementById('sampling').open = true")
+        ask(page, "ab", wait=False, **{name: value} if name != "prompt" else {})
+        if name == "prompt":
+            page.locator("#state button").wait_for()
+            ask(page, value, wait=False)
+        expect(problem).to_contain_text(message)
+        field = page.locator(f"[name={name}]")
+        expect(field).to_have_attribute("aria-invalid", "true")
+        assert field.get_attribute("aria-describedby") == "why"
+        assert page.locator("#again").is_hidden() and page.locator("#send").is_visible()
+        ask(page, "ab", max_tokens=3, temperature=1, seed=1)
+        expect(problem).to_be_hidden()
+        assert field.get_attribute("aria-invalid") is None
+
+
+def test_a_full_server_can_be_asked_again(open_page: Open, characters: Model) -> None:
+    with running_server(*characters, places=1, longest_queue=0) as server:
+        first, second = open_page(server), open_page(server)
+        with slowed(server.engine, 0.02):
+            ask(first, "a", wait=False, max_tokens=290)
+            first.locator("#answer b").first.wait_for()
+            ask(second, "ab", wait=False, max_tokens=5)
+            expect(second.get_by_role("alert")).to_contain_text("The server is busy: all 1 places")
+            first.keyboard.press("Escape")
+            wait_until(lambda: not server.engine.running)
+        second.get_by_role("button", name="Try again").click()
+        expect(second.locator("#state")).to_contain_text("5 tokens")
+        expect(second.get_by_role("alert")).to_be_hidden()
+
+
+def test_the_key_is_asked_for(open_page: Open, characters: Model) -> None:
+    with running_server(*characters, api_key="secret") as server:
+        page = open_page(server)
+        field = page.get_by_label("This server asks for an API key.")
+        expect(field).to_be_focused()
+        assert page.inner_text("#name") == "fastllm"
+        ask(page, "ab", wait=False)
+        expect(field).to_be_focused()
+        page.keyboard.type("wrong")
+        page.keyboard.press("Enter")
+        field = page.get_by_label("The server does not take this API key.")
+        expect(field).to_be_focused()
+        page.keyboard.type("secret")
+        page.keyboard.press("Enter")
+        expect(page.locator("#name")).to_have_text("tiny")
+        expect(page.locator("#key")).to_be_hidden()
+        expect(page.locator("#prompt")).to_be_focused()
+        ask(page, "ab", max_tokens=5)
+        page.reload()
+        expect(page.locator("#name")).to_have_text("tiny")
+        assert page.evaluate("[localStorage.length, document.cookie, location.search]") == [
+            0,
+            "",
+            "",
+        ]
+
+
+def test_a_server_that_is_gone(open_page: Open, characters: Model) -> None:
+    with ExitStack() as until_the_end:
+        with running_server(*characters) as server:
+            page = open_page(server, clock=True)
+            expect(page.locator("#name")).to_have_text("tiny")
+            until_the_end.enter_context(slowed(server.engine, 0.05))
+            ask(page, "ab", wait=False, max_tokens=290)
+            page.locator("#answer b").nth(5).wait_for()
+        expect(page.get_by_role("alert")).to_contain_text("the server has stopped computing")
+        expect(page.locator("#state")).to_contain_text("broken off")
+    page.click("#again")
+    expect(page.get_by_role("alert")).to_contain_text("The server does not answer.")
+    assert page.locator("#again").is_visible() and page.locator("#send").is_visible()
+    page.clock.fast_forward(4000)
+    expect(page.locator("#gone")).to_contain_text("The server does not answer.")
+
+
+# The model
+
+
+def test_the_curve_follows_a_training(open_page: Open, characters: Model, tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+
+    def write(steps: range) -> None:
+        with log.open("a") as file:
+            for step in steps:
+                val_loss = 3 - step / 100 if step % 10 == 0 else None
+                line = {"step": step, "loss": 4 - step / 50, "val_loss": val_loss}
+                file.write(json.dumps(line) + "\n")
+
+    with running_server(*characters, run_dir=tmp_path) as server:
+        page = open_page(server, clock=True)
+        expect(page.locator("#name")).to_have_text("tiny")
+        card = dict(
+            zip(
+                page.locator("#card dt").all_inner_texts(),
+                page.locator("#card dd").all_inner_texts(),
+                strict=True,
+            )
+        )
+        assert card["Steps"] == "7" and card["Longest text"] == "300 tokens"
+        parameters = sum(parameter.numel() for parameter in characters[0].parameters())
+        expect(page.locator("#summary")).to_have_text(f"{parameters:,} parameters")
+        page.click("text=All settings of the run")
+        expect(page.locator("#settings")).to_contain_text("hidden_size")
+        assert page.locator("#losses").is_hidden()
+
+        write(range(1, 21))
+        page.clock.fast_forward(5000)
+        curve = page.locator("#curve")
+        expect(curve).to_have_attribute("aria-valuenow", "20")
+        assert page.inner_text("figcaption").split() == (
+            "Loss at step 20 training 3.600 validation 2.800".split()
+        )
+        corners = "document.querySelector('#curve .{}').getAttribute('d').split('L').length"
+        assert page.evaluate(corners.format("loss")) == 20
+        assert page.evaluate(corners.format("val_loss")) == 2
+        write(range(21, 51))
+        page.clock.fast_forward(5000)
+        expect(curve).to_have_attribute("aria-valuenow", "50")
+        assert page.evaluate(corners.format("loss")) == 50
+        expect(page.locator("#going")).to_be_visible()
+        expect(curve).to_contain_text("served here")
+
+        # What the points are: by keyboard, and by pointer.
+        curve.focus()
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("PageDown")
+        assert page.get_attribute("#curve", "aria-valuetext") == (
+            "step 46: training loss 3.080, validation loss 2.600"
+        )
+        page.keyboard.press("Home")
+        assert page.inner_text("#at") == "Loss at step 1"
+        curve.hover()
+        assert 20 <= int(page.inner_text("#at").split()[-1]) <= 30
+        page.focus("#prompt")
+        page.mouse.move(5, 5)
+        assert page.inner_text("#at") == "Loss at step 50"
+
+        # Nobody looks: nobody asks.
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        hide = """(hidden) => {
+          Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+          document.dispatchEvent(new Event("visibilitychange"));
+        }"""
+        page.evaluate(hide, True)
+        write(range(51, 61))
+        page.clock.fast_forward(100_000)
+        page.clock.fast_forward(100_000)
+        assert page.get_attribute("#curve", "aria-valuenow") == "50" and asked == []
+        page.evaluate(hide, False)
+        expect(curve).to_have_attribute("aria-valuenow", "60")
+        assert [url.partition("?")[2] for url in asked] == ["after=50"]
+        # The seldomer, the longer nothing has happened.
+        for _ in range(10):
+            page.clock.run_for(30_000)
+            wait_until(lambda: not page.evaluate("looking"))
+        assert len(asked) < 30
+        expect(page.locator("#going")).to_be_hidden()
+
+
+# Looks, and who uses it how
+
+
+def test_a_phone(open_page: Open, server: Server) -> None:
+    page = open_page(server, viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True)
+    width = "Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)"
+    expect(page.locator("#name")).to_have_text("tiny")
+    assert page.evaluate(width) == 360
+    expect(page.locator("summary").first).to_contain_text("temperature 0.8, max tokens 150")
+    assert page.locator("[name=seed]").is_hidden()
+    page.tap("summary")
+    page.fill("[name=seed]", "3")
+    ask(page, "a" * 120, max_tokens=170)
+    assert page.evaluate(width) == 360
+    page.evaluate(
+        "[...answer.querySelectorAll('b')]"
+        ".reduce((a, b) => a.getBoundingClientRect().left > b.getBoundingClientRect().left ? a : b)"
+        ".id = 'rightmost'"
+    )
+    page.tap("#rightmost")
+    box = page.locator("#token").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+    assert page.evaluate(width) == 360
+    page.click("text=All settings of the run")
+    assert page.evaluate(width) == 360
+    page.set_viewport_size({"width": 360, "height": 300})
+    with slowed(server.engine, 0.02):
+        ask(page, "ab" * 60, wait=False, max_tokens=180)
+        page.locator("#answer[aria-busy] b").nth(100).wait_for()
+        assert page.locator("#abort").bounding_box()["y"] >= 0  # in sight at the end of a long text
+        page.tap("#abort")
+    expect(page.locator("#state")).to_contain_text("stopped")
+
+
+CONTRASTS = """() => {
+  const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+  const luminance = (color) => {
+    const [r, g, b] = channels(color).map((c) => c / 255)
+      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (e) => {
+    const color = getComputedStyle(e).backgroundColor;
+    return channels(color)[3] === 0 ? behind(e.parentElement) : color;
+  };
+  const hasText = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+  const texts = [...document.querySelectorAll("body *:not(script):not(.unseen)")]
+    .filter((e) => e.checkVisibility() && hasText(e));
+  const contrast = (e) => {
+    const both = [luminance(getComputedStyle(e).color), luminance(behind(e))];
+    return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
+  };
+  return [luminance(behind(document.body)), texts.length, Math.min(...texts.map(contrast))];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_both_schemes_can_be_read(open_page: Open, server: Server, scheme: str) -> None:
+    page = open_page(server, color_scheme=scheme, reduced_motion="reduce")
+    ask(page, "abc", temperature=1, max_tokens=60)
+    page.hover("#answer b >> nth=3")
+    brightness, texts, contrast = page.evaluate(CONTRASTS)
+    assert brightness < 0.05 if scheme == "dark" else brightness > 0.8
+    assert texts > 60 and contrast >= 4.5
+    with slowed(server.engine, 0.02):
+        ask(page, "abc", wait=False, max_tokens=290)
+        page.locator("#answer b").first.wait_for()
+        assert page.evaluate("getComputedStyle(answer, '::after').animationName") == "none"
+        page.keyboard.press("Escape")
+
+
+def test_by_keyboard_alone(open_page: Open, server: Server) -> None:
+    page = open_page(server)
+    expect(page.locator("#name")).to_have_text("tiny")
+    stops = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        stops.append(
+            page.evaluate("document.activeElement.name || document.activeElement.id || 'summary'")
+        )
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert stops == [
+        *("prompt", "summary", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+        *("max_tokens", "seed", "stop", "send", "summary"),
+    ]
+    unnamed = "[...document.querySelectorAll('input, textarea')].filter((e) => !e.labels.length)"
+    assert page.evaluate(f"{unnamed}.length") == 0
+    page.fill("#prompt", "ab")
+    page.fill("[name=max_tokens]", "250")
+    page.focus("#send")
+    with slowed(server.engine, 0.02):
+        page.keyboard.press("Enter")
+        expect(page.locator("#abort")).to_be_focused()
+        page.locator("#answer b").first.wait_for()
+        page.keyboard.press("Space")
+        expect(page.locator("#send")).to_be_focused()
+    expect(page.locator("#state")).to_contain_text("stopped")
+
+
+def test_the_page_runs_nothing_but_itself(browser: Any, server: Server) -> None:
+    page = browser.new_page()
+    page.goto(server.url)
+    expect(page.locator("#name")).to_have_text("tiny")
+    requests = page.evaluate("performance.getEntriesByType('resource').map((each) => each.name)")
+    assert requests and all(name.startswith(f"{server.url}/api/") for name in requests)
+    refused = page.evaluate(
+        """async (url) => {
+          const refused = [];
+          document.addEventListener("securitypolicyviolation", (event) => {
+            refused.push(event.effectiveDirective);
+          });
+          const add = (tag, values) => {
+            document.body.append(Object.assign(document.createElement(tag), values));
+          };
+          add("img", { src: `${url}/health` });
+          add("style", { textContent: "body { color: red }" });
+          add("iframe", { src: url });
+          await fetch("http://127.0.0.1:1/").catch(() => 0);
+          try { add("p", { innerHTML: "<b>" }); } catch (error) { refused.push(error.name); }
+          await new Promise((resolve) => setTimeout(resolve, 200));
+          return refused;
+        }""",
+        server.url,
+    )
+    assert {"img-src", "style-src-elem", "frame-src", "connect-src", "TypeError"} <= set(refused)
+    page.close()
