@@ -29,13 +29,64 @@ from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_m
 from fastllm.training.config import RunSettings, TrainConfig, parse_train_config
 from fastllm.training.loop import Trainer, TrainingError, mix
 from fastllm.training.metrics import bits_per_character, plot_losses, resident_mb
-from fastllm.training.processes import ALONE, ProcessError, Processes, joined
+from fastllm.training.processes import (
+    ALONE,
+    ProcessError,
+    Processes,
+    check_shares,
+    is_one_of_several,
+    joined,
+)
 
 Tell = Callable[..., None]
 
 
 def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
+    if config.launcher is None or (config.launcher == "deepspeed" and is_one_of_several()):
+        train(config)
+    else:
+        with errors_in_one_line(ProcessError, OSError, ValueError, ImportError):
+            launch(config, arguments)
+
+
+def launch(config: TrainConfig, arguments: list[str]) -> None:
+    """Has the launcher start processes that train; ends when they do.
+
+    Raises:
+        ProcessError: they cannot be started.
+        ImportError: the launcher is not installed.
+    """
+    count = config.num_workers
+    if is_one_of_several():
+        raise ProcessError(
+            f"{config.launcher} starts the processes by itself: leave torchrun or --launcher out"
+        )
+    if count < 1:
+        raise ProcessError(
+            f"--launcher {config.launcher} needs --num_workers, the number of its processes"
+        )
+    if config.parallel != "pipeline":
+        check_shares(config.batch_size, count)
+    if config.file_path:
+        config.file_path.open("rb").close()  # a mistake in it is told at once
+    run_dir = choose_run_dir(config, run_name(config))
+    if config.launcher == "ray":
+        from fastllm.integrations import ray
+
+        ray.launch(config, run_dir)
+    else:
+        from fastllm.integrations import deepspeed
+
+        deepspeed.launch(count, arguments)
+
+
+def train(config: TrainConfig, begun: Callable[[Trainer], None] = lambda trainer: None) -> None:
+    """Trains in this process, with the others of its run if there are any.
+
+    Args:
+        begun: is told of the trainer, before it trains.
+    """
     threads = set_threads(config.threads)
     bad_input = (ImplementationError, CheckpointError, OSError, ValueError, KeyError, ImportError)
     with contextlib.ExitStack() as stack:
@@ -44,17 +95,22 @@ def main(arguments: list[str]) -> None:
             if config.impl != "auto":
                 stack.enter_context(use(config.impl))
             config.device = choose_device(config.device)
-            processes = stack.enter_context(joined(config.device))
+            processes = stack.enter_context(
+                joined(config.device, even_alone=config.launcher == "deepspeed")
+            )
             stack.enter_context(errors_in_one_line(ProcessError))
             stack.enter_context(processes.noticing_lost_ones())
             processes.check_agreement(config.model_dump(mode="json"))
+            if config.launcher:  # it has started its processes; none is for data
+                config.num_workers = 0
             tell: Tell = say if processes.is_first and not config.quiet else lambda *parts: None
             operations = implementation_line(config.device)
             run_dir, config.resume = processes.from_first(lambda: begin_or_go_on(config))
             trainer = prepare(config, run_dir, tell, processes)
             tell(f"run         {run_dir}")
             tell(f"threads     {threads}{' in each process' if processes.count > 1 else ''}")
-            tell(f"operations  {operations}")
+            tell(f"operations  {operations}{trainer.engine.caveat}")
+            begun(trainer)
         with errors_in_one_line(CheckpointError, TrainingError, ImplementationError, OSError):
             trainer.train()
             if processes.is_first:
@@ -75,9 +131,7 @@ def begin_or_go_on(config: TrainConfig) -> tuple[Path, bool]:
     """
     launch = torchrun_launch()
     if launch is None:
-        return choose_run_dir(config, config.file_path.stem if config.file_path else "demo"), (
-            config.resume
-        )
+        return choose_run_dir(config, run_name(config)), config.resume
     if config.out_dir is None:
         raise ValueError("torchrun's --max_restarts needs --out_dir, where a restart finds the run")
     note = config.out_dir / "torchrun.txt"
@@ -96,6 +150,10 @@ def torchrun_launch() -> str | None:
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     # Without an id, the first process always has the same agent.
     return f"{name} {socket.gethostname()} {os.getppid()}" if name == "none" else name
+
+
+def run_name(config: TrainConfig) -> str:
+    return config.file_path.stem if config.file_path else "demo"
 
 
 def choose_run_dir(config: RunSettings, name: str) -> Path:
@@ -126,6 +184,8 @@ def prepare(
     with processes.first_before_others():  # it makes the files that all of them use
         parts = read(config, run_dir, checkpoint, tell, processes)
     processes.check_agreement({"precision": config.precision})
+    if config.launcher == "deepspeed" and config.deepspeed_config is None:
+        config.deepspeed_config = run_dir / "deepspeed.json"
     return Trainer(config, *parts, run_dir, checkpoint, processes)
 
 
@@ -190,6 +250,10 @@ def read(
             tokenizer.save(run_dir / "tokenizer.json")
         with replace_file(run_dir / "config.json") as file:
             file.write(config.to_json().encode())
+        if config.launcher == "deepspeed":
+            from fastllm.integrations.deepspeed import write_settings
+
+            write_settings(config, run_dir)
     return model, tokenizer, train_set, val_set
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastllm import integrations
 from fastllm.ops import dispatch
+from fastllm.train import main
 from fastllm.training.metrics import read_metrics
 
 
@@ -121,6 +123,27 @@ def test_bad_input_is_named_before_anything_is_written(
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs/text/config.json").exists()
+
+
+@pytest.mark.parametrize("launcher", ["ray", "deepspeed"])
+def test_launchers_say_what_they_need(
+    launcher: str, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is started, and without the library itself."""
+    monkeypatch.setitem(sys.modules, launcher, None)
+    monkeypatch.delitem(sys.modules, f"fastllm.integrations.{launcher}", raising=False)
+    monkeypatch.delattr(integrations, launcher, raising=False)
+    flags = ["--launcher", launcher]
+    for more, message in (
+        ([], f"--launcher {launcher} needs --num_workers, the number of its processes"),
+        (["--num_workers", "17"], "a batch of 16 cannot be shared out among 17 processes"),
+        (["--num_workers", "2", "--file_path", "nowhere.txt"], "nowhere.txt"),
+        (["--num_workers", "2", "--file_path", str(text)], f"install 'fastllm[{launcher}]'"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main([*flags, *more])
+        assert message in str(exit_.value)
+        assert str(exit_.value).count("\n") == 0
 
 
 def test_cleaning(tmp_path: Path) -> None:

@@ -64,7 +64,10 @@ Run = TypeVar("Run", bound=RunSettings)
 class TrainConfig(RunSettings):
     """Train a small language model on a text file."""
 
-    of_one_command: ClassVar = {"config", "out_dir", "resume", "max_minutes", "profile", "quiet"}
+    of_one_command: ClassVar = {
+        *("config", "out_dir", "resume", "max_minutes", "profile", "quiet"),
+        *("launcher", "max_failures", "zero_stage", "offload", "deepspeed_config"),
+    }
     fixed: ClassVar = [
         *("max_seq_len", "overlap", "tokenizer", "vocab_size", "min_line_length", "dedup_lines"),
         *("val_fraction", "hidden_size", "num_layers", "num_heads", "dropout", "norm_first"),
@@ -168,7 +171,8 @@ class TrainConfig(RunSettings):
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Processes that load data; 0 loads it in the training process."""
+    """Processes that load data; 0 loads it in the training process. Under a launcher, how many
+    training processes it starts; each of them loads its data itself."""
     precision: Precision = "fp32"
     """What matrix products round their operands to; weights and sums are fp32 always. bf16 is up to
     1.8 times as fast on CPUs that have it; auto takes it there. fp16 is for GPUs."""
@@ -179,6 +183,18 @@ class TrainConfig(RunSettings):
     parallel: Literal["ddp", "fsdp", "pipeline"] = "ddp"
     """How the processes that torchrun starts divide a step: each has the whole model and some of
     the sequences (ddp), a part of every weight (fsdp), or some of the layers (pipeline)."""
+    launcher: Literal["ray", "deepspeed"] | None = None
+    """Starts num_workers training processes on this machine: ray starts them again when one dies,
+    deepspeed divides what they keep, and joins those that torchrun has started."""
+    max_failures: Count = 3
+    """Under ray: so often a run goes on from its last checkpoint after a process has died."""
+    zero_stage: Annotated[int, Field(ge=1, le=3)] | None = None
+    """Under deepspeed, each process keeps a part of the optimizer's moments (1, unless given), of
+    the gradients as well (2), of the weights as well (3)."""
+    offload: Literal["cpu"] | None = None
+    """Under deepspeed: where the optimizer works, and stage 3 keeps the weights."""
+    deepspeed_config: Path | None = None
+    """Under deepspeed: its settings, instead of deepspeed.json in the run's folder."""
 
     @model_validator(mode="after")
     def _check_together(self) -> "TrainConfig":
@@ -195,7 +211,23 @@ class TrainConfig(RunSettings):
             raise ValueError(f"min_lr ({self.min_lr}) must not exceed lr ({self.lr})")
         if self.patience and not self.val_fraction:
             raise ValueError("patience needs a validation split: give a val_fraction above 0")
+        self._check_launcher()
         return self
+
+    def _check_launcher(self) -> None:
+        if self.launcher != "deepspeed":
+            for name in ("zero_stage", "offload", "deepspeed_config"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is for --launcher deepspeed, which was not given")
+            return
+        refused = {
+            f"parallel {self.parallel}": self.parallel != "ddp",
+            "precision fp16": self.precision == "fp16",
+            "optimizer muon": self.optimizer == "muon",
+        }
+        for what, is_set in refused.items():
+            if is_set:
+                raise ValueError(f"{what} and the launcher deepspeed exclude each other")
 
     def build_model(self, vocab_size: int, padding_idx: int | None) -> DecoderModel:
         """An untrained model of these settings."""

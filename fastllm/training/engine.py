@@ -9,6 +9,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from fastllm.models.decoder import DecoderModel
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.parameters import Linear
 from fastllm.optim import Adam, AdamW
+from fastllm.training.checkpoint import Progress, load_training_state
 from fastllm.training.config import TrainConfig
-from fastllm.training.processes import ALONE, ProcessError, Processes
+from fastllm.training.processes import ALONE, ProcessError, Processes, check_shares
 
 
 class Engine:
@@ -37,9 +39,11 @@ class Engine:
         optimizers: of these parameters.
         readers: the processes that share the sequences of a batch out among them.
         in_step: whether all processes must compute the loss of a batch equally often.
+        caveat: what keeps some of the operations from running, to go behind their names.
     """
 
     in_step = False
+    caveat = ""
     clips_in_optimizer = True
 
     def __init__(
@@ -117,6 +121,14 @@ class Engine:
         """The model with all weights, to generate with; None in all processes but the first."""
         return self.model if self.processes.is_first else None
 
+    def load(self, checkpoint: Path) -> Progress:
+        """Fills the optimizers from a checkpoint, as `load_training_state` does."""
+        return load_training_state(checkpoint, self.model, self.optimizers, self.processes)
+
+    def to_save(self) -> tuple[DecoderModel, list[torch.optim.Optimizer]]:
+        """What this process adds to a checkpoint: the model and the optimizers, or its parts."""
+        return self.model, self.optimizers
+
 
 class DDP(Engine):
     """Each process has the whole model and a part of the sequences; gradients are added up.
@@ -126,21 +138,12 @@ class DDP(Engine):
     """
 
     def _divide(self) -> None:
-        self._check()
+        check_shares(self.config.batch_size, self.processes.count)
         with warnings.catch_warnings():
             # Later versions of PyTorch have another name for it, which earlier ones do not know.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
             self._wrapped = nn.parallel.DistributedDataParallel(
                 LossOf(self.model), broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-
-    def _check(self) -> None:
-        """Raises a `ProcessError` where the settings do not allow for so many processes."""
-        size, count = self.config.batch_size, self.processes.count
-        if size < count:
-            raise ProcessError(
-                f"a batch of {size} cannot be shared out among {count} processes; start fewer, or "
-                f"set batch_size to {count} or more"
             )
 
     def loss(self, ids: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ class FSDP(DDP):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        self._check()
+        check_shares(self.config.batch_size, self.processes.count)
         if self.config.precision == "fp16":
             raise ProcessError("fsdp does not scale losses for fp16; use bf16")
         if self.config.optimizer == "muon":

@@ -27,7 +27,7 @@ from fastllm.generate import generate_tokens
 from fastllm.models.decoder import DecoderModel
 from fastllm.optim import local
 from fastllm.tokenization import Tokenizer
-from fastllm.training.checkpoint import Progress, load_training_state, save_checkpoint
+from fastllm.training.checkpoint import Progress, save_checkpoint
 from fastllm.training.config import TrainConfig
 from fastllm.training.engine import DDP, FSDP, Engine, Pipeline
 from fastllm.training.metrics import Evaluation, MetricsLog, evaluate, resident_mb
@@ -60,6 +60,10 @@ def batches(
 
 def choose_engine(config: TrainConfig, processes: Processes) -> type[Engine]:
     """What computes the steps of a run."""
+    if config.launcher == "deepspeed":
+        from fastllm.integrations.deepspeed import DeepSpeed
+
+        return DeepSpeed
     if processes.count == 1:
         return Engine
     return {"ddp": DDP, "fsdp": FSDP, "pipeline": Pipeline}[config.parallel]
@@ -109,9 +113,7 @@ class Trainer:
         self.engine = choose_engine(config, processes)(config, model, processes)
         self.progress = Progress(text_sha256=train_set.text_sha256)
         if checkpoint is not None:
-            self.progress = load_training_state(
-                checkpoint, model, self.engine.optimizers, processes
-            )
+            self.progress = self.engine.load(checkpoint)
             if self.progress.text_sha256 != train_set.text_sha256:
                 raise ValueError(
                     f"{train_set.file_path} is not the text that this run began with; give its "
@@ -212,6 +214,10 @@ class Trainer:
                 self.save()
             if self.processes.count == 1:
                 self.stopped_by = self._signals.stopped_by
+
+    def stop(self, number: signal.Signals) -> None:
+        """Has `train` save and stop after the step at hand, as this signal to the process would."""
+        self._signals.stopped_by = number
 
     def _step(
         self, loader: Iterator[dict[str, Tensor]], deadline: float
@@ -335,7 +341,8 @@ class Trainer:
             CheckpointError: the checkpoint cannot be written.
         """
         progress = self.progress
-        problem = next(filter(None, starmap(why_not_finite, self.model.named_parameters())), None)
+        model, optimizers = self.engine.to_save()
+        problem = next(filter(None, starmap(why_not_finite, model.named_parameters())), None)
         (problems,) = self.processes.sum(problem is not None)
         if problems:
             raise self._diverged(problem or "a weight in another process is no finite number")
@@ -344,8 +351,8 @@ class Trainer:
             self.run_dir,
             self.config,
             self.tokenizer,
-            self.model,
-            self.engine.optimizers,
+            model,
+            optimizers,
             progress,
             self.processes,
             keep=[progress.best_step] if progress.best_step else [],

@@ -18,6 +18,10 @@ class ProcessError(Exception):
     """The processes of a run cannot work together; the message says why and what to try."""
 
 
+class LostProcessError(ProcessError):
+    """Another process of the run has ended while this one waited for it."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process and the others of its run.
@@ -111,7 +115,7 @@ class Processes:
             yield
         except RuntimeError as error:
             if self.count > 1 and re.search(r"(closed|reset) by peer|Broken pipe", str(error)):
-                raise ProcessError(
+                raise LostProcessError(
                     "another process of this run has ended; its message says why"
                 ) from error
             raise
@@ -120,19 +124,36 @@ class Processes:
 ALONE = Processes()
 
 
+def is_one_of_several() -> bool:
+    """Whether torchrun, or another launcher, has started this process; its group may be of one."""
+    already_met = dist.is_available() and dist.is_initialized()
+    return already_met or ("RANK" in os.environ and "WORLD_SIZE" in os.environ)
+
+
+def check_shares(batch_size: int, count: int) -> None:
+    """Raises a `ProcessError` where a batch has fewer sequences than there are processes."""
+    if batch_size < count:
+        raise ProcessError(
+            f"a batch of {batch_size} cannot be shared out among {count} processes; start fewer, "
+            f"or set batch_size to {count} or more"
+        )
+
+
 @contextmanager
-def joined(device: str) -> Iterator[Processes]:
+def joined(device: str, even_alone: bool = False) -> Iterator[Processes]:
     """This process with the others that torchrun, or another launcher, started; alone without one.
+
+    Args:
+        even_alone: a process that was started as the only one makes a group of one.
 
     Raises:
         ProcessError: they cannot meet.
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     already_met = dist.is_available() and dist.is_initialized()  # a launcher such as Ray's does it
-    if device == "cuda" and (launched or already_met):
+    if device == "cuda" and is_one_of_several():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not already_met:
-        if not launched or os.environ["WORLD_SIZE"] == "1":
+        if not is_one_of_several() or (os.environ["WORLD_SIZE"] == "1" and not even_alone):
             yield ALONE
             return
         try:

@@ -87,6 +87,7 @@ def train_together(
             except SystemExit as end:
                 said.write(str(end))
         (folder / f"{name}.{rank}.txt").write_text(said.getvalue())
+    torch.distributed.destroy_process_group()
 
 
 def start_and_wait(count: int, folder: Path, runs: dict[str, list[str]]) -> None:

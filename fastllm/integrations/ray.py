@@ -1,0 +1,198 @@
+"""Training under Ray: `python -m fastllm.train --launcher ray --num_workers 2`.
+
+Ray Train starts the workers, and starts all of them again when one dies; they go on from the last
+checkpoint of the run. What they compute is what processes under torchrun do.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from fastllm.command import choose_device, say, stopped_by_signals
+from fastllm.threads import available_cores
+from fastllm.training.config import TrainConfig
+from fastllm.training.loop import Trainer
+from fastllm.training.processes import LostProcessError, ProcessError
+
+# Read by Ray as it is imported. Nothing of a run is for others to know.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it would say everything twice
+
+try:
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+except ImportError as error:
+    raise ImportError(f"--launcher ray needs Ray ({error}): pip install 'fastllm[ray]'") from None
+
+POLL_S = 0.2
+# Memory for what Ray's processes hand each other, which is next to nothing here; Ray's least.
+OBJECT_STORE_BYTES = 80 * 2**20
+# Files in the run's folder: what workers say, and by which signal they are to stop.
+LOG, STOP = "ray.log", "ray.stop"
+
+
+def launch(config: TrainConfig, run_dir: Path) -> None:
+    """Trains in `config.num_workers` workers on this machine; exits as they do.
+
+    Raises:
+        ProcessError: there are more workers than cores, or they have failed.
+    """
+    count, cores = config.num_workers, available_cores()
+    if count > cores:
+        raise ProcessError(
+            f"{count} workers need a core each, and this process may use {cores}; start fewer"
+        )
+    # The workers have another current folder.
+    run_dir = run_dir.resolve()
+    paths = {"out_dir": run_dir}
+    for name in ("file_path", "tokenizer"):
+        if isinstance(path := getattr(config, name), Path):
+            paths[name] = path.resolve()
+    settings = config.model_copy(update={**paths, "launcher": None, "num_workers": 0})
+    if not config.quiet:
+        say(f"ray         {count} workers, {cores // count} cores each; they take a while to start")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    stop, log, records = run_dir / STOP, run_dir / LOG, run_dir / ".ray"
+    log.touch()
+    # What a killed run has left: Ray would take its records up again.
+    stop.unlink(missing_ok=True)
+    shutil.rmtree(records, ignore_errors=True)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cores,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config=settings.model_dump(mode="json"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=count,
+                use_gpu=choose_device(config.device) == "cuda",
+                resources_per_worker={"CPU": cores // count},
+            ),
+            run_config=ray.train.RunConfig(
+                name=records.name,
+                storage_path=str(run_dir),
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                callbacks=[_Failures(log, config.max_failures)],
+                logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
+            ),
+        )
+        run = _Run()
+        # In a thread, so that Ray leaves the signals to us.
+        with log.open(newline="") as said, stopped_by_signals(run), ThreadPoolExecutor(1) as pool:
+            said.seek(0, os.SEEK_END)
+            result = pool.submit(trainer.fit)
+            done = False
+            while not done:
+                done = wait([result], POLL_S).done != set()
+                sys.stderr.write(said.read())
+                sys.stderr.flush()
+                if run.stopped_by:
+                    stop.write_text(str(int(run.stopped_by)))
+        status = result.result().return_value
+    except ray.train.TrainingFailedError as error:
+        raise ProcessError(_why_ended(error)) from None
+    except ray.exceptions.RayError as error:  # as by a signal to all processes of a service
+        reason = str(error).splitlines()[0]
+        raise ProcessError(
+            f"Ray has ended ({reason}); --resume goes on from the last checkpoint"
+        ) from None
+    finally:
+        ray.shutdown()
+        shutil.rmtree(records, ignore_errors=True)
+        stop.unlink(missing_ok=True)
+    if status:
+        raise SystemExit(status)
+
+
+class _Run:
+    """What `stopped_by_signals` asks to stop."""
+
+    stopped_by: signal.Signals | None = None
+
+
+def _work(settings: dict[str, Any]) -> int:
+    """In a worker: trains; the exit status."""
+    from fastllm.train import train
+
+    config = TrainConfig(**settings)
+    assert config.out_dir is not None
+    # After a restart, even if the run was new when it began.
+    config.resume = any(config.out_dir.glob("checkpoints/step-*"))
+    with (config.out_dir / LOG).open("a", buffering=1) as log, redirect_stderr(log):
+        try:
+            train(config, begun=_stop_when_asked)
+        except SystemExit as end:
+            if isinstance(end.code, str) and isinstance(end.__context__, LostProcessError):
+                raise end.__context__ from None
+            if isinstance(end.code, str):
+                raise RefusedError(end.code.removeprefix("error: ")) from None
+            return int(end.code or 0)
+    return 0
+
+
+def _stop_when_asked(trainer: Trainer) -> None:
+    # A signal to the command is one to its first worker, and the others are told by that.
+    def watch() -> None:
+        while not (text := stop.read_text() if stop.exists() else ""):
+            time.sleep(POLL_S)
+        trainer.stop(signal.Signals(int(text)))
+
+    stop = trainer.run_dir / STOP
+    if trainer.processes.is_first:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+class RefusedError(Exception):
+    """A worker has ended with a message; it would do so again."""
+
+
+class _Failures(ray.train.UserCallback):
+    """In Ray's controller: says that the run starts again, or keeps it from doing so."""
+
+    def __init__(self, log: Path, max_failures: int) -> None:
+        self.log = log
+        self.restarts_left = max_failures
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        _, first = min(worker_exceptions.items())
+        if all(isinstance(error, RefusedError) for error in worker_exceptions.values()):
+            raise first  # which Ray does not try again
+        if self.restarts_left:
+            self.restarts_left -= 1
+            with self.log.open("a") as log:
+                log.write(
+                    f"\n{_describe(worker_exceptions)}; starting again, from the last checkpoint\n"
+                )
+
+
+def _describe(failures: dict[int, Exception]) -> str:
+    def place(failure: tuple[int, Exception]) -> tuple[bool, int]:
+        return isinstance(failure[1], LostProcessError), failure[0]
+
+    rank, error = min(failures.items(), key=place)  # what others say of it tells less
+    return f"worker {rank} has failed ({str(error).splitlines()[0]})"
+
+
+def _why_ended(error: Exception) -> str:
+    if isinstance(error, ray.train.ControllerError):
+        return str(error.controller_failure)
+    assert isinstance(error, ray.train.WorkerGroupError)
+    return (
+        f"{_describe(error.worker_failures)}, once more than --max_failures allows; --resume goes "
+        "on from the last checkpoint"
+    )
