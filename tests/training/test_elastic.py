@@ -69,10 +69,10 @@ def test_twenty_kills_change_nothing(tmp_path: Path, text: Path) -> None:
             rng.choice(before).kill()
         assert agent.wait(120) == 0
     finally:
-        for process in agent.children(recursive=True) if agent.is_running() else ():
-            process.kill()
-        agent.kill()
-        agent.wait()
+        if agent.is_running():
+            for process in [*agent.children(recursive=True), agent]:
+                process.kill()
+            agent.wait()
     assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 1))
     for file in ("model.safetensors", "training_state/optimizer.safetensors"):
         ours, theirs = load_file(disturbed / file), load_file(undisturbed / file)
