@@ -68,14 +68,15 @@ class ServeConfig(CommandSettings):
     @model_validator(mode="after")
     def _check_together(self) -> "ServeConfig":
         check_quantize(self.quantize, self.precision)
-        if self.api_key == "":
+        if self.api_key is not None and not self.api_key.strip():
             raise ValueError("api_key is empty: leave it out, or give one")
         return self
 
 
 def main(arguments: list[str]) -> None:
     config = parse_settings(ServeConfig, arguments)
-    api_key = config.api_key or os.environ.get("FASTLLM_API_KEY") or None
+    # A key from a file may end with the line's end, which no header can have.
+    api_key = (config.api_key or os.environ.get("FASTLLM_API_KEY", "")).strip() or None
     set_threads(config.threads)
     # The thread that computes asks for the interpreter after every step; it need not wait for the
     # other's 5 ms, in which a small model makes many.
@@ -204,7 +205,8 @@ def make_server(app: "FastAPI", limits: "Limits", drain_seconds: float) -> Any:
                 left = engine.running + engine.waiting
                 say(f"stopping when what runs is done ({left} sequences); Ctrl-C stops at once")
             late = self.drain_until is not None and time.monotonic() > self.drain_until
-            done = engine.draining and not engine.running and not engine.waiting
+            # A request is a task until its answer is written.
+            done = engine.draining and not self.server_state.tasks
             self.failed = not engine.alive
             self.should_exit = self.should_exit or late or done or self.failed
             if self.should_exit:

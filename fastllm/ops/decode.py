@@ -132,11 +132,16 @@ class Decoding:
             appended, sequence by sequence.
 
         Raises:
-            IndexError: a token is outside the vocabulary; nothing was appended.
-            ValueError: a sequence would become longer than there are positions.
+            IndexError: a token is outside the vocabulary, or there is no such sequence; nothing was
+                appended.
+            ValueError: a sequence would become longer than there are positions, or gets no token.
         """
-        count = sum(map(len, tokens.values())) if every else len(tokens)
         B, V = self._logits.shape
+        if not all(0 <= b < B for b in tokens):
+            raise IndexError(f"there are sequences 0 to {B - 1}, not {max(tokens)}")
+        if not all(map(len, tokens.values())):
+            raise ValueError("each sequence that is named needs a token at least")
+        count = sum(map(len, tokens.values())) if every else len(tokens)
         if len(self._rows) < count:
             self._rows = torch.empty(count, V, dtype=torch.float32, device="cpu")
         each = [tokens.get(b, ()) for b in range(B)]

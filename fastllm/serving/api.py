@@ -151,13 +151,13 @@ class CompletionRequest(BaseModel):
 
     model: str | None = None
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
-    max_tokens: Annotated[int, Field(ge=0)] = 16
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 16
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**63)] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=1e-37, lt=1e38)] = 1.0
-    n: Annotated[int, Field(ge=1)] = 1
+    n: Annotated[int, Field(ge=1, lt=2**31)] = 1
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -179,6 +179,8 @@ class CompletionRequest(BaseModel):
     @classmethod
     def _null_is_the_default(cls, values: Any) -> Any:
         if isinstance(values, dict):
+            if len(values) > 100:  # an error for each would take its time
+                raise ValueError(f"{len(values):,} fields are more than any request has")
             return {name: value for name, value in values.items() if value is not None}
         return values
 
@@ -538,9 +540,9 @@ class Guard:
                     None,
                     "invalid_api_key",
                 )
-        kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip()
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip()
         if scope["method"] == "POST" and kind.lower() != b"application/json":
-            # What a form on any page could send, without its browser asking us first.
+            # What any page could send, also without naming a type, before its browser asks us.
             raise ApiError(415, "the body must be application/json")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limits.body_bytes:

@@ -5,6 +5,7 @@ those that join, as one call of the kernel; what comes of it depends on no neigh
 `Decoding`), so every sequence gets the tokens that it would get alone.
 """
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -221,7 +222,8 @@ class Engine:
                 left = [running.job for running in self._running.values()] + list(self._waiting)
                 self._running.clear()
                 self._waiting.clear()
-            self._post([(job, Piece(error="the server has stopped computing")) for job in left])
+            broken = Piece(error="the server has stopped computing")
+            self._post([*self._events, *((job, broken) for job in left)])
 
     def _take_up(self) -> bool:
         """Waits until there is something to compute; False when it is time to end."""
@@ -340,7 +342,8 @@ class Engine:
         best = logprobs.topk(min(job.logprobs or 0, len(logprobs)))
         top: dict[str, float] = {}
         for each, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-            top.setdefault(self._tokenizer.decode([each]), logprob)
+            with contextlib.suppress(KeyError):  # a vocabulary may have ids without a token
+                top.setdefault(self._tokenizer.decode([each]), logprob)
         text, own = self._tokenizer.decode([token]), float(logprobs[token])
         top.setdefault(text, own)
         return Score(text, own, top, offset)

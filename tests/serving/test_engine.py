@@ -236,6 +236,27 @@ def test_an_id_without_a_token_is_an_error_of_its_job_alone(characters: Model) -
     assert inbox.pieces[job][-1].error == "Token ID '0' not found"
 
 
+def test_an_alternative_without_a_token_is_left_out(characters: Model) -> None:
+    tokenizer = characters[1]
+
+    class Holes:
+        is_lossless = True
+
+        def decode(self, tokens: list[int]) -> str:
+            if 0 in tokens:
+                raise KeyError("Token ID '0' not found")
+            return tokenizer.decode(tokens)
+
+    count = tokenizer.vocab_size
+    job = Job([1, 2], 0, logprobs=count, score_prompt=True)
+    with engine_of((make_model(tokenizer), Holes())) as (engine, inbox):  # type: ignore[arg-type]
+        engine.submit([job])
+        wait_until(lambda: inbox.done(job))
+        assert engine.alive
+    top = [score.top for piece in inbox.pieces[job] for score in piece.scores if score.top]
+    assert top and all(len(each) == count - 1 for each in top)
+
+
 def test_nobody_waits_for_an_engine_that_broke(
     characters: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

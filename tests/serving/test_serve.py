@@ -92,7 +92,8 @@ def test_what_goes_wrong_is_one_clear_line(
     assert "there is no host 'no.such.host.invalid'" in error_of(
         *flags, "--host", "no.such.host.invalid"
     )
-    assert "api_key is empty" in error_of(*flags, "--api_key", "")
+    for blank in ("", " "):
+        assert "api_key is empty" in error_of(*flags, "--api_key", blank)
     assert "exclude each other" in error_of(*flags, "--quantize", "int8", "--precision", "bf16")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert error_of(*flags) == (
