@@ -83,7 +83,7 @@ def test_a_study(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) ->
         "trials      4 complete, 1 pruned: study/trials.csv, study.png",
         f"best        val_loss {best:.4f} at step ",
         "settings    lr 0.01",
-        "go on with  python -m fastllm.train --config study/best.toml",
+        "to train    python -m fastllm.train --config study/best.toml",
     ):
         assert expected in result.stderr
 
@@ -140,8 +140,10 @@ def test_a_signal_stops_with_the_best_until_then(tmp_path: Path, text: Path) -> 
     arguments = command(*search, small="--batch_size 4 --lr 1e-3", text=text)
     with started(tmp_path, arguments) as process:
         assert process.stderr is not None
-        first = process.stderr.readline()
-        assert first.startswith("trial 0    complete"), first
+        said = ""
+        while not said.startswith("trial 0    complete"):
+            said = process.stderr.readline()
+            assert said, "it ended by itself"
         trials = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGINT)
         stderr = process.communicate(timeout=60)[1]
