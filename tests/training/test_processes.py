@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import redirect_stderr
@@ -88,6 +89,8 @@ def train_together(
                 said.write(str(end))
         (folder / f"{name}.{rank}.txt").write_text(said.getvalue())
     torch.distributed.destroy_process_group()
+    # Everything is written. What is left of so many groups of PyTorch's may abort at the very end.
+    os._exit(0)
 
 
 def start_and_wait(count: int, folder: Path, runs: dict[str, list[str]]) -> None:
