@@ -125,9 +125,6 @@ class FinetuneTrainer(Trainer):
         watch: told of everything, and asked whether to stop.
         mlm_probability: part of the tokens to mask and predict; None predicts the next token.
         others: as for `Trainer`, whose datasets give rows of `input_ids`.
-
-    Attributes:
-        evaluation: the last evaluation, or None.
     """
 
     loss_is_scaled_for_ga = True
@@ -143,7 +140,6 @@ class FinetuneTrainer(Trainer):
     ) -> None:
         self.tokenizer = tokenizer
         self.watch = watch
-        self.evaluation: Evaluation | None = None
         self.masking = mlm_probability and DataCollatorForLanguageModeling(
             tokenizer, mlm_probability=mlm_probability
         )
@@ -229,8 +225,8 @@ class FinetuneTrainer(Trainer):
                 count += predicted
         if not count:
             raise ValueError("there is no token to predict in what is to be evaluated on")
-        self.evaluation = Evaluation(total / count, count)
-        metrics = {"eval_loss": total / count, "eval_perplexity": self.evaluation.perplexity}
+        result = Evaluation(total / count, count)
+        metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
