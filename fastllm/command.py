@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -98,10 +98,10 @@ def say(*parts: Any) -> None:
     print(*parts, file=sys.stderr, flush=True)
 
 
-class Stoppable(Protocol):
-    """What `stopped_by_signals` asks to stop."""
+class Stoppable:
+    """What `stopped_by_signals` asks to stop, by naming the signal that came."""
 
-    stopped_by: signal.Signals | None
+    stopped_by: signal.Signals | None = None
 
 
 @contextmanager

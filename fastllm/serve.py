@@ -35,7 +35,12 @@ from fastllm.training.checkpoint import (
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from fastllm.serving.api import Limits, Served
+    from fastllm.serving.api import Served
+    from fastllm.serving.bounds import Limits
+
+
+# Below so many, requests and their answers were measured to need a second core more than the model.
+FEW_PARAMETERS = 2_000_000
 
 
 class ServeConfig(CommandSettings):
@@ -63,7 +68,8 @@ class ServeConfig(CommandSettings):
     quantize: Literal["int8"] | None = None
     """Round the weights to 8 bits: a quarter of the memory to be read for each token."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
-    """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
+    """CPU threads that compute; 0 for OMP_NUM_THREADS, or the physical cores that this process may
+    use, and for a model of less than 2 million parameters one: the others are for its requests."""
 
     @model_validator(mode="after")
     def _check_together(self) -> "ServeConfig":
@@ -106,7 +112,7 @@ def listen(host: str, port: int, api_key: str | None) -> socket.socket:
         ValueError: others could reach it, and there is no API key.
         OSError: the address is not this computer's, or the port is in use.
     """
-    from fastllm.serving.api import is_loopback
+    from fastllm.serving.bounds import is_loopback
 
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -160,15 +166,18 @@ def load(config: ServeConfig) -> "Served":
 
 def run(config: ServeConfig, listener: socket.socket, api_key: str | None) -> int:
     """Serves until a signal has it end; gives the exit status."""
-    from fastllm.serving.api import Limits, create_app
+    from fastllm.serving.api import create_app
+    from fastllm.serving.bounds import Limits
 
     served = load(config)
+    parameters = sum(parameter.numel() for parameter in served.model.parameters())
+    if parameters < FEW_PARAMETERS and not (config.threads or os.environ.get("OMP_NUM_THREADS")):
+        set_threads(1)
     limits = Limits()
     app = create_app(served, config.max_active, config.max_queue, api_key, limits)
     server = make_server(app, limits, config.drain_seconds)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    parameters = sum(parameter.numel() for parameter in served.model.parameters())
     say(f"serving {served.name} ({parameters:,} parameters) on http://{host}:{port}")
     try:
         server.run(sockets=[listener])
@@ -181,7 +190,7 @@ def make_server(app: "FastAPI", limits: "Limits", drain_seconds: float) -> Any:
     """A server that ends when it is told to, by a signal or `drain`, and what runs is done."""
     import uvicorn
 
-    from fastllm.serving.api import connection_class
+    from fastllm.serving.bounds import connection_class
 
     engine = app.state.engine
 

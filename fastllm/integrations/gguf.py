@@ -122,7 +122,9 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     if isinstance(tokenizer, SimpleCharacterTokenizer):
         hf_tokenizer.check_characters(tokenizer)
         return _of_characters(tokenizer)
-    return _of_subwords(hf_tokenizer.describe(tokenizer), tokenizer.vocab_size)
+    return _of_subwords(
+        hf_tokenizer.describe(tokenizer), tokenizer.vocab_size, tokenizer.pad_token_id
+    )
 
 
 def _of_characters(tokenizer: SimpleCharacterTokenizer) -> Vocabulary:
@@ -143,7 +145,7 @@ def _of_characters(tokenizer: SimpleCharacterTokenizer) -> Vocabulary:
     )
 
 
-def _of_subwords(data: dict[str, Any], vocab_size: int) -> Vocabulary:
+def _of_subwords(data: dict[str, Any], vocab_size: int, pad_token_id: int) -> Vocabulary:
     from gguf import TokenType
 
     reason = _why_not_gpt2(data)
@@ -158,7 +160,7 @@ def _of_subwords(data: dict[str, Any], vocab_size: int) -> Vocabulary:
     merges = [
         merge if isinstance(merge, str) else " ".join(merge) for merge in data["model"]["merges"]
     ]
-    pad = texts[max(texts)]
+    pad = texts[pad_token_id]
     ids = range(vocab_size)
     return Vocabulary(
         [texts.get(id, f"[unused{id}]") for id in ids],

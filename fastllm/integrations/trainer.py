@@ -4,7 +4,6 @@ Imported where it is used: transformers' Trainer takes seconds to import.
 """
 
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -20,14 +19,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastllm.command import autocast
+from fastllm.command import Stoppable, autocast
 from fastllm.training.loop import TrainingError, mix
 from fastllm.training.metrics import Evaluation, MetricsLog, read_metrics, resident_mb
 
 Batch = dict[str, torch.Tensor]
 
 
-class Watch(TrainerCallback):
+class Watch(Stoppable, TrainerCallback):
     """Progress bar and metrics.jsonl; has the Trainer save and stop when a signal came.
 
     Args:
@@ -42,7 +41,6 @@ class Watch(TrainerCallback):
     def __init__(self, run_dir: Path | None, quiet: bool) -> None:
         self.run_dir = run_dir
         self.quiet = quiet
-        self.stopped_by: signal.Signals | None = None
         self.tokens, self.training_s = 0, 0.0
         self._log: MetricsLog | None = None
 

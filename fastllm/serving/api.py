@@ -1,10 +1,8 @@
-"""The HTTP side: OpenAI's completions, what the page shows, metrics, and the bounds around them."""
+"""The HTTP side: OpenAI's completions, what the page shows, and metrics."""
 
 import asyncio
 import base64
 import hashlib
-import hmac
-import ipaddress
 import json
 import math
 import secrets
@@ -35,38 +33,23 @@ from pydantic import (
     model_validator,
 )
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import Receive, Scope, Send
 
 from fastllm.command import describe
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling
+from fastllm.serving.bounds import ApiError, Guard, Limits, respond
 from fastllm.serving.engine import Busy, Draining, Engine, Job, Piece, Score
 from fastllm.tokenization import Tokenizer
 from fastllm.training.config import TrainConfig
 from fastllm.training.metrics import read_metrics
 
-RETRY_AFTER_S = "1"
 # Characters, or token ids, whose encoding takes so long that others need not wait for it.
 LONG_PROMPTS = 10_000
-# Between two chunks of a stream; nobody reads faster.
+# Seconds between two chunks of a stream; nobody reads faster.
 CHUNKS_APART_S = 0.01
 # Points of a curve in one answer; of more, every so-manieth is given.
 CURVE_POINTS = 4000
-
-
-class Limits(NamedTuple):
-    """What a client may ask for, and how long it may take over it."""
-
-    body_bytes: int = 2**20
-    choices: int = 128  # prompts times n
-    connections: int = 256
-    head_s: float = 10
-    """Until a request's headers are there, from its first byte or the connection's beginning."""
-    body_s: float = 10
-    """Until its body is there, from the headers on."""
-    write_s: float = 30
-    """Until a client takes what was written to it."""
 
 
 class Served(NamedTuple):
@@ -86,30 +69,6 @@ class Served(NamedTuple):
     run_dir: Path
     progress: dict[str, Any]
     created: int
-
-
-class ApiError(Exception):
-    """An answer other than success, in OpenAI's format."""
-
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
-            status, "invalid_request_error" if status < 500 else "server_error"
-        )
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-    def response(self) -> JSONResponse:
-        headers = {}
-        if self.status in (429, 503):
-            headers["Retry-After"] = RETRY_AFTER_S
-        if self.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        if self.status in (408, 413):  # what still comes of the body is not read
-            headers["Connection"] = "close"
-        return JSONResponse(self.body, self.status, headers)
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -248,73 +207,73 @@ class Metrics:
 
 
 class Mailbox:
-    """What the engine brought for the jobs of one request, until the request takes it.
+    """What came for the jobs of one request, until the request takes it.
 
-    It may be taken when a job is done, and otherwise not sooner than `apart_s` seconds after the
-    last time: a small model has thousands of tokens a second, each of which would cost more to be
-    sent than to be computed.
+    Args:
+        whole: whether nothing is to be taken before a job is done.
     """
 
-    def __init__(self, apart_s: float) -> None:
+    def __init__(self, whole: bool) -> None:
         self._pieces: list[tuple[Job, Piece]] = []
         self._filled = asyncio.Event()
-        self._apart_s, self._next = apart_s, 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._whole = whole
 
     def put(self, job: Job, piece: Piece) -> None:
         self._pieces.append((job, piece))
-        if piece.finish or piece.error:
+        if piece.finish or piece.error or not self._whole:
             self._filled.set()
-        elif self._timer is None and self._apart_s < math.inf:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_at(max(self._next, loop.time()), self._filled.set)
 
     async def take(self) -> list[tuple[Job, Piece]]:
         await self._filled.wait()
         self._filled.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._next = asyncio.get_running_loop().time() + self._apart_s
         pieces, self._pieces = self._pieces, []
         return pieces
 
 
 class Post:
-    """Carries pieces from the engine's thread to the mailboxes, in the event loop's."""
+    """Carries pieces from the engine's thread to the mailboxes, in the event loop's.
+
+    At once where somebody waits for a first token or an end, and else not more often than every
+    `CHUNKS_APART_S`: a small model has thousands of tokens a second, each of which would cost more
+    to be brought than to be computed.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._loop: asyncio.AbstractEventLoop | None = None
         self._boxes: dict[Job, Mailbox] = {}
-        self._started: set[Job] = set()
+        self._pieces: list[tuple[Job, Piece]] = []
+        self._next = 0.0
 
-    def open(self, jobs: Sequence[Job], apart_s: float) -> Mailbox:
+    def open(self, jobs: Sequence[Job], whole: bool) -> Mailbox:
         self._loop = asyncio.get_running_loop()
-        box = Mailbox(apart_s)
+        box = Mailbox(whole)
         self._boxes.update(dict.fromkeys(jobs, box))
         return box
 
     def close(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             self._boxes.pop(job, None)
-            self._started.discard(job)
 
     def __call__(self, pieces: list[tuple[Job, Piece]]) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, pieces)
+        self._pieces += pieces
+        now = time.monotonic()
+        waited_for = any(
+            piece.first_after is not None or piece.finish or piece.error for _, piece in pieces
+        )
+        if waited_for or now >= self._next:
+            self._next = now + CHUNKS_APART_S
+            pieces, self._pieces = self._pieces, []
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._deliver, pieces)
 
     def _deliver(self, pieces: list[tuple[Job, Piece]]) -> None:
-        now = time.monotonic()
+        self._metrics.new_tokens.inc(sum(piece.tokens for _, piece in pieces))
         for job, piece in pieces:
-            self._metrics.new_tokens.inc(piece.tokens)
-            box = self._boxes.get(job)
-            if box is None:  # its client has gone
-                continue
-            if piece.tokens and job not in self._started:
-                self._started.add(job)
-                self._metrics.first_token.observe(now - job.submitted)
-            box.put(job, piece)
+            if piece.first_after is not None:
+                self._metrics.first_token.observe(piece.first_after)
+            if box := self._boxes.get(job):  # else its client has gone
+                box.put(job, piece)
 
 
 class Completion(Response):
@@ -357,7 +316,7 @@ class Completion(Response):
             for i, prompt in enumerate(p for p, _ in prompts for _ in range(request.n))
         ]
         self._index = {job: i for i, job in enumerate(self._jobs)}
-        self._box = post.open(self._jobs, CHUNKS_APART_S if request.stream else math.inf)
+        self._box = post.open(self._jobs, whole=not request.stream)
         computed = [job for job in self._jobs if job.max_tokens or job.score_prompt]
         try:
             engine.submit(computed)
@@ -392,17 +351,23 @@ class Completion(Response):
         while finished < len(self._jobs):
             for job, piece in await self._box.take():
                 if piece.error:
-                    await _respond(send, ApiError(500, piece.error).response())
+                    await respond(send, ApiError(500, piece.error).response())
                     return
                 pieces[job].append(piece)
                 finished += piece.finish is not None
-        choices = [
-            self._choice(job, pieces[job], self._echoes[i] if self._request.echo else "")
-            for i, job in enumerate(self._jobs)
-        ]
+        # Others are not to wait: with alternatives for each token it may be megabytes.
+        body = await asyncio.to_thread(self._body, pieces)
+        await respond(send, Response(body, media_type="application/json"))
+
+    def _body(self, pieces: dict[Job, list[Piece]]) -> str:
+        choices = []
+        for job, echo in zip(self._jobs, self._echoes, strict=True):
+            choice = self._choice(job, pieces[job], echo if self._request.echo else "")
+            # One by one: while it encodes, `dumps` lets no other thread run.
+            choices.append(json.dumps(choice, allow_nan=False))
         drawn = sum(piece.tokens for each in pieces.values() for piece in each)
-        body = {**self._common, "choices": choices, "usage": self._usage(drawn)}
-        await _respond(send, JSONResponse(body))
+        around = json.dumps({**self._common, "usage": self._usage(drawn)})
+        return f'{around[:-1]}, "choices": [{", ".join(choices)}]}}'
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -467,15 +432,6 @@ async def _hung_up(receive: Receive) -> None:
         pass
 
 
-async def _respond(send: Send, response: Response) -> None:
-    """Sends a whole response that asks nothing of the request."""
-    await response({"type": "http"}, _nothing, send)
-
-
-async def _nothing() -> Message:
-    return {"type": "http.disconnect"}
-
-
 def _logprobs(scores: Sequence[Score]) -> dict[str, Any]:
     return {
         "tokens": [score.token for score in scores],
@@ -483,146 +439,6 @@ def _logprobs(scores: Sequence[Score]) -> dict[str, Any]:
         "top_logprobs": [score.top for score in scores],
         "text_offset": [score.offset for score in scores],
     }
-
-
-OPEN_PATHS = ("/", "/health")
-
-
-class Guard:
-    """Who may ask, and how much: what is decided before a request is looked at."""
-
-    def __init__(self, app: ASGIApp, api_key: str | None, limits: Limits, metrics: Metrics) -> None:
-        self._app, self._limits, self._metrics = app, limits, metrics
-        self._api_key = None if api_key is None else api_key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def counting(message: Message) -> None:
-            if message["type"] == "http.response.start" and scope["path"] == "/v1/completions":
-                self._metrics.requests.labels(message["status"]).inc()
-            await send(message)
-
-        try:
-            self._check_headers(scope)
-            body = await asyncio.wait_for(self._read(receive), self._limits.body_s)
-        except asyncio.TimeoutError:
-            error = ApiError(408, f"the body did not come within {self._limits.body_s:g} s")
-            await _respond(counting, error.response())
-            return
-        except ApiError as error:
-            await _respond(counting, error.response())
-            return
-        if body is None:
-            return
-        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> Message:
-            return unread.pop() if unread else await receive()
-
-        await self._app(scope, replay, counting)
-
-    def _check_headers(self, scope: Scope) -> None:
-        headers = dict(scope["headers"])
-        if self._api_key is None:
-            # A page somewhere on the web may have its own name lead here, and read the answers.
-            host = headers.get(b"host", b"localhost").decode("latin-1")
-            if not is_loopback(host_name(host)):
-                raise ApiError(403, f"the host {host!r} is not this computer; use an API key")
-        elif scope["path"] not in OPEN_PATHS:
-            kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-            if kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._api_key):
-                raise ApiError(
-                    401,
-                    "give the server's API key: Authorization: Bearer KEY",
-                    None,
-                    "invalid_api_key",
-                )
-        kind = headers.get(b"content-type", b"").partition(b";")[0].strip()
-        if scope["method"] == "POST" and kind.lower() != b"application/json":
-            # What any page could send, also without naming a type, before its browser asks us.
-            raise ApiError(415, "the body must be application/json")
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._limits.body_bytes:
-            raise self._too_large()
-
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body; None if the client hung up."""
-        body = b""
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if len(body) > self._limits.body_bytes:
-                raise self._too_large()
-            if not message.get("more_body"):
-                return body
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body has more than {self._limits.body_bytes:,} bytes")
-
-
-def host_name(host: str) -> str:
-    """The name in a Host header: without port and brackets."""
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-
-
-def is_loopback(name: str) -> bool:
-    """Whether a name or an address is this computer's own, which nobody else can reach."""
-    if name.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
-def connection_class(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's connections, which are cut off where the client is silent.
-
-    uvicorn itself has a limit only for the time between two requests, and any byte ends that.
-    """
-
-    class Connection(H11Protocol):
-        _head: asyncio.TimerHandle | None = None
-        _write: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            transport.set_write_buffer_limits(0)  # what lies here has not been taken
-            if len(self.connections) > limits.connections:
-                transport.abort()
-            self._head = self.loop.call_later(limits.head_s, transport.abort)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.cycle is not None and not self.cycle.response_complete:
-                stop(self._head)
-                self._head = None
-            elif self._head is None:
-                self._head = self.loop.call_later(limits.head_s, self.transport.abort)
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._write = self.loop.call_later(limits.write_s, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            stop(self._write)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            stop(self._head)
-            stop(self._write)
-            super().connection_lost(exc)
-
-    def stop(timer: asyncio.TimerHandle | None) -> None:
-        if timer is not None:
-            timer.cancel()
-
-    return Connection
 
 
 def create_app(
@@ -645,7 +461,7 @@ def create_app(
     metrics.watch(engine)
     app = FastAPI(title="fastllm", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.engine = engine
-    app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=metrics)
+    app.add_middleware(Guard, api_key=api_key, limits=limits, answers=metrics.requests)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -723,7 +539,11 @@ def create_app(
                 "precision": served.precision,
                 "places": places,
                 "settings": served.config.model_dump(mode="json"),
-                "progress": served.progress,
+                # Of a training that came to no number, JSON has none either.
+                "progress": {
+                    name: finite(value) if isinstance(value, float) else value
+                    for name, value in served.progress.items()
+                },
             }
         )
 
@@ -731,8 +551,7 @@ def create_app(
     def curve(after: int = -1) -> JSONResponse:
         points = [
             {name: finite(line.get(name)) for name in CURVE_FIELDS}
-            for line in read_metrics(served.run_dir / "metrics.jsonl")
-            if line["step"] > after
+            for line in read_metrics(served.run_dir / "metrics.jsonl", after)
         ]
         apart = -(-len(points) // CURVE_POINTS) or 1
         last = len(points) - 1

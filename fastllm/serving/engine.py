@@ -88,6 +88,7 @@ class Piece(NamedTuple):
         text: what became certain of the continuation.
         scores: of the tokens whose text that is, or of the prompt's.
         tokens: how many were drawn.
+        first_after: with the first token, the seconds since the job came; else None.
         finish: "stop" or "length" with the last piece.
         error: why nothing more will come.
     """
@@ -95,6 +96,7 @@ class Piece(NamedTuple):
     text: str = ""
     scores: Sequence[Score] = ()
     tokens: int = 0
+    first_after: float | None = None
     finish: str | None = None
     error: str | None = None
 
@@ -328,7 +330,8 @@ class Engine:
         shown = job.first_offset + stream.shown
         ready = [s for s in running.scores if finish == "length" or s.offset < shown]
         running.scores = running.scores[len(ready) :]
-        self._events.append((job, Piece(text, ready, 1, finish)))
+        first_after = time.monotonic() - job.submitted if running.count == 1 else None
+        self._events.append((job, Piece(text, ready, 1, first_after, finish)))
         if finish:
             self._free(place)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastllm.command import autocast, stopped_by_signals
+from fastllm.command import Stoppable, autocast, stopped_by_signals
 from fastllm.data.loader import TextDataset, collate
 from fastllm.generate import generate_tokens
 from fastllm.models.decoder import DecoderModel
@@ -125,7 +125,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.grad_accum)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
         self.stopped_by: signal.Signals | None = None
-        self._signals = _Signals()
+        self._asked = Stoppable()  # the processes agree on it between two steps
         self.evaluation: Evaluation | None = None
         self._saved_step = self.progress.step if checkpoint is not None else -1
 
@@ -144,7 +144,7 @@ class Trainer:
         loader = self._loader()
         self.model.train()
         with (
-            stopped_by_signals(self._signals),
+            stopped_by_signals(self._asked),
             self._profiler() as profiler,
             contextlib.closing(
                 MetricsLog(self.run_dir / "metrics.jsonl", progress.step + 1)
@@ -207,17 +207,17 @@ class Trainer:
                 if step % config.save_interval == 0 or progress.best_step == step:
                     self.save()
                 if self.processes.count == 1:  # else all have agreed within the step
-                    self.stopped_by = self._signals.stopped_by
+                    self.stopped_by = self._asked.stopped_by
                 if self.stopped_by:
                     break
             if self._saved_step != progress.step:
                 self.save()
             if self.processes.count == 1:
-                self.stopped_by = self._signals.stopped_by
+                self.stopped_by = self._asked.stopped_by
 
     def stop(self, number: signal.Signals) -> None:
         """Has `train` save and stop after the step at hand, as this signal to the process would."""
-        self._signals.stopped_by = number
+        self._asked.stopped_by = number
 
     def _step(
         self, loader: Iterator[dict[str, Tensor]], deadline: float
@@ -239,15 +239,15 @@ class Trainer:
         )
         loss = 0.0
         for i, (ids, tokens) in enumerate(zip(step_batches, predicted, strict=True), 1):
-            if self._signals.stopped_by and config.grad_accum > 1 and self.processes.count == 1:
+            if self._asked.stopped_by and config.grad_accum > 1 and self.processes.count == 1:
                 # The step has changed nothing yet; a resumed run does it from its first batch.
                 engine.zero_grad()
-                self.stopped_by = self._signals.stopped_by
+                self.stopped_by = self._asked.stopped_by
                 return None
             if all_predicted:
                 # By its tokens, so that the sum is the gradient of one big batch.
                 loss += engine.backward(ids, tokens / all_predicted, last=i == count)
-        came = self._signals.stopped_by
+        came = self._asked.stopped_by
         late = self.processes.is_first and time.monotonic() >= deadline
         loss, stops, lates = self.processes.sum(loss, came is not None, late)
         if stops:
@@ -383,12 +383,6 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     # still needs its workers, who end with it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-class _Signals:
-    """What `stopped_by_signals` asks to stop; the processes agree on it between two steps."""
-
-    stopped_by: signal.Signals | None = None
 
 
 class _NoLog:

@@ -18,6 +18,9 @@ from fastllm.tokenization import Tokenizer
 from fastllm.training.engine import Engine, something_to_predict
 from fastllm.training.processes import ALONE
 
+# Where `read_metrics` looks for a step: what is shorter is read through.
+BISECTED_BYTES = 2**16
+
 
 class Evaluation(NamedTuple):
     """Loss over a text: `loss` in nats per token, over `tokens` predictions."""
@@ -104,18 +107,40 @@ class MetricsLog:
         self._file.close()
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none where there is no file. A line cut off ends them."""
+def read_metrics(path: Path, after: int = -1) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where there is no file. A line cut off ends them.
+
+    Args:
+        after: only those of later steps, which takes no longer for a long file.
+    """
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                values = json.loads(line)
-                values["step"] + 0
-            except (ValueError, TypeError, KeyError):
-                return
-            yield values
+    with path.open("rb") as file:
+        begin, end = 0, path.stat().st_size
+        while after >= 0 and end - begin > BISECTED_BYTES:
+            middle = (begin + end) // 2
+            file.seek(middle)
+            file.readline()
+            line = _parsed(file.readline())
+            if line is None or line["step"] > after:
+                end = middle
+            else:
+                begin = middle
+        file.seek(begin)
+        if begin:
+            file.readline()
+        while line := _parsed(file.readline()):
+            if line["step"] > after:
+                yield line
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        values: dict[str, Any] = json.loads(line)
+        values["step"] + 0
+    except (ValueError, TypeError, KeyError):
+        return None
+    return values
 
 
 def resident_mb() -> float:

@@ -14,7 +14,8 @@ import torch
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer
 from fastllm.serve import listen, make_server
-from fastllm.serving.api import Limits, Served, create_app
+from fastllm.serving.api import Served, create_app
+from fastllm.serving.bounds import Limits
 from fastllm.serving.engine import Engine
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
 from fastllm.training.config import TrainConfig

@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import random
 import socket
 import threading
@@ -15,7 +16,8 @@ openai = pytest.importorskip("openai", reason="pip install '.[test]' brings the 
 
 from fastllm import DecoderModel  # noqa: E402
 from fastllm.generate import generate_text  # noqa: E402
-from fastllm.serving.api import Limits, Served, create_app  # noqa: E402
+from fastllm.serving.api import Served, create_app  # noqa: E402
+from fastllm.serving.bounds import Limits  # noqa: E402
 from fastllm.tokenization import Tokenizer  # noqa: E402
 from fastllm.training.config import TrainConfig  # noqa: E402
 from tests.serving.conftest import (  # noqa: E402
@@ -235,6 +237,8 @@ def test_card_curve_and_metrics(characters: Model, tmp_path: Path) -> None:
         assert curve["last_step"] == 4
         assert [(p["step"], p["loss"], p["val_loss"]) for p in curve["points"]] == [(4, 5, None)]
         assert get("/api/curve?after=9") == {"points": [], "last_step": 9}
+        server.served.progress.update(best_val_loss=math.nan)
+        assert get("/api/card")["progress"] == {"step": 7, "best_val_loss": None}
         log.write_text("".join(f'{{"step": {i}, "loss": 1}}\n' for i in range(50_000)))
         points = get("/api/curve")["points"]
         assert len(points) <= 4001 and points[-1]["step"] == 49_999

@@ -339,6 +339,18 @@ def test_killed_a_hundred_times(tmp_path: Path, text: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_metrics_after_a_step(tmp_path: Path) -> None:
+    """Of a long file, in the middle of whose last line the run is."""
+    log = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {i}, "loss": {"1" * (i % 50 + 1)}}}\n' for i in range(3, 30_000, 3)]
+    log.write_text("".join(lines) + '{"step": 30000, "lo')
+    for after in (-1, 0, 3, 4, 8_000, 14_999, 29_990, 29_996):
+        steps = [line["step"] for line in read_metrics(log, after)]
+        assert steps == [i for i in range(3, 30_000, 3) if i > after]
+    assert not list(read_metrics(log, 29_997))
+    assert not list(read_metrics(tmp_path / "nowhere", 5))
+
+
 def run_to(run_dir: Path, text: Path, step: int) -> Trainer:
     """The run of `train_slowly`, stopped by a signal after a step."""
     from fastllm.train import prepare
