@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -39,12 +40,15 @@ from fastllm.files import replace_file
 from fastllm.threads import available_cores
 from fastllm.training.config import Count, NonNegative, PositiveCount, read_toml
 from fastllm.training.loop import mix
+from fastllm.training.processes import ProcessError
 
 if TYPE_CHECKING:
     import optuna
     from matplotlib.axes import Axes
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
+
+    from fastllm.integrations.ray import RemoteTrial
 
 # What is searched unless it is fixed.
 DEFAULT_SEARCH = {"lr": "1e-5:5e-4:log", "batch_size": "8,16,32"}
@@ -73,6 +77,9 @@ class TuneConfig(CommandSettings):
     """Trials in all, those of an earlier start of this study included."""
     jobs: Annotated[int, Field(ge=1, le=4096)] = 1
     """Trials that run at the same time; they share the cores."""
+    launcher: Literal["ray"] | None = None
+    """ray runs trials on the machines of the cluster that RAY_ADDRESS names, or here where it names
+    none; they all need to have the folders of the study and of the texts."""
     timeout: NonNegative = 0
     """Stop after so many seconds, with the best trial until then; 0 for no limit."""
     out_dir: Path = Path("runs/tune")
@@ -114,7 +121,11 @@ def main(arguments: list[str]) -> None:
         stopped_by.append(signal.Signals(number))
         say(f"{stopped_by[0].name}: stopping the running trials; Ctrl-C again stops at once")
 
-    with errors_in_one_line(OSError, ValueError, ImportError):
+    with errors_in_one_line(OSError, ValueError, ImportError, ProcessError), ExitStack() as stack:
+        if config.launcher == "ray":
+            from fastllm.integrations import ray
+
+            stack.enter_context(ray.connected())
         plan = make_plan(config, arguments[split + 1 :])
         study = open_study(config, plan)
         say(f"search      {', '.join(plan.space)} over {config.trials} trials of {config.command}")
@@ -189,10 +200,15 @@ def make_plan(config: TuneConfig, flags: list[str]) -> Plan:
             typed[name].append(dumped[name])
     space = {name: distribution(name, search, typed[name]) for name, search in searches.items()}
     kept = settings.model_fields_set - space.keys() - {"config"}
+    threads = settings.threads or max(1, available_cores() // config.jobs)
+    if config.launcher == "ray":
+        from fastllm.integrations import ray
+
+        threads = ray.cores_of_each(config.jobs, settings.threads)
     return Plan(
         {name: value for name, value in dumped.items() if name in kept and value is not None},
         space,
-        settings.threads or max(1, available_cores() // config.jobs),
+        threads,
     )
 
 
@@ -342,7 +358,7 @@ def run_trials(
             time.sleep(POLL_S)
     finally:
         for run in running:
-            run.kill()
+            run.process.kill()
 
 
 def ask(study: "optuna.Study", config: TuneConfig, plan: Plan) -> "optuna.Trial":
@@ -361,6 +377,48 @@ def ask(study: "optuna.Study", config: TuneConfig, plan: Plan) -> "optuna.Trial"
     return study.ask(plan.space)
 
 
+class TrialProcess:
+    """A command of this package at work; it ends with the process that has started it."""
+
+    def __init__(
+        self, command: str, flags: list[str], threads: int, log: Path, current_folder: Path
+    ) -> None:
+        with log.open("wb") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"fastllm.{command}", *flags, "--threads", str(threads)],
+                cwd=current_folder,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the study, which stops the trials
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None before the end."""
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        """Asks the process to end."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """Ends the process and those that it has started, at once."""
+        if self.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def _end_with_parent() -> None:
+    # Linux kills this process when the one that has started it dies, even by SIGKILL.
+    set_parent_death_signal = 1
+    _libc.prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+_libc = ctypes.CDLL(None)
+
+
 class Run:
     """A trial that is running: the command as a process, in a folder of its own."""
 
@@ -374,18 +432,12 @@ class Run:
         self.folder.mkdir(exist_ok=True)
         settings = self.folder / "settings.toml"
         settings.write_text(to_toml({**plan.fixed, **trial.params}), encoding="utf-8")
-        command = [sys.executable, "-m", f"fastllm.{config.command}"]
-        flags = ["--config", settings, "--out_dir", self.folder, "--threads", plan.threads]
-        with (self.folder / "log.txt").open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *map(str, flags)],
-                env={**os.environ, "OMP_NUM_THREADS": str(plan.threads)},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for this process, which stops the trials
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-            )
+        flags = ["--config", str(settings), "--out_dir", str(self.folder)]
+        log = self.folder.absolute() / "log.txt"
+        start: type[TrialProcess | RemoteTrial] = TrialProcess
+        if config.launcher == "ray":
+            from fastllm.integrations.ray import RemoteTrial as start
+        self.process = start(config.command, flags, plan.threads, log, Path.cwd())
 
     def read_losses(self) -> None:
         """Reports the new validation losses to the study, which may have the trial pruned."""
@@ -399,7 +451,7 @@ class Run:
             for line in map(json.loads, new.splitlines()):
                 self._report(line["step"], line.get("val_loss"))
         if time.monotonic() >= self._kill_at:
-            self.kill()
+            self.process.kill()
 
     def _report(self, step: int, loss: float | None) -> None:
         if loss is None or self.ending:
@@ -420,12 +472,6 @@ class Run:
             self._kill_at = time.monotonic() + GRACE_S
             self.process.terminate()
 
-    def kill(self) -> None:
-        """Ends the process and those that it has started, at once."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
     def tell(self, study: "optuna.Study") -> None:
         """Records how the process ended.
 
@@ -441,7 +487,7 @@ class Run:
             self.trial.set_user_attr("step", min(self.losses)[1])
         if self.ending == "pruned":
             study.tell(self.trial, state=TrialState.PRUNED)
-        elif self.ending or self.process.returncode:
+        elif self.ending or self.process.poll():
             self.trial.set_user_attr("reason", self.ending or self._why())
             study.tell(self.trial, state=TrialState.FAIL)
         elif self.losses:
@@ -456,20 +502,12 @@ class Run:
         log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in log.splitlines() if line.strip()]
         last = lines[-1].removeprefix("error: ") if lines else "nothing in log.txt"
-        status = self.process.returncode
+        status = self.process.poll()
+        assert status is not None
         if status >= 0:
             return last
         hint = ", as by a system short of memory" if status == -signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{hint}, after: {last}"
-
-
-def _end_with_parent() -> None:
-    # Linux kills this process when the one that has started it dies, even by SIGKILL.
-    set_parent_death_signal = 1
-    _libc.prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-_libc = ctypes.CDLL(None)
 
 
 def trial_folder(config: TuneConfig, number: int) -> Path:

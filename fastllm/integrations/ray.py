@@ -1,22 +1,25 @@
-"""Training under Ray: `python -m fastllm.train --launcher ray --num_workers 2`.
+"""Under Ray: `train --launcher ray --num_workers 2`, and the trials of `tune --launcher ray`.
 
 Ray Train starts the workers, and starts all of them again when one dies; they go on from the last
-checkpoint of the run. What they compute is what processes under torchrun do.
+checkpoint of the run. What they compute is what processes under torchrun do. A trial is a process
+beside an actor, which keeps its cores for it.
 """
 
 import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from fastllm.command import choose_device, say, stopped_by_signals
+from fastllm.command import Stoppable, choose_device, say, stopped_by_signals
 from fastllm.threads import available_cores
 from fastllm.training.config import TrainConfig
 from fastllm.training.loop import Trainer
@@ -40,70 +43,115 @@ OBJECT_STORE_BYTES = 80 * 2**20
 LOG, STOP = "ray.log", "ray.stop"
 
 
+@contextmanager
+def connected() -> Iterator[None]:
+    """The cluster that RAY_ADDRESS names; without it this process's cores, until the block ends.
+
+    Raises:
+        ConnectionError: there is no such cluster.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    of_our_own: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": available_cores(),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    if address:
+        check_listening(address)
+    ray.init(**({} if address else of_our_own), log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_listening(address: str) -> None:
+    """Raises a `ConnectionError` where nobody listens; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if port.isdigit():  # else it is one of Ray's words
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(
+                f"there is no Ray at RAY_ADDRESS={address} ({error}): `ray start --head` starts one"
+            ) from None
+
+
+def cores_of_each(count: int, asked: int = 0) -> int:
+    """How many cores each of `count` processes gets: those asked for, or all divided by machines.
+
+    Raises:
+        ProcessError: there are not so many.
+    """
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    machines = [int(cores) for cores in nodes if cores]
+    shares = [k for k in range(1, max(machines) + 1) if sum(n // k for n in machines) >= count]
+    if not shares or asked > shares[-1]:
+        raise ProcessError(
+            f"{count} processes of {asked or 1} cores each do not fit on Ray's machines, which "
+            f"have {', '.join(map(str, machines))} cores; start fewer"
+        )
+    return asked or shares[-1]
+
+
 def launch(config: TrainConfig, run_dir: Path) -> None:
-    """Trains in `config.num_workers` workers on this machine; exits as they do.
+    """Trains in `config.num_workers` workers; exits as they do.
 
     Raises:
         ProcessError: there are more workers than cores, or they have failed.
     """
-    count, cores = config.num_workers, available_cores()
-    if count > cores:
-        raise ProcessError(
-            f"{count} workers need a core each, and this process may use {cores}; start fewer"
-        )
     # The workers have another current folder.
-    run_dir = run_dir.resolve()
+    count, run_dir = config.num_workers, run_dir.resolve()
     paths = {"out_dir": run_dir}
     for name in ("file_path", "tokenizer"):
         if isinstance(path := getattr(config, name), Path):
             paths[name] = path.resolve()
     settings = config.model_copy(update={**paths, "launcher": None, "num_workers": 0})
-    if not config.quiet:
-        say(f"ray         {count} workers, {cores // count} cores each; they take a while to start")
-    run_dir.mkdir(parents=True, exist_ok=True)
     stop, log, records = run_dir / STOP, run_dir / LOG, run_dir / ".ray"
-    log.touch()
     # What a killed run has left: Ray would take its records up again.
     stop.unlink(missing_ok=True)
     shutil.rmtree(records, ignore_errors=True)
     try:
-        ray.init(
-            address="local",
-            num_cpus=cores,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config=settings.model_dump(mode="json"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=count,
-                use_gpu=choose_device(config.device) == "cuda",
-                resources_per_worker={"CPU": cores // count},
-            ),
-            run_config=ray.train.RunConfig(
-                name=records.name,
-                storage_path=str(run_dir),
-                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                callbacks=[_Failures(log, config.max_failures)],
-                logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
-            ),
-        )
-        run = _Run()
-        # In a thread, so that Ray leaves the signals to us.
-        with log.open(newline="") as said, stopped_by_signals(run), ThreadPoolExecutor(1) as pool:
-            said.seek(0, os.SEEK_END)
-            result = pool.submit(trainer.fit)
-            done = False
-            while not done:
-                done = wait([result], POLL_S).done != set()
-                sys.stderr.write(said.read())
-                sys.stderr.flush()
-                if run.stopped_by:
-                    stop.write_text(str(int(run.stopped_by)))
-        status = result.result().return_value
+        with connected():
+            cores = cores_of_each(count)
+            if not config.quiet:
+                say(f"ray         {count} workers of {cores} cores; they take a while to start")
+            run_dir.mkdir(parents=True, exist_ok=True)
+            log.touch()
+            trainer = TorchTrainer(
+                _work,
+                train_loop_config=settings.model_dump(mode="json"),
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=count,
+                    use_gpu=choose_device(config.device) == "cuda",
+                    resources_per_worker={"CPU": cores},
+                ),
+                run_config=ray.train.RunConfig(
+                    name=records.name,
+                    storage_path=str(run_dir),
+                    failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                    callbacks=[_Failures(log, config.max_failures)],
+                    logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
+                ),
+            )
+            asked = Stoppable()
+            # In a thread, so that Ray leaves the signals to us.
+            with (
+                log.open(newline="") as said,
+                stopped_by_signals(asked),
+                ThreadPoolExecutor(1) as pool,
+            ):
+                said.seek(0, os.SEEK_END)
+                result = pool.submit(trainer.fit)
+                done = False
+                while not done:
+                    done = wait([result], POLL_S).done != set()
+                    sys.stderr.write(said.read())
+                    sys.stderr.flush()
+                    if asked.stopped_by:
+                        stop.write_text(str(int(asked.stopped_by)))
+            status = result.result().return_value
     except ray.train.TrainingFailedError as error:
         raise ProcessError(_why_ended(error)) from None
     except ray.exceptions.RayError as error:  # as by a signal to all processes of a service
@@ -112,17 +160,10 @@ def launch(config: TrainConfig, run_dir: Path) -> None:
             f"Ray has ended ({reason}); --resume goes on from the last checkpoint"
         ) from None
     finally:
-        ray.shutdown()
         shutil.rmtree(records, ignore_errors=True)
         stop.unlink(missing_ok=True)
     if status:
         raise SystemExit(status)
-
-
-class _Run:
-    """What `stopped_by_signals` asks to stop."""
-
-    stopped_by: signal.Signals | None = None
 
 
 def _work(settings: dict[str, Any]) -> int:
@@ -196,3 +237,51 @@ def _why_ended(error: Exception) -> str:
         f"{_describe(error.worker_failures)}, once more than --max_failures allows; --resume goes "
         "on from the last checkpoint"
     )
+
+
+class RemoteTrial:
+    """A `TrialProcess` beside an actor on whichever machine of Ray's has the cores for it.
+
+    Until one has them it waits, and has not ended.
+    """
+
+    def __init__(
+        self, command: str, flags: list[str], threads: int, log: Path, current_folder: Path
+    ) -> None:
+        # Not from __main__, whose classes actors do not know.
+        from fastllm.tune import TrialProcess
+
+        actor = ray.remote(TrialProcess).options(num_cpus=threads)
+        self._actor = actor.remote(command, flags, threads, log, current_folder)
+        self._status = self._actor.poll.remote()
+        self._log = log
+        self._ended: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None before the end."""
+        if self._ended is None and ray.wait([self._status], timeout=0)[0]:
+            try:
+                self._ended = ray.get(self._status)
+                self._status = self._actor.poll.remote()
+            except ray.exceptions.RayError as error:
+                with self._log.open("a") as log:
+                    log.write(f"\nerror: lost on its machine: {_last_line(error)}\n")
+                self._ended = 1
+            if self._ended is not None:
+                ray.kill(self._actor)  # which gives its cores back
+        return self._ended
+
+    def terminate(self) -> None:
+        """Asks the process to end."""
+        self._actor.terminate.remote()
+
+    def kill(self) -> None:
+        """Ends the process and those that it has started, at once."""
+        if self.poll() is None:
+            ray.wait([self._actor.kill.remote()], timeout=1)  # forever where it has not begun
+            ray.kill(self._actor)
+            self._ended = -signal.SIGKILL
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()

@@ -184,8 +184,9 @@ class TrainConfig(RunSettings):
     """How the processes that torchrun starts divide a step: each has the whole model and some of
     the sequences (ddp), a part of every weight (fsdp), or some of the layers (pipeline)."""
     launcher: Literal["ray", "deepspeed"] | None = None
-    """Starts num_workers training processes on this machine: ray starts them again when one dies,
-    deepspeed divides what they keep, and joins those that torchrun has started."""
+    """Starts num_workers training processes: ray, on the cluster of RAY_ADDRESS if that is set,
+    starts them again when one dies; deepspeed divides what they keep, and joins those that torchrun
+    has started."""
     max_failures: Count = 3
     """Under ray: so often a run goes on from its last checkpoint after a process has died."""
     zero_stage: Annotated[int, Field(ge=1, le=3)] | None = None
