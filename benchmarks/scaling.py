@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py predict --model 124M --nodes 8,64,512 --gbits 1,10,25
     python benchmarks/scaling.py fit         # the constants, and measurements beside what they give
-    python benchmarks/scaling.py document    # prints the tables of docs/scaling.md anew
+    python benchmarks/scaling.py document    # writes the tables of docs/scaling.md anew
 
 docs/scaling.md explains the model. What was measured is in docs/scaling.json, which
 benchmarks/scaling_measure.py writes; the constants come from it anew whenever they are needed.

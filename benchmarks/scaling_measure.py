@@ -4,7 +4,7 @@
 
 Two processes of one thread each stand for two machines: collective operations over links that are
 shaped to a bandwidth or delayed, in network namespaces, and training steps. On Linux, as root, with
-iproute2. Processes and namespaces have ended when it ends.
+iproute2 and PyTorch 2.13. Processes and namespaces have ended when it ends.
 """
 
 import ctypes
