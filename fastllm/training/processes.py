@@ -2,11 +2,13 @@
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -171,13 +173,32 @@ def _meet(backend: str) -> None:
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, count = next(rendezvous("env://"))
-    # torchrun's store outlives the processes: where they are started again, the addresses of the
-    # dead must not be taken for those of the living.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = dist.PrefixStore(_name_of_start(store, rank, count), store)
     # The others wait while the first makes tokens of a text, which may be large.
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=count, timeout=timedelta(hours=6)
     )
+
+
+def _name_of_start(store: dist.Store, rank: int, count: int) -> str:
+    """A name for what the living write into torchrun's store, which outlives them.
+
+    Where they are started again, the addresses of the dead must not be taken for theirs. torchrun's
+    count of restarts is no such name: each machine counts its own.
+    """
+    me = uuid4().hex
+    if rank == 0:
+        store.set("start", me)
+        store.set(me, " ".join(store.get(f"{me}/{i}").decode() for i in range(1, count)))
+        return me
+    while True:
+        name = store.get("start").decode()
+        store.set(f"{name}/{rank}", me)
+        with suppress(dist.DistStoreError):  # nobody has this name any more
+            store.wait([name], timedelta(seconds=1))
+            if me in store.get(name).decode():
+                return name
+        time.sleep(0.05)
 
 
 def _why_not_met(error: str) -> str:

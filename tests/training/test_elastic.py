@@ -1,6 +1,7 @@
 """torchrun starts the processes of a run again when one of them dies."""
 
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -17,12 +18,13 @@ FLAGS = (
     "--max_seq_len 16 --batch_size 4 --hidden_size 16 --num_layers 1 --val_fraction 0 --quiet "
     "--log_interval 1 --save_interval 5 --threads 1"
 )
+ONE_MACHINE = ("--standalone", "--nproc_per_node=2")
 
 
 def torchrun(text: Path, run_dir: Path, steps: int, *flags: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        *(*flags, "-m", "fastllm.train", *FLAGS.split(), "--max_steps", str(steps)),
+        *(sys.executable, "-m", "torch.distributed.run", *flags),
+        *("-m", "fastllm.train", *FLAGS.split(), "--max_steps", str(steps)),
         *("--file_path", str(text), "--out_dir", str(run_dir)),
     ]
 
@@ -38,7 +40,9 @@ def test_a_restart_does_not_take_over_another_run(tmp_path: Path, text: Path) ->
     """Nor does it end well: what was refused at first is refused again."""
     for flags, status in ((), 0), (("--max_restarts=1",), 1):
         ended = subprocess.run(
-            torchrun(text, tmp_path / "run", 3, *flags), stderr=subprocess.PIPE, text=True
+            torchrun(text, tmp_path / "run", 3, *ONE_MACHINE, *flags),
+            stderr=subprocess.PIPE,
+            text=True,
         )
         assert ended.returncode == status, ended.stderr
     assert ended.stderr.count("holds a run already; --resume continues it") == 2
@@ -46,33 +50,47 @@ def test_a_restart_does_not_take_over_another_run(tmp_path: Path, text: Path) ->
 
 
 def test_twenty_kills_change_nothing(tmp_path: Path, text: Path) -> None:
-    """A process dies at random instants; the weights are bit for bit an undisturbed run's."""
+    """A process dies at random instants; the weights are bit for bit an undisturbed run's.
+
+    Two torchruns stand for two machines, each of which counts the restarts by itself.
+    """
     steps, rng = 400, random.Random(1)
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    subprocess.run(torchrun(text, undisturbed, steps), check=True, capture_output=True)
+    undisturbed_run = torchrun(text, undisturbed, steps, *ONE_MACHINE)
+    subprocess.run(undisturbed_run, check=True, capture_output=True)
     metrics = disturbed / "metrics.jsonl"
 
     def logged() -> int:
         return metrics.stat().st_size if metrics.exists() else 0
 
-    command = torchrun(text, disturbed, steps, "--max_restarts=20")
-    agent = psutil.Popen(command, stderr=subprocess.DEVNULL)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"--rdzv_endpoint=127.0.0.1:{free.getsockname()[1]}"
+    one_of_two = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", meeting)
+    command = torchrun(text, disturbed, steps, *one_of_two, "--max_restarts=20")
+    agents = [psutil.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
+
+    def processes() -> set[psutil.Process]:
+        return {process for agent in agents for process in agent.children()}
+
     try:
-        before: list[psutil.Process] = []
+        before: set[psutil.Process] = set()
         for kill in range(20):
-            wait_for(lambda: len(set(agent.children()) - set(before)) == 2)  # noqa: B023
+            wait_for(lambda: len(processes() - before) == 2)  # noqa: B023
             at_start = logged()
             if kill % 5:  # the others may die before their first step
                 wait_for(lambda: logged() != at_start)  # noqa: B023
             time.sleep(rng.uniform(0, 0.2))
-            before = agent.children()
-            rng.choice(before).kill()
-        assert agent.wait(120) == 0
-    finally:
-        if agent.is_running():
-            for process in [*agent.children(recursive=True), agent]:
+            victim, before = rng.choice(agents).children(), processes()
+            for process in victim:
                 process.kill()
-            agent.wait()
+        assert [agent.wait(120) for agent in agents] == [0, 0]
+    finally:
+        for agent in agents:
+            if agent.is_running():
+                for process in [*agent.children(recursive=True), agent]:
+                    process.kill()
+                agent.wait()
     assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 1))
     for file in ("model.safetensors", "training_state/optimizer.safetensors"):
         ours, theirs = load_file(disturbed / file), load_file(undisturbed / file)
