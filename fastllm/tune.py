@@ -40,6 +40,7 @@ from fastllm.files import replace_file
 from fastllm.threads import available_cores
 from fastllm.training.config import Count, NonNegative, PositiveCount, read_toml
 from fastllm.training.loop import mix
+from fastllm.training.metrics import read_metrics
 from fastllm.training.processes import ProcessError
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ DEFAULT_SEARCH = {"lr": "1e-5:5e-4:log", "batch_size": "8,16,32"}
 OF_A_TRIAL = ("out_dir", "resume", "config", "threads")
 # What stays of a trial that is not the best one; its checkpoints may be gigabytes.
 RECORD = ("settings.toml", "config.json", "metrics.jsonl", "log.txt", "loss.png")
+# Trials that Ray's machines may lose, to be tried again.
+MOST_LOST = 5
 # Trials that are drawn at random, before their results say where to look.
 RANDOM_TRIALS = 5
 # A trial is pruned where it is worse than the median of at least so many at the same validation.
@@ -102,7 +105,7 @@ class Plan(NamedTuple):
     Attributes:
         fixed: settings that the user gave, as they are written to TOML.
         space: what is searched.
-        threads: of each trial.
+        threads: of each trial; 0 before a launcher has said what its machines have.
     """
 
     fixed: dict[str, Any]
@@ -122,11 +125,12 @@ def main(arguments: list[str]) -> None:
         say(f"{stopped_by[0].name}: stopping the running trials; Ctrl-C again stops at once")
 
     with errors_in_one_line(OSError, ValueError, ImportError, ProcessError), ExitStack() as stack:
+        plan = make_plan(config, arguments[split + 1 :])
         if config.launcher == "ray":
             from fastllm.integrations import ray
 
             stack.enter_context(ray.connected())
-        plan = make_plan(config, arguments[split + 1 :])
+            plan = plan._replace(threads=ray.cores_of_each(config.jobs, plan.threads))
         study = open_study(config, plan)
         say(f"search      {', '.join(plan.space)} over {config.trials} trials of {config.command}")
         say(f"jobs        {config.jobs} at a time, threads of each: {plan.threads}")
@@ -200,15 +204,11 @@ def make_plan(config: TuneConfig, flags: list[str]) -> Plan:
             typed[name].append(dumped[name])
     space = {name: distribution(name, search, typed[name]) for name, search in searches.items()}
     kept = settings.model_fields_set - space.keys() - {"config"}
-    threads = settings.threads or max(1, available_cores() // config.jobs)
-    if config.launcher == "ray":
-        from fastllm.integrations import ray
-
-        threads = ray.cores_of_each(config.jobs, settings.threads)
+    share = 0 if config.launcher else max(1, available_cores() // config.jobs)
     return Plan(
         {name: value for name, value in dumped.items() if name in kept and value is not None},
         space,
-        threads,
+        settings.threads or share,
     )
 
 
@@ -329,7 +329,9 @@ def run_trials(
 
     Raises:
         ValueError: trials do not validate, so that there is nothing to compare.
+        ProcessError: Ray's machines lose them.
     """
+    lost = 0
     deadline = time.monotonic() + config.timeout if config.timeout else math.inf
     begun = sum(state_of(trial) in ("complete", "pruned", "failed") for trial in study.trials)
     running: list[Run] = []
@@ -355,6 +357,12 @@ def run_trials(
                     running.remove(run)
                     say(describe(study.trials[run.trial.number]))
                     write_results(study, config, plan)
+                    if reason := run.process.lost:
+                        begun -= 1
+                        lost += 1
+                        say(f"trial {run.trial.number:<4} was lost: {reason}")
+                        if lost > MOST_LOST:
+                            raise ProcessError(f"{lost} trials were lost, the last one: {reason}")
             time.sleep(POLL_S)
     finally:
         for run in running:
@@ -378,7 +386,13 @@ def ask(study: "optuna.Study", config: TuneConfig, plan: Plan) -> "optuna.Trial"
 
 
 class TrialProcess:
-    """A command of this package at work; it ends with the process that has started it."""
+    """A command of this package at work; it ends with the process that has started it.
+
+    Attributes:
+        lost: what a machine did to it; here there is nothing between it and us.
+    """
+
+    lost = ""
 
     def __init__(
         self, command: str, flags: list[str], threads: int, log: Path, current_folder: Path
@@ -428,28 +442,26 @@ class Run:
         self.losses: list[tuple[float, int]] = []  # with the training's step
         self.ending = ""  # why this process has stopped it
         self._kill_at = math.inf
-        self._read = 0
         self.folder.mkdir(exist_ok=True)
         settings = self.folder / "settings.toml"
         settings.write_text(to_toml({**plan.fixed, **trial.params}), encoding="utf-8")
         flags = ["--config", str(settings), "--out_dir", str(self.folder)]
         log = self.folder.absolute() / "log.txt"
-        start: type[TrialProcess | RemoteTrial] = TrialProcess
+        how = config.command, flags, plan.threads, log, Path.cwd()
+        self.process: TrialProcess | RemoteTrial
         if config.launcher == "ray":
-            from fastllm.integrations.ray import RemoteTrial as start
-        self.process = start(config.command, flags, plan.threads, log, Path.cwd())
+            from fastllm.integrations import ray
+
+            self.process = ray.RemoteTrial(*how, on_gpu=plan.fixed.get("device") == "cuda")
+        else:
+            self.process = TrialProcess(*how)
 
     def read_losses(self) -> None:
         """Reports the new validation losses to the study, which may have the trial pruned."""
-        file = self.folder / "metrics.jsonl"
-        if file.exists():
-            with file.open("rb") as stream:
-                stream.seek(self._read)
-                new = stream.read()
-            new = new[: new.rfind(b"\n") + 1]
-            self._read += len(new)
-            for line in map(json.loads, new.splitlines()):
-                self._report(line["step"], line.get("val_loss"))
+        # A trial that has started again repeats what came after its checkpoint.
+        last = self.losses[-1][1] if self.losses else -1
+        for line in read_metrics(self.folder / "metrics.jsonl", last):
+            self._report(line["step"], line.get("val_loss"))
         if time.monotonic() >= self._kill_at:
             self.process.kill()
 
@@ -480,7 +492,7 @@ class Run:
         """
         from optuna.trial import TrialState
 
-        if self.ending == "interrupted":
+        if self.ending == "interrupted" or self.process.lost:
             put_back(study, self.trial.number)
             return
         if self.losses:

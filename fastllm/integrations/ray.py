@@ -6,6 +6,7 @@ beside an actor, which keeps its cores for it.
 """
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from fastllm.command import Stoppable, choose_device, say, stopped_by_signals
 from fastllm.threads import available_cores
 from fastllm.training.config import TrainConfig
 from fastllm.training.loop import Trainer
-from fastllm.training.processes import LostProcessError, ProcessError
+from fastllm.training.processes import LONGEST_WAIT, LostProcessError, ProcessError
 
 # Read by Ray as it is imported. Nothing of a run is for others to know.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -32,13 +33,15 @@ os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it would say everything twic
 try:
     import ray
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 except ImportError as error:
     raise ImportError(f"--launcher ray needs Ray ({error}): pip install 'fastllm[ray]'") from None
 
 POLL_S = 0.2
 # Memory for what Ray's processes hand each other, which is next to nothing here; Ray's least.
 OBJECT_STORE_BYTES = 80 * 2**20
+# Until workers usually are there.
+START_S = 60
 # Files in the run's folder: what workers say, and by which signal they are to stop.
 LOG, STOP = "ray.log", "ray.stop"
 
@@ -50,16 +53,16 @@ def connected() -> Iterator[None]:
     Raises:
         ConnectionError: there is no such cluster.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "local")
     of_our_own: dict[str, Any] = {
         "address": "local",
         "num_cpus": available_cores(),
         "object_store_memory": OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
-    if address:
-        check_listening(address)
-    ray.init(**({} if address else of_our_own), log_to_driver=False, logging_level=logging.ERROR)
+    check_listening(address)
+    given = of_our_own if address == "local" else {}
+    ray.init(**given, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
@@ -71,7 +74,7 @@ def check_listening(address: str) -> None:
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if port.isdigit():  # else it is one of Ray's words
         try:
-            socket.create_connection((host, int(port)), timeout=10).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except OSError as error:
             raise ConnectionError(
                 f"there is no Ray at RAY_ADDRESS={address} ({error}): `ray start --head` starts one"
@@ -86,11 +89,12 @@ def cores_of_each(count: int, asked: int = 0) -> int:
     """
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     machines = [int(cores) for cores in nodes if cores]
-    shares = [k for k in range(1, max(machines) + 1) if sum(n // k for n in machines) >= count]
+    most = max(machines, default=0)
+    shares = [k for k in range(1, most + 1) if sum(n // k for n in machines) >= count]
     if not shares or asked > shares[-1]:
         raise ProcessError(
             f"{count} processes of {asked or 1} cores each do not fit on Ray's machines, which "
-            f"have {', '.join(map(str, machines))} cores; start fewer"
+            f"have {', '.join(map(str, machines)) or 'no'} cores; start fewer"
         )
     return asked or shares[-1]
 
@@ -108,20 +112,22 @@ def launch(config: TrainConfig, run_dir: Path) -> None:
         if isinstance(path := getattr(config, name), Path):
             paths[name] = path.resolve()
     settings = config.model_copy(update={**paths, "launcher": None, "num_workers": 0})
+    until = time.time() + 60 * config.max_minutes if config.max_minutes else math.inf
     stop, log, records = run_dir / STOP, run_dir / LOG, run_dir / ".ray"
     # What a killed run has left: Ray would take its records up again.
     stop.unlink(missing_ok=True)
     shutil.rmtree(records, ignore_errors=True)
     try:
         with connected():
-            cores = cores_of_each(count)
+            cores = cores_of_each(count, config.threads)
             if not config.quiet:
                 say(f"ray         {count} workers of {cores} cores; they take a while to start")
             run_dir.mkdir(parents=True, exist_ok=True)
             log.touch()
             trainer = TorchTrainer(
                 _work,
-                train_loop_config=settings.model_dump(mode="json"),
+                train_loop_config={"settings": settings.model_dump(mode="json"), "until": until},
+                torch_config=TorchConfig(timeout_s=int(LONGEST_WAIT.total_seconds())),
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=count,
                     use_gpu=choose_device(config.device) == "cuda",
@@ -137,20 +143,25 @@ def launch(config: TrainConfig, run_dir: Path) -> None:
             )
             asked = Stoppable()
             # In a thread, so that Ray leaves the signals to us.
-            with (
-                log.open(newline="") as said,
-                stopped_by_signals(asked),
-                ThreadPoolExecutor(1) as pool,
-            ):
+            pool = ThreadPoolExecutor(1)
+            result = pool.submit(trainer.fit)
+            pool.shutdown(wait=False)
+            patience = time.monotonic() + START_S
+            with log.open(newline="") as said, stopped_by_signals(asked):
                 said.seek(0, os.SEEK_END)
-                result = pool.submit(trainer.fit)
                 done = False
                 while not done:
                     done = wait([result], POLL_S).done != set()
                     sys.stderr.write(said.read())
                     sys.stderr.flush()
+                    begun = stop.exists()
+                    if asked.stopped_by and not begun:
+                        raise SystemExit(128 + asked.stopped_by)
                     if asked.stopped_by:
                         stop.write_text(str(int(asked.stopped_by)))
+                    if time.monotonic() > patience and not begun:
+                        patience = math.inf
+                        say("ray         still waiting for workers: others may hold the cores")
             status = result.result().return_value
     except ray.train.TrainingFailedError as error:
         raise ProcessError(_why_ended(error)) from None
@@ -166,12 +177,15 @@ def launch(config: TrainConfig, run_dir: Path) -> None:
         raise SystemExit(status)
 
 
-def _work(settings: dict[str, Any]) -> int:
+def _work(given: dict[str, Any]) -> int:
     """In a worker: trains; the exit status."""
     from fastllm.train import train
 
-    config = TrainConfig(**settings)
+    config = TrainConfig(**given["settings"])
     assert config.out_dir is not None
+    (config.out_dir / STOP).touch()  # from now on somebody reads it
+    if config.max_minutes:  # a restart gets what is left
+        config.max_minutes = max((given["until"] - time.time()) / 60, 0.001)
     # After a restart, even if the run was new when it began.
     config.resume = any(config.out_dir.glob("checkpoints/step-*"))
     with (config.out_dir / LOG).open("a", buffering=1) as log, redirect_stderr(log):
@@ -243,18 +257,29 @@ class RemoteTrial:
     """A `TrialProcess` beside an actor on whichever machine of Ray's has the cores for it.
 
     Until one has them it waits, and has not ended.
+
+    Attributes:
+        lost: how its machine ended it, if that is what happened.
     """
 
+    lost = ""
+
     def __init__(
-        self, command: str, flags: list[str], threads: int, log: Path, current_folder: Path
+        self,
+        command: str,
+        flags: list[str],
+        threads: int,
+        log: Path,
+        current_folder: Path,
+        on_gpu: bool,
     ) -> None:
         # Not from __main__, whose classes actors do not know.
         from fastllm.tune import TrialProcess
 
-        actor = ray.remote(TrialProcess).options(num_cpus=threads)
+        actor = ray.remote(TrialProcess).options(num_cpus=threads, num_gpus=int(on_gpu))
         self._actor = actor.remote(command, flags, threads, log, current_folder)
         self._status = self._actor.poll.remote()
-        self._log = log
+        self._begun = False
         self._ended: int | None = None
 
     def poll(self) -> int | None:
@@ -263,9 +288,9 @@ class RemoteTrial:
             try:
                 self._ended = ray.get(self._status)
                 self._status = self._actor.poll.remote()
+                self._begun = True
             except ray.exceptions.RayError as error:
-                with self._log.open("a") as log:
-                    log.write(f"\nerror: lost on its machine: {_last_line(error)}\n")
+                self.lost = str(error).strip().splitlines()[-1].strip()
                 self._ended = 1
             if self._ended is not None:
                 ray.kill(self._actor)  # which gives its cores back
@@ -273,15 +298,16 @@ class RemoteTrial:
 
     def terminate(self) -> None:
         """Asks the process to end."""
-        self._actor.terminate.remote()
+        if self._begun:
+            self._actor.terminate.remote()
+        else:
+            ray.kill(self._actor)
+            self._ended = -signal.SIGTERM
 
     def kill(self) -> None:
         """Ends the process and those that it has started, at once."""
         if self.poll() is None:
-            ray.wait([self._actor.kill.remote()], timeout=1)  # forever where it has not begun
+            if self._begun:
+                ray.wait([self._actor.kill.remote()], timeout=1)
             ray.kill(self._actor)
             self._ended = -signal.SIGKILL
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()

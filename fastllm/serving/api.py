@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import secrets
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -243,6 +244,7 @@ class Post:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._boxes: dict[Job, Mailbox] = {}
         self._pieces: list[tuple[Job, Piece]] = []
+        self._held = threading.Lock()
         self._next = 0.0
 
     def open(self, jobs: Sequence[Job], whole: bool) -> Mailbox:
@@ -256,18 +258,25 @@ class Post:
             self._boxes.pop(job, None)
 
     def __call__(self, pieces: list[tuple[Job, Piece]]) -> None:
-        self._pieces += pieces
+        if self._loop is None or self._loop.is_closed():
+            return
+        with self._held:
+            first = not self._pieces
+            self._pieces += pieces
         now = time.monotonic()
         waited_for = any(
             piece.first_after is not None or piece.finish or piece.error for _, piece in pieces
         )
         if waited_for or now >= self._next:
             self._next = now + CHUNKS_APART_S
-            pieces, self._pieces = self._pieces, []
-            if self._loop is not None and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._deliver, pieces)
+            self._loop.call_soon_threadsafe(self._deliver)
+        elif first:  # the next step may take long
+            after = self._next - now
+            self._loop.call_soon_threadsafe(self._loop.call_later, after, self._deliver)
 
-    def _deliver(self, pieces: list[tuple[Job, Piece]]) -> None:
+    def _deliver(self) -> None:
+        with self._held:
+            pieces, self._pieces = self._pieces, []
         self._metrics.new_tokens.inc(sum(piece.tokens for _, piece in pieces))
         for job, piece in pieces:
             if piece.first_after is not None:

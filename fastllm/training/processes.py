@@ -4,7 +4,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+# The others wait while the first makes tokens of a text, which may be large.
+LONGEST_WAIT = timedelta(hours=6)
 
 
 class ProcessError(Exception):
@@ -174,13 +177,10 @@ def _meet(backend: str) -> None:
 
     store, rank, count = next(rendezvous("env://"))
     store = dist.PrefixStore(_name_of_start(store, rank, count), store)
-    # The others wait while the first makes tokens of a text, which may be large.
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=count, timeout=timedelta(hours=6)
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=LONGEST_WAIT)
 
 
-def _name_of_start(store: dist.Store, rank: int, count: int) -> str:
+def _name_of_start(store: "dist.Store", rank: int, count: int) -> str:
     """A name for what the living write into torchrun's store, which outlives them.
 
     Where they are started again, the addresses of the dead must not be taken for theirs. torchrun's
@@ -194,10 +194,9 @@ def _name_of_start(store: dist.Store, rank: int, count: int) -> str:
     while True:
         name = store.get("start").decode()
         store.set(f"{name}/{rank}", me)
-        with suppress(dist.DistStoreError):  # nobody has this name any more
-            store.wait([name], timedelta(seconds=1))
-            if me in store.get(name).decode():
-                return name
+        # Of one that died nobody, or another, has heard.
+        if store.check([name]) and me in store.get(name).decode():
+            return name
         time.sleep(0.05)
 
 
@@ -206,7 +205,7 @@ def _why_not_met(error: str) -> str:
     given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
     if "EADDRINUSE" in error:
         remedy = "the port is in use: give another one, with torchrun's --master_port"
-    elif "timed out" in error.lower():
+    elif re.search("time(d )?out", error.lower()):
         remedy = "not all of them came: start WORLD_SIZE processes, with ranks from 0 on"
     else:
         remedy = error.partition("\n")[0]

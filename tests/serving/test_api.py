@@ -16,8 +16,10 @@ openai = pytest.importorskip("openai", reason="pip install '.[test]' brings the 
 
 from fastllm import DecoderModel  # noqa: E402
 from fastllm.generate import generate_text  # noqa: E402
+from fastllm.serving import api  # noqa: E402
 from fastllm.serving.api import Served, create_app  # noqa: E402
 from fastllm.serving.bounds import Limits  # noqa: E402
+from fastllm.serving.engine import Job, Piece  # noqa: E402
 from fastllm.tokenization import Tokenizer  # noqa: E402
 from fastllm.training.config import TrainConfig  # noqa: E402
 from tests.serving.conftest import (  # noqa: E402
@@ -216,6 +218,25 @@ def test_null_means_the_default(client: Any) -> None:
 
 
 # What the page shows, and who watches
+
+
+def test_what_comes_quickly_is_brought_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First tokens at once, others after a while, also where nothing follows them."""
+    monkeypatch.setattr(api, "CHUNKS_APART_S", 0.5)
+
+    async def taken() -> list[list[str]]:
+        post, job = api.Post(api.Metrics()), Job([1], 9)
+        box = post.open([job], whole=False)
+        post([(job, Piece("first", (), 1, first_after=0.1))])
+        result = [await box.take()]
+        for text in ("second", "third"):
+            post([(job, Piece(text, (), 1))])
+            for _ in range(3):
+                await asyncio.sleep(0)
+        result.append(await asyncio.wait_for(box.take(), 20))
+        return [[piece.text for _, piece in pieces] for pieces in result]
+
+    assert asyncio.run(taken()) == [["first"], ["second", "third"]]
 
 
 def test_card_curve_and_metrics(characters: Model, tmp_path: Path) -> None:
