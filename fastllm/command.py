@@ -74,7 +74,7 @@ def _describe_one(error: Any) -> str:
     name, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
     if isinstance(error["input"], dict):  # all settings, of which several do not fit
         return f"{name}: {message}" if name else message
-    return f"{name}: {message} (got {error['input']!r})"
+    return f"{name + ': ' if name else ''}{message} (got {error['input']!r})"
 
 
 @contextmanager

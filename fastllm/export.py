@@ -132,6 +132,7 @@ def choose_files(config: ExportConfig, run_dir: Path) -> tuple[Path, dict[str, P
         if folder.suffix != f".{config.format}":
             raise ValueError(f"{folder} is no name for what --format {config.format} writes")
         names[f"model.{config.format}"] = folder.name
+        names[CARD] = f"{folder.stem}.md"
         folder = folder.parent
     files = {written: folder / name for written, name in names.items()}
     for file in files.values():
@@ -223,7 +224,7 @@ llama-completion -m FILE -c LENGTH -n HALF -no-cnv -p "A beginning"
 or in Python `llama_cpp.Llama("FILE", n_ctx=LENGTH)("A beginning", max_tokens=HALF)`.
 
 A prompt and what is asked for may be LENGTH tokens together: beyond that llama.cpp, which rounds
-its context up to a multiple of 256, breaks off with an error. It takes GELU from a table of fp16
+its context up to a multiple of 256, aborts the whole program. It takes GELU from a table of fp16
 numbers and keeps keys and values in fp16, which changes logits in about the fourth digit. What it
 does not know of a prompt's characters it leaves out.""",
 }

@@ -1,7 +1,9 @@
 """A trained model behind OpenAI's HTTP interface: `python -m fastllm.serve --checkpoint DIR`."""
 
+import errno
 import importlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -88,6 +90,8 @@ def main(arguments: list[str]) -> None:
     # other's 5 ms, in which a small model makes many.
     sys.setswitchinterval(0.0005)
     with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
+        if api_key and not re.fullmatch("[!-~]+", api_key):
+            raise ValueError("an API key has letters, digits and signs of ASCII, without spaces")
         check_packages()
         # Before the model is read, which may take its time.
         listener = listen(config.host, config.port, api_key)
@@ -132,8 +136,9 @@ def listen(host: str, port: int, api_key: str | None) -> socket.socket:
         listener.listen()
     except OSError as error:
         listener.close()
+        flag = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
         raise OSError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port"
+            f"cannot listen on {host}, port {port}: {error.strerror}; choose another --{flag}"
         ) from None
     return listener
 

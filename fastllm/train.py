@@ -105,6 +105,11 @@ def train(config: TrainConfig, begun: Callable[[Trainer], None] = lambda trainer
                 config.num_workers = 0
             tell: Tell = say if processes.is_first and not config.quiet else lambda *parts: None
             operations = implementation_line(config.device)
+            if config.parallel != "ddp" and processes.count == 1:
+                tell(
+                    f"warning: parallel {config.parallel} divides a step among several processes, "
+                    "and this is one; torchrun or --launcher ray start several"
+                )
             run_dir, config.resume = processes.from_first(lambda: begin_or_go_on(config))
             trainer = prepare(config, run_dir, tell, processes)
             tell(f"run         {run_dir}")
@@ -136,7 +141,10 @@ def begin_or_go_on(config: TrainConfig) -> tuple[Path, bool]:
         raise ValueError("torchrun's --max_restarts needs --out_dir, where a restart finds the run")
     note = config.out_dir / "torchrun.txt"
     if note.exists() and note.read_text(encoding="utf-8") == launch:
-        return config.out_dir, any(config.out_dir.glob("checkpoints/step-*"))
+        found = any(config.out_dir.glob("checkpoints/step-*"))
+        if not config.quiet:
+            say(f"torchrun has started again, {'from the last checkpoint' if found else 'anew'}")
+        return config.out_dir, found
     run_dir = choose_run_dir(config, "")
     run_dir.mkdir(parents=True, exist_ok=True)
     note.write_text(launch, encoding="utf-8")
@@ -347,9 +355,11 @@ def report(trainer: Trainer, run_dir: Path, tell: Tell) -> None:
     if not trainer.processes.is_first:
         return
     if trainer.stopped_by:
+        several = trainer.processes.count > 1
+        command = "the same command" if several else f"python -m fastllm.train --out_dir {run_dir}"
         say(
             f"stopped by {trainer.stopped_by.name} at step {progress.step:,}; go on with: "
-            f"python -m fastllm.train --out_dir {run_dir} --resume"
+            f"{command} --resume"
         )
         return
     if trainer.evaluation is not None and trainer.val_set is not None:

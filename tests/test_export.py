@@ -388,14 +388,15 @@ def test_nothing_is_overwritten(plain_run: Path, capsys: pytest.CaptureFixture[s
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", "model.gguf"]
     before = (folder / "model.gguf").read_bytes()
     assert f"{folder}/model.gguf is there already" in fails(capsys, *flags)
-    # A name of one's own, beside what is there; but there is a card already.
+    # A name of one's own, beside what is there; but for a card that is there already.
     out = ("--out", str(folder / "other.gguf"))
-    assert f"{folder}/README.md is there already" in fails(capsys, *flags, *out)
+    (folder / "other.md").touch()
+    assert f"{folder}/other.md is there already" in fails(capsys, *flags, *out)
     wrong = ("--checkpoint", str(plain_run), "--format", "hf", *out)
     assert "other.gguf is no name for what --format hf writes" in fails(capsys, *wrong)
-    (folder / "README.md").unlink()
+    (folder / "other.md").unlink()
     export.main([*flags, *out])
-    assert "other.gguf" in (folder / "README.md").read_text()
+    assert "other.gguf" in (folder / "other.md").read_text()
     assert (folder / "other.gguf").read_bytes() == before == (folder / "model.gguf").read_bytes()
 
 
@@ -533,6 +534,6 @@ def test_the_command(plain_run: Path, tmp_path: Path) -> None:
     assert result.stdout == ""
     *files, last = result.stderr.splitlines()
     names = [line.split(" bytes  ")[1] for line in files]
-    assert names == ["book.onnx", "tokenizer.json", "tokenizer_config.json", "README.md"]
+    assert names == ["book.onnx", "tokenizer.json", "tokenizer_config.json", "book.md"]
     assert last.startswith("largest difference of a logit, on random tokens: ")
     assert (tmp_path / "book.onnx").exists()

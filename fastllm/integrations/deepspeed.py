@@ -12,6 +12,7 @@ is left of them is attention, between its projections, and the optimizer.
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -33,7 +34,7 @@ from fastllm.training.engine import (
     rebuilt,
     something_to_predict,
 )
-from fastllm.training.processes import Processes, check_shares
+from fastllm.training.processes import ProcessError, Processes, check_shares
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found none
@@ -65,7 +66,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def launch(count: int, arguments: list[str]) -> None:
-    """Trains in `count` processes of this command on this machine; exits as they do."""
+    """Trains in `count` processes of this command on this machine; exits as they do.
+
+    Raises:
+        ProcessError: one of them was killed.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import DefaultLogsSpecs, LaunchConfig, elastic_launch
@@ -86,9 +91,14 @@ def launch(count: int, arguments: list[str]) -> None:
                 logs_specs=DefaultLogsSpecs(log_dir=logs),
             )
             elastic_launch(config, sys.executable)("-m", "fastllm.train", *arguments)
-    except ChildFailedError as error:  # they have said why
-        status = max(failure.exitcode for failure in error.failures.values())
-        raise SystemExit(status if status > 0 else 1) from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise ProcessError(
+                f"process {rank} was killed by {name}; --resume goes on from the last checkpoint"
+            ) from None
+        raise SystemExit(failure.exitcode) from None  # it has said why
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
 

@@ -62,7 +62,12 @@ def connected() -> Iterator[None]:
     }
     check_listening(address)
     given = of_our_own if address == "local" else {}
-    ray.init(**given, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(**given, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}; a cluster that `ray start` has given a token wants RAY_AUTH_MODE=token"
+        ) from None
     try:
         yield
     finally:
@@ -93,8 +98,8 @@ def cores_of_each(count: int, asked: int = 0) -> int:
     shares = [k for k in range(1, most + 1) if sum(n // k for n in machines) >= count]
     if not shares or asked > shares[-1]:
         raise ProcessError(
-            f"{count} processes of {asked or 1} cores each do not fit on Ray's machines, which "
-            f"have {', '.join(map(str, machines)) or 'no'} cores; start fewer"
+            f"Ray's machines have too few cores ({', '.join(map(str, machines)) or 'none'}) for "
+            f"{count} processes of {asked or 1}; start fewer"
         )
     return asked or shares[-1]
 

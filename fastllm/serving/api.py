@@ -647,8 +647,9 @@ def encode_prompts(asked: CompletionRequest, served: Served) -> list[tuple[list[
             raise ApiError(
                 400,
                 f"the prompt has {len(tokens)} tokens and max_tokens is {asked.max_tokens}: "
-                f"together {len(tokens) + asked.max_tokens}, but the model takes {longest}",
-                "max_tokens",
+                f"together {len(tokens) + asked.max_tokens}, but the model takes {longest}; "
+                "shorten them, or train with a larger max_seq_len",
+                "prompt" if len(tokens) >= longest else "max_tokens",
                 "context_length_exceeded",
             )
         result.append((tokens, text))

@@ -185,8 +185,9 @@ class Engine:
         with self._changed:
             if self._draining or not self.alive:
                 raise Draining
-            free = max(0, self._places - len(self._running) - len(self._waiting))
-            if len(self._waiting) + len(jobs) - free > self._longest_queue:
+            # Places that fall to who waits already are not yet taken, but as good as.
+            there = len(self._running) + len(self._waiting)
+            if there + len(jobs) > self._places + self._longest_queue:
                 raise Busy
             self._waiting += jobs
             self._changed.notify()

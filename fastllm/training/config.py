@@ -228,7 +228,10 @@ class TrainConfig(RunSettings):
         }
         for what, is_set in refused.items():
             if is_set:
-                raise ValueError(f"{what} and the launcher deepspeed exclude each other")
+                raise ValueError(  # it may be the resumed run's, so that no flag says it
+                    f"{what} and the launcher deepspeed exclude each other; give another "
+                    f"--{what.split()[0]}"
+                )
 
     def build_model(self, vocab_size: int, padding_idx: int | None) -> DecoderModel:
         """An untrained model of these settings."""

@@ -121,7 +121,7 @@ class Processes:
         except RuntimeError as error:
             if self.count > 1 and re.search(r"(closed|reset) by peer|Broken pipe", str(error)):
                 raise LostProcessError(
-                    "another process of this run has ended; its message says why"
+                    "another process of this run has ended; it was killed, or says why"
                 ) from error
             raise
 

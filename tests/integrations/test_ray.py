@@ -167,9 +167,9 @@ def test_too_many(text: Path, tmp_path: Path) -> None:
     said = refused(
         f"train --launcher ray --num_workers {cores + 1} --batch_size 4096", text, tmp_path
     )
-    assert f"error: {cores + 1} processes of 1 cores each do not fit on Ray's machines" in said
+    assert f"error: Ray's machines have too few cores ({cores}) for {cores + 1} processes" in said
     said = refused(f"tune --launcher ray --jobs 2 -- --threads {cores}", text, tmp_path)
-    assert f"error: 2 processes of {cores} cores each do not fit on Ray's machines" in said
+    assert f"error: Ray's machines have too few cores ({cores}) for 2 processes of {cores}" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -175,6 +175,17 @@ def test_stop_texts_end_it_and_show_nothing_of_themselves(subwords: Model) -> No
         assert all(score.offset < end for score in scores)
 
 
+def test_who_is_about_to_be_taken_up_is_not_in_the_way(characters: Model) -> None:
+    jobs = [Job([1], 5) for _ in range(6)]
+    with engine_of(characters, places=2, longest_queue=3) as (engine, inbox):
+        with engine._changed:  # the engine cannot take up what comes meanwhile
+            for job in jobs[:5]:
+                engine.submit([job])
+            with pytest.raises(Busy):
+                engine.submit(jobs[5:])
+        wait_until(lambda: all(map(inbox.done, jobs[:5])))
+
+
 def test_the_queue_has_an_end_and_places_come_free(characters: Model) -> None:
     long = [Job([1], 250) for _ in range(9)]
     with engine_of(characters, places=2, longest_queue=3) as (engine, inbox), slowed(engine, 0.01):
