@@ -1,16 +1,25 @@
+import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 openai = pytest.importorskip("openai", reason="pip install '.[test]' brings the client")
 
+from fastllm.generate import generate_text  # noqa: E402
 from fastllm.serve import listen, main  # noqa: E402
 from fastllm.train import prepare  # noqa: E402
+from fastllm.training.checkpoint import find_checkpoint, load_model  # noqa: E402
 from tests.conftest import WORDS, make_config  # noqa: E402
 
 
@@ -25,17 +34,26 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trainer.run_dir
 
 
-def test_a_process_serves_and_sigterm_lets_it_finish(run_dir: Path) -> None:
+@contextmanager
+def serving(run_dir: Path, *flags: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """The address of a server with the key "secret", and its process."""
     command = [sys.executable, "-m", "fastllm.serve", "--checkpoint", str(run_dir), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--threads", "1", "--drain-seconds", "60"],
+        [*command, "--threads", "1", *flags],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "FASTLLM_API_KEY": "secret"},
     )  # fmt: skip
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
         assert line.startswith("serving book ("), line
-        url = line.split()[-1]
+        yield line.split()[-1], process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_process_serves_and_sigterm_lets_it_finish(run_dir: Path) -> None:
+    with serving(run_dir, "--drain-seconds", "60") as (url, process):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
         card = client.get(f"{url}/api/card", cast_to=object)
         assert card["progress"]["step"] == 2 and card["settings"]["max_seq_len"] == 400
@@ -60,10 +78,70 @@ def test_a_process_serves_and_sigterm_lets_it_finish(run_dir: Path) -> None:
             reader.join(60)
         assert texts == dict.fromkeys(range(4), expected)
         assert process.wait(60) == 0
+        assert process.stderr is not None
         assert "stopping when what runs is done" in process.stderr.read()
-    finally:
-        process.kill()
-        process.wait()
+
+
+def test_a_minute_of_64_streams(run_dir: Path) -> None:
+    """Three of ten hang up on the way; the others get what they would alone; memory stays."""
+    model, tokenizer, _ = load_model(find_checkpoint(run_dir))
+    source = random.Random(3)
+    plans: list[dict[str, Any]] = [
+        {
+            "prompt": "".join(source.choices("the ", k=source.choice([1, 5, 100]))),
+            "seed": source.randrange(2**31),
+            "temperature": source.choice([0, 0.8, 1.2]),
+        }
+        for _ in range(60)
+    ]
+    sizes = [source.randint(1, 150) for _ in plans]
+    expected = [
+        "".join(generate_text(model.eval(), tokenizer, **plan, max_new_tokens=size))
+        for plan, size in zip(plans, sizes, strict=True)
+    ]
+    done = hung_up = 0
+    before = 0
+
+    async def keep_on(client: Any, end: float) -> None:
+        nonlocal done, hung_up
+        while time.monotonic() < end:
+            i = source.randrange(len(plans))
+            until = source.randrange(sizes[i]) if source.random() < 0.3 else sizes[i]
+            stream = await client.completions.create(
+                model="book", stream=True, max_tokens=sizes[i], **plans[i]
+            )
+            text = ""
+            async for chunk in stream:
+                text += chunk.choices[0].text
+                if len(text) > until:
+                    await stream.close()
+                    break
+            hung_up += len(text) > until
+            assert text == expected[i] or (until < sizes[i] and expected[i].startswith(text))
+            done += 1
+
+    async def all_of_them(url: str, process: psutil.Process) -> None:
+        nonlocal before
+        end = time.monotonic() + 60
+        async with openai.AsyncOpenAI(
+            base_url=f"{url}/v1", api_key="secret", max_retries=0
+        ) as client:
+            streams = asyncio.gather(*(keep_on(client, end) for _ in range(64)))
+            await asyncio.wait([streams], timeout=10)
+            before = process.memory_info().rss
+            await streams
+
+    with serving(run_dir, "--max_active", "64") as (url, started):
+        process = psutil.Process(started.pid)
+        asyncio.run(all_of_them(url, process))
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret")
+        metrics = client.get(f"{url}/metrics", cast_to=str)
+        grown = process.memory_info().rss - before
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 0
+    assert done > 300 and hung_up > 30
+    assert "fastllm_active 0.0" in metrics and "fastllm_queued 0.0" in metrics
+    assert grown < 8 * 2**20, f"{done} requests, {grown} bytes"
 
 
 def error_of(*flags: str) -> str:
@@ -94,6 +172,10 @@ def test_what_goes_wrong_is_one_clear_line(
     )
     for blank in ("", " "):
         assert "api_key is empty" in error_of(*flags, "--api_key", blank)
+    for unsendable in ("sécret", "two words"):
+        assert "signs of ASCII, without spaces" in error_of(*flags, "--api_key", unsendable)
+    nowhere = ("--host", "203.0.113.9", "--api_key", "secret")
+    assert "choose another --host" in error_of(*flags, *nowhere)
     assert "exclude each other" in error_of(*flags, "--quantize", "int8", "--precision", "bf16")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert error_of(*flags) == (
