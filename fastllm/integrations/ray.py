@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +190,11 @@ def _work(given: dict[str, Any]) -> int:
     config = TrainConfig(**given["settings"])
     assert config.out_dir is not None
     (config.out_dir / STOP).touch()  # from now on somebody reads it
-    if config.max_minutes:  # a restart gets what is left
-        config.max_minutes = max((given["until"] - time.time()) / 60, 0.001)
     # After a restart, even if the run was new when it began.
     config.resume = any(config.out_dir.glob("checkpoints/step-*"))
     with (config.out_dir / LOG).open("a", buffering=1) as log, redirect_stderr(log):
         try:
-            train(config, begun=_stop_when_asked)
+            train(config, begun=partial(_begin, until=given["until"]))
         except SystemExit as end:
             if isinstance(end.code, str) and isinstance(end.__context__, LostProcessError):
                 raise end.__context__ from None
@@ -205,8 +204,12 @@ def _work(given: dict[str, Any]) -> int:
     return 0
 
 
-def _stop_when_asked(trainer: Trainer) -> None:
-    # A signal to the command is one to its first worker, and the others are told by that.
+def _begin(trainer: Trainer, until: float) -> None:
+    # A signal to the command, or its last minute, is one to its first worker, and the others are
+    # told by that.
+    if trainer.config.max_minutes:  # after a restart, what is left of them
+        trainer.config.max_minutes = max((until - time.time()) / 60, 0.001)
+
     def watch() -> None:
         while not (text := stop.read_text() if stop.exists() else ""):
             time.sleep(POLL_S)
