@@ -146,6 +146,12 @@ def test_launchers_say_what_they_need(
         assert str(exit_.value).count("\n") == 0
 
 
+def test_one_process_divides_nothing(tmp_path: Path, text: Path) -> None:
+    result = train(tmp_path, "--file_path", str(text), "--parallel", "fsdp")
+    assert result.returncode == 0
+    assert "warning: parallel fsdp divides a step among several processes" in result.stderr
+
+
 def test_cleaning(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a line that is kept\nshort\na line that is kept\n" * 20)
     flags = ("--file_path", "text.txt", "--min_line_length", "6", "--dedup_lines")

@@ -15,7 +15,16 @@ import psutil
 import pytest
 
 from fastllm.training.metrics import read_metrics
-from fastllm.tune import TuneConfig, ask, main, make_plan, parse_tune_config, put_back, to_toml
+from fastllm.tune import (
+    MOST_LOST,
+    TuneConfig,
+    ask,
+    main,
+    make_plan,
+    parse_tune_config,
+    put_back,
+    to_toml,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -238,6 +247,34 @@ def test_what_is_searched(tmp_path: Path) -> None:
     fixed = {"lr": 0.5, "activation": "relu", "file_path": "a.txt", "dedup_lines": False}
     assert plan.fixed == {**fixed, "threads": 3}
     assert plan.threads == 3
+
+
+class LostProcess:
+    """A trial that is gone as soon as somebody looks."""
+
+    lost = "its machine has burnt down"
+    begun = 0
+
+    def __init__(self, *how: Any) -> None:
+        LostProcess.begun += 1
+
+    def poll(self) -> int:
+        return 1
+
+
+def test_trials_that_machines_lose_are_tried_again_but_not_for_ever(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastllm.tune.TrialProcess", LostProcess)
+    arguments = command("--trials", "2", small="", text=text)[3:]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="6 trials were lost, the last one: its machine has burnt"):
+        main(arguments)
+    assert LostProcess.begun == MOST_LOST + 1
+    tried = rows(tmp_path)
+    assert {trial["state"] for trial in tried} == {"interrupted"}
+    assert len({(trial["lr"], trial["batch_size"]) for trial in tried}) == 1
+    assert capsys.readouterr().err.count(" was lost: its machine has burnt down") == 6
 
 
 def test_the_seed_fixes_what_is_tried_with_and_without_an_interruption() -> None:

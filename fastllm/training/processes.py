@@ -194,7 +194,7 @@ def _name_of_start(store: "dist.Store", rank: int, count: int) -> str:
     while True:
         name = store.get("start").decode()
         store.set(f"{name}/{rank}", me)
-        # Of one that died nobody, or another, has heard.
+        # The first process of an earlier start has named others, or nobody.
         if store.check([name]) and me in store.get(name).decode():
             return name
         time.sleep(0.05)

@@ -174,16 +174,22 @@ def test_too_many(text: Path, tmp_path: Path) -> None:
 
 
 def test_a_busy_cluster_can_be_left(cluster: str, text: Path, tmp_path: Path) -> None:
-    """A signal ends the command also while others hold the cores that it waits for."""
+    """What waits for cores that others hold ends at once: a trial, and a command by a signal."""
     import ray
+
+    from fastllm.integrations.ray import RemoteTrial
 
     class Holder:
         def hold(self) -> None: ...
 
     ray.init(cluster, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        holder = ray.remote(Holder).options(num_cpus=1).remote()
-        ray.get(holder.hold.remote())
+        holders = [ray.remote(Holder).options(num_cpus=1).remote() for _ in range(2)]
+        ray.get([holder.hold.remote() for holder in holders])
+        trial = RemoteTrial("train", [], 1, tmp_path / "log.txt", tmp_path, on_gpu=False)
+        assert trial.poll() is None
+        trial.terminate()
+        assert trial.poll() == -signal.SIGTERM
         flags = f"--launcher ray --num_workers 2 --file_path {text} --out_dir {tmp_path / 'run'}"
         run = subprocess.Popen(
             [sys.executable, "-m", "fastllm.train", *flags.split()],
