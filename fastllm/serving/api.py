@@ -236,7 +236,7 @@ class Post:
 
     At once where somebody waits for a first token or an end, and else not more often than every
     `CHUNKS_APART_S`: a small model has thousands of tokens a second, each of which would cost more
-    to be brought than to be computed.
+    to be sent than to be computed.
     """
 
     def __init__(self, metrics: Metrics) -> None:
