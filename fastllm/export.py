@@ -16,7 +16,8 @@ from fastllm import __version__
 from fastllm.command import CommandSettings, errors_in_one_line, parse_settings, say
 from fastllm.data.tokens import read_header
 from fastllm.files import flush
-from fastllm.integrations import gguf, gpt2, hf_tokenizer, onnx
+from fastllm.integrations import gguf, hf_tokenizer, onnx
+from fastllm.models import gpt2
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import Tokenizer
 from fastllm.training.checkpoint import (
@@ -147,7 +148,7 @@ def check(model: DecoderModel, tokenizer: Tokenizer, format: Format) -> None:
         gguf.check(model, tokenizer)
         return
     if format == "hf":
-        gpt2.check(model, convertible=True)
+        gpt2.check_gpt2(model, convertible=True)
     else:
         onnx.check(model)
     hf_tokenizer.describe(tokenizer)
@@ -170,11 +171,11 @@ def write(
         onnx.save(model, folder / "model.onnx")
         theirs = onnx.logits(folder / "model.onnx", ids)
     elif format == "hf":
-        gpt2.converted(model).save_gpt2(folder)
+        gpt2.convert_to_gpt2(model).save_gpt2(folder)
         theirs = logits(DecoderModel.from_gpt2(folder).eval(), ids)
     else:
         gguf.save(model, tokenizer, folder / "model.gguf", name)
-        theirs = logits(gpt2.converted(model), ids)
+        theirs = logits(gpt2.convert_to_gpt2(model), ids)
     if format != "gguf":
         hf_tokenizer.save(tokenizer, folder, model.max_seq_len)
     return compare(logits(model, ids), theirs)

@@ -17,7 +17,8 @@ import yaml
 from torch import Tensor
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer, export
-from fastllm.integrations import gguf, gpt2, hf_tokenizer, onnx
+from fastllm.integrations import gguf, hf_tokenizer, onnx
+from fastllm.models import gpt2
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
 from fastllm.train import prepare
 from fastllm.training.checkpoint import find_checkpoint, load_model
@@ -403,14 +404,14 @@ def test_nothing_is_overwritten(plain_run: Path, capsys: pytest.CaptureFixture[s
 def test_what_goes_wrong_on_the_way_leaves_nothing(
     plain_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    converted = gpt2.converted
+    convert_to_gpt2 = gpt2.convert_to_gpt2
 
     def slightly_wrong(model: DecoderModel) -> DecoderModel:
-        result = converted(model)
+        result = convert_to_gpt2(model)
         result.lm_head.weight.data *= 1.001
         return result
 
-    monkeypatch.setattr(gpt2, "converted", slightly_wrong)
+    monkeypatch.setattr(gpt2, "convert_to_gpt2", slightly_wrong)
     message = fails(capsys, "--checkpoint", str(plain_run), "--format", "gguf")
     assert "what was written is not this model: a logit differs by " in message
     assert list((plain_run / "gguf").iterdir()) == []

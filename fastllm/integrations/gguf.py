@@ -8,7 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fastllm.integrations import gpt2, hf_tokenizer
+from fastllm.integrations import hf_tokenizer
+from fastllm.models import gpt2
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import SimpleCharacterTokenizer, Tokenizer
 
@@ -36,8 +37,8 @@ class Vocabulary(NamedTuple):
 
 def check(model: DecoderModel, tokenizer: Tokenizer) -> None:
     """Raises a `ValueError` with the reason where llama.cpp cannot run the model as it is."""
-    gpt2.check(model, convertible=True)
-    activation = gpt2.settings(model)["activation_function"]
+    gpt2.check_gpt2(model, convertible=True)
+    activation = gpt2.config_json(model)["activation_function"]
     if activation not in ACTIVATIONS:
         raise ValueError(f"llama.cpp's GPT-2 has no activation but GELU, and this is {activation}")
     vocabulary(tokenizer)
@@ -59,9 +60,9 @@ def save(
     from gguf import GGUFWriter, LlamaFileType
 
     check(model, tokenizer)
-    model = gpt2.converted(model)
+    model = gpt2.convert_to_gpt2(model)
     tokens, types, merges = vocabulary(tokenizer)
-    settings, pad = gpt2.settings(model), tokenizer.pad_token_id
+    settings, pad = gpt2.config_json(model), tokenizer.pad_token_id
     writer = GGUFWriter(path, "gpt2")
     writer.add_name(name)
     writer.add_file_type(LlamaFileType.ALL_F32)

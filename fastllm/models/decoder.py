@@ -145,9 +145,9 @@ class DecoderModel(nn.Module):
             ValueError: it is no GPT-2, one that this model cannot compute, or weights and
                 configuration do not fit each other; the message names the key or the tensor.
         """
-        from fastllm.integrations import gpt2  # which imports this module
+        from fastllm.models.gpt2 import load_gpt2
 
-        return gpt2.load(cls, source, padding_idx, device, dtype)
+        return load_gpt2(cls, source, padding_idx, device, dtype)
 
     def save_gpt2(self, directory: str | os.PathLike[str]) -> None:
         """Writes config.json and model.safetensors that transformers' `GPT2LMHeadModel` loads.
@@ -159,9 +159,9 @@ class DecoderModel(nn.Module):
             ValueError: GPT-2's format cannot express this model; the message says why, and nothing
                 was written.
         """
-        from fastllm.integrations import gpt2
+        from fastllm.models.gpt2 import save_gpt2
 
-        gpt2.save(self, directory)
+        save_gpt2(self, directory)
 
     @property
     def tie_word_embeddings(self) -> bool:

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
 from pydantic import (
@@ -31,8 +31,10 @@ from fastllm.command import describe
 from fastllm.core.attachments import plain
 from fastllm.core.transformer_block import TransformerBlock
 from fastllm.files import replace_file
-from fastllm.models.decoder import DecoderModel
 from fastllm.ops.decoder_loss import Layer
+
+if TYPE_CHECKING:
+    from fastllm.models.decoder import DecoderModel  # which imports this module
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -74,7 +76,7 @@ def either(name: str, alias: str) -> Any:
     return Field(validation_alias=AliasChoices(name, alias))
 
 
-class Config(BaseModel):
+class GPT2Config(BaseModel):
     """What counts in config.json, with the names and defaults of transformers' `GPT2Config`."""
 
     model_config = ConfigDict(strict=True, validate_default=True)
@@ -141,13 +143,13 @@ class Config(BaseModel):
         }
 
 
-def load(
-    model_class: type[DecoderModel],
+def load_gpt2(
+    model_class: "type[DecoderModel]",
     source: Any,
     padding_idx: int | None = None,
     device: Any = None,
     dtype: Any = None,
-) -> DecoderModel:
+) -> "DecoderModel":
     """See `DecoderModel.from_gpt2`."""
     folder, config = _read_config(source)
     settings = {**config.arguments(), "padding_idx": padding_idx, "dtype": dtype}
@@ -163,9 +165,9 @@ def load(
     return model
 
 
-def save(model: DecoderModel, directory: str | os.PathLike[str]) -> None:
+def save_gpt2(model: "DecoderModel", directory: str | os.PathLike[str]) -> None:
     """See `DecoderModel.save_gpt2`."""
-    check(model)
+    check_gpt2(model)
     weights = model.state_dict()
     if model.tie_word_embeddings:
         del weights["lm_head.weight"]
@@ -175,7 +177,7 @@ def save(model: DecoderModel, directory: str | os.PathLike[str]) -> None:
         name = names[ours]
         prefix = "" if name.startswith("lm_head") else "transformer."
         tensors[prefix + name] = _turned(name, tensor.detach().cpu()).contiguous()
-    text = json.dumps(settings(model), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(config_json(model), indent=2, sort_keys=True) + "\n"
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     # Both are written before either takes its place.
@@ -189,11 +191,11 @@ def save(model: DecoderModel, directory: str | os.PathLike[str]) -> None:
         os.chmod(weights_file.name, mode)  # safetensors lets nobody else read what it writes
 
 
-def check(model: DecoderModel, convertible: bool = False) -> None:
+def check_gpt2(model: "DecoderModel", convertible: bool = False) -> None:
     """Raises a `ValueError` with the reason where GPT-2's format cannot express the model.
 
     Args:
-        convertible: let pass what `converted` can do something about.
+        convertible: let pass what `convert_to_gpt2` can do something about.
     """
     reason = next(_obstacles(model, convertible), None)
     if reason is not None:
@@ -201,7 +203,7 @@ def check(model: DecoderModel, convertible: bool = False) -> None:
 
 
 @torch.no_grad()
-def converted(model: DecoderModel) -> DecoderModel:
+def convert_to_gpt2(model: "DecoderModel") -> "DecoderModel":
     """A new model of GPT-2's architecture with the same logits up to rounding.
 
     The factor of the token embeddings is multiplied into them; a head that they were tied to gets
@@ -217,14 +219,14 @@ def converted(model: DecoderModel) -> DecoderModel:
     Raises:
         ValueError: GPT-2's format cannot express the model even so; the message says why.
     """
-    check(model, convertible=True)
+    check_gpt2(model, convertible=True)
     table, block = model.embedding_layer, cast(TransformerBlock, model.transformer_blocks[0])
     layer = cast(Layer, block.fused())
     V, H = table.token_embeddings.weight.shape
     N, D = layer.num_heads, H // layer.num_heads
     extra = 0 if model.lm_head.bias is None or not model.lm_head.bias.any() else 1
     wide = H + N * extra
-    result = DecoderModel(
+    result = type(model)(
         V,
         wide,
         len(model.transformer_blocks),
@@ -297,7 +299,7 @@ def _padded(tensor: Tensor, dim: int, parts: int, extra: int) -> Tensor:
     return torch.cat((split, split.new_zeros(shape)), dim + 1).flatten(dim, dim + 1)
 
 
-def _read_config(source: Any) -> tuple[Path | None, Config]:
+def _read_config(source: Any) -> tuple[Path | None, GPT2Config]:
     """The folder that weights are in, if any, and the settings."""
     folder, name = None, "the configuration"
     if isinstance(source, (str, os.PathLike)):
@@ -315,7 +317,7 @@ def _read_config(source: Any) -> tuple[Path | None, Config]:
         given = source.to_dict() if hasattr(source, "to_dict") else source
         settings = {"model_type": "gpt2", **given}
     try:
-        return folder, Config.model_validate(settings)
+        return folder, GPT2Config.model_validate(settings)
     except ValidationError as error:
         raise ValueError(f"{name}: {describe(error)}") from None
 
@@ -354,7 +356,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in inner.items() if not MASKS.fullmatch(name)}
 
 
-def _fitting(tensors: dict[str, Tensor], model: DecoderModel, folder: Path) -> dict[str, Tensor]:
+def _fitting(tensors: dict[str, Tensor], model: "DecoderModel", folder: Path) -> dict[str, Tensor]:
     """A state dict for the model, which may be on the meta device."""
     names = _names(len(model.transformer_blocks))
     if model.tie_word_embeddings:
@@ -398,7 +400,7 @@ def _turned(name: str, tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _initialise(model: DecoderModel, std: float) -> None:
+def _initialise(model: "DecoderModel", std: float) -> None:
     """GPT-2's start (Radford et al. 2019, section 2.3), as transformers has it."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -412,23 +414,30 @@ def _initialise(model: DecoderModel, std: float) -> None:
         model.embedding_layer.token_embeddings.weight[model.padding_idx].zero_()
 
 
-def _obstacles(model: DecoderModel, convertible: bool = False) -> Iterator[str]:
+def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str]:
     """What GPT-2's format cannot express; later ones rely on there being no earlier one.
 
     Args:
-        convertible: without those that `converted` can do something about.
+        convertible: without those that `convert_to_gpt2` can do something about.
     """
-    sketch = DecoderModel(
+    if not plain(model):
+        yield (
+            f"the model is a {type(model).__name__}: a subclass of DecoderModel, or a hook, a "
+            "patched forward or the like is attached to it"
+        )
+    sketch = type(model)(
         1, 1, len(model.transformer_blocks), 1, 1, pos_encoding_learned=True, device="meta"
     )
     kinds = {name: type(module) for name, module in sketch.named_modules()}
     for name, module in model.named_modules():
+        if module is model:
+            continue
         kind = type(module) if name.endswith("mlp.activation") else kinds.get(name, type(module))
         if type(module) is not kind:
-            yield f"{name or 'the model'} is a {type(module).__name__}, not a {kind.__name__}"
+            yield f"{name} is a {type(module).__name__}, not a {kind.__name__}"
         if not plain(module) and type(module) is not nn.ModuleList:
             yield (
-                f"{name or 'the model'}, a {type(module).__name__}, is of a kind that GPT-2 lacks, "
+                f"{name}, a {type(module).__name__}, is of a kind that GPT-2 lacks, "
                 "or a hook, a patched forward or the like is attached to it"
             )
     if not convertible and not model.embedding_layer.positional_encoding.learned:
@@ -467,13 +476,13 @@ def _obstacles(model: DecoderModel, convertible: bool = False) -> Iterator[str]:
         yield f"there is no place for '{name}'"
 
 
-def settings(model: DecoderModel) -> dict[str, Any]:
-    """The content of config.json for a model that `check` lets pass."""
+def config_json(model: "DecoderModel") -> dict[str, Any]:
+    """The content of config.json for a model that `check_gpt2` lets pass."""
     table, block = model.embedding_layer, cast(TransformerBlock, model.transformer_blocks[0])
     V, H = table.token_embeddings.weight.shape
     layer = cast(Layer, block.fused())
     written = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    config = Config(
+    config = GPT2Config(
         model_type="gpt2",
         vocab_size=V,
         n_positions=table.position_table().size(0),

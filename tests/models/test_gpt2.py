@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastllm import DecoderModel
-from fastllm.integrations import gpt2
+from fastllm.models import gpt2
 from fastllm.optim import AdamW
 from tests.conftest import assert_as_accurate
 
@@ -446,8 +446,8 @@ def no_norm(model: DecoderModel) -> None:
         (replace_linear, "transformer_blocks.1.mlp.fc1 is a Scaled, not a Linear"),
         (replace_mlp, "transformer_blocks.0.mlp is a Linear, not a MLP"),
         (hook, "transformer_blocks.1, a TransformerBlock, .*a hook"),
-        (patch, "the model, a DecoderModel, .*a patched forward"),
-        (subclass, "the model is a Mine, not a DecoderModel"),
+        (patch, "the model is a DecoderModel: .*a patched forward"),
+        (subclass, "the model is a Mine: a subclass of DecoderModel"),
         (other_width, "blocks differ in heads, MLP width"),
         (other_vocabulary, "sizes of its layers do not fit"),
         (add, "no place for 'extra"),
@@ -477,7 +477,7 @@ def test_a_failing_disk_leaves_what_was_there(
     def fail(*arguments: Any, **keywords: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    owner = "fastllm.files" if fail_at == "flush" else "fastllm.integrations.gpt2"
+    owner = "fastllm.files" if fail_at == "flush" else "fastllm.models.gpt2"
     monkeypatch.setattr(f"{owner}.{fail_at}", fail)
     with pytest.raises(OSError, match="No space left"):
         make_model(norm_eps=0.1).save_gpt2(folder)
@@ -490,8 +490,8 @@ def assert_converted(model: DecoderModel) -> DecoderModel:
     for parameter in model.parameters():
         parameter += torch.randn_like(parameter) / 4
     model.double().eval()
-    result = gpt2.converted(model)
-    gpt2.check(result)
+    result = gpt2.convert_to_gpt2(model)
+    gpt2.check_gpt2(result)
     ids = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
     expected = model(ids)
     difference = (result(ids) - expected).abs().max().item()
@@ -529,7 +529,7 @@ def test_conversion_changes_no_more_than_it_must(changes: dict[str, Any]) -> Non
 def test_a_bias_of_zeros_takes_no_width() -> None:
     model = make_model(lm_head_bias=True)
     nn.init.zeros_(model.lm_head.bias)
-    assert gpt2.converted(model).hidden_size == 24
+    assert gpt2.convert_to_gpt2(model).hidden_size == 24
 
 
 @pytest.mark.parametrize(
@@ -544,11 +544,11 @@ def test_a_bias_of_zeros_takes_no_width() -> None:
 )
 def test_what_cannot_be_converted(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"cannot express this model: .*{message}"):
-        gpt2.converted(make_model(**changes))
+        gpt2.convert_to_gpt2(make_model(**changes))
 
 
 def test_what_is_attached_is_not_lost_in_the_conversion() -> None:
     model = make_model(scale_embeddings=True)
     model.transformer_blocks[0].register_forward_hook(lambda *arguments: None)
     with pytest.raises(ValueError, match="a hook, a patched forward or the like"):
-        gpt2.converted(model)
+        gpt2.convert_to_gpt2(model)
