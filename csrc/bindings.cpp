@@ -195,12 +195,12 @@ MultiHeadAttention multi_head_attention_of(const PyMultiHeadAttention& attention
             {weights.second, 0}, {output.second, 0}, static_cast<Precision>(precision)};
 }
 
-// stats, qkv, heads, sum
-using PyMultiHeadAttentionKept = std::array<uint64_t, 4>;
+// stats, qkv, attn_out, residual
+using PyMultiHeadAttentionSaved = std::array<uint64_t, 4>;
 
-MultiHeadAttentionKept multi_head_attention_kept_of(const PyMultiHeadAttentionKept& kept) {
-    const auto& [stats, qkv, heads, sum] = kept;
-    return {at<float>(stats), at<float>(qkv), at<float>(heads), at<float>(sum)};
+MultiHeadAttentionSaved multi_head_attention_saved_of(const PyMultiHeadAttentionSaved& saved) {
+    const auto& [stats, qkv, attn_out, residual] = saved;
+    return {at<float>(stats), at<float>(qkv), at<float>(attn_out), at<float>(residual)};
 }
 
 // rows, H, I; norm, norm_first; fc1, fc2; activation; dropout of the activations and of the output;
@@ -216,11 +216,11 @@ Mlp mlp_of(const PyMlp& mlp) {
             {output.second, 0}, static_cast<Precision>(precision)};
 }
 
-// stats, hidden, sum
-using PyMlpKept = std::array<uint64_t, 3>;
+// stats, hidden, residual
+using PyMlpSaved = std::array<uint64_t, 3>;
 
-MlpKept mlp_kept_of(const PyMlpKept& kept) {
-    return {at<float>(kept[0]), at<float>(kept[1]), at<float>(kept[2])};
+MlpSaved mlp_saved_of(const PyMlpSaved& saved) {
+    return {at<float>(saved[0]), at<float>(saved[1]), at<float>(saved[2])};
 }
 
 // B, S, H, V; ids, weight, positions; scale; dropout
@@ -263,7 +263,7 @@ using PyDecoderGrad =
 double decoder_loss(const PyEmbedding& embedding, const PyLayers& layers, const PyNorm& norm,
                     const PyLinearCrossEntropy& head, int64_t padding_idx,
                     const std::optional<PyDecoderGrad>& grads, int threads) {
-    std::vector<DecoderLayer> all_layers;
+    std::vector<Layer> all_layers;
     for (const auto& [attention, mlp] : layers)
         all_layers.push_back({multi_head_attention_of(attention), mlp_of(mlp)});
     const Decoder decoder = {embedding_of(embedding), all_layers.data(),
@@ -274,7 +274,7 @@ double decoder_loss(const PyEmbedding& embedding, const PyLayers& layers, const 
     for (int64_t b = 0; b < e.B; ++b)  // a sequence's first label is no target
         check_ids(decoder.head.targets + b * e.S + 1, e.S - 1, decoder.head.V,
                   decoder.head.ignore_index);
-    std::vector<DecoderLayerGrad> layer_grads;
+    std::vector<LayerGrad> layer_grads;
     DecoderGrad grad = {};
     if (grads) {
         const auto& [inputs, layer_pairs, norm_pair, head_pair] = *grads;
@@ -371,7 +371,7 @@ private:
 
     std::mutex mutex_;
     const Kernels* kernels_;  // whose layout the weights are packed in
-    std::vector<DecoderLayer> layers_;
+    std::vector<Layer> layers_;
     Decoder model_;
     Decoding decoding_;
     std::unique_ptr<Memory> weights_;
@@ -426,46 +426,46 @@ PYBIND11_MODULE(_kernels, m) {
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "multi_head_attention_fwd",
-        [](uint64_t out, const PyMultiHeadAttentionKept& kept, uint64_t x,
+        [](uint64_t out, const PyMultiHeadAttentionSaved& saved, uint64_t x,
            const PyMultiHeadAttention& attention, int threads) {
-            kernels->multi_head_attention_fwd(at<float>(out), multi_head_attention_kept_of(kept),
+            kernels->multi_head_attention_fwd(at<float>(out), multi_head_attention_saved_of(saved),
                                               at<const float>(x),
                                               multi_head_attention_of(attention), threads);
         },
-        py::arg("out"), py::arg("kept"), py::arg("x"), py::arg("attention"), py::arg("threads"),
+        py::arg("out"), py::arg("saved"), py::arg("x"), py::arg("attention"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "multi_head_attention_bwd",
         [](uint64_t grad_x, const std::array<PyPair, 3>& grads, uint64_t grad_out,
-           const PyMultiHeadAttentionKept& kept, uint64_t x, const PyMultiHeadAttention& attention,
+           const PyMultiHeadAttentionSaved& saved, uint64_t x, const PyMultiHeadAttention& attention,
            int threads) {
             kernels->multi_head_attention_bwd(
                 at<float>(grad_x),
                 {norm_grad_of(grads[0]), linear_grad_of(grads[1]), linear_grad_of(grads[2])},
-                at<const float>(grad_out), multi_head_attention_kept_of(kept), at<const float>(x),
+                at<const float>(grad_out), multi_head_attention_saved_of(saved), at<const float>(x),
                 multi_head_attention_of(attention), threads);
         },
-        py::arg("grad_x"), py::arg("grads"), py::arg("grad_out"), py::arg("kept"), py::arg("x"),
+        py::arg("grad_x"), py::arg("grads"), py::arg("grad_out"), py::arg("saved"), py::arg("x"),
         py::arg("attention"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     m.def(
         "mlp_fwd",
-        [](uint64_t out, const PyMlpKept& kept, uint64_t x, const PyMlp& mlp, int threads) {
-            kernels->mlp_fwd(at<float>(out), mlp_kept_of(kept), at<const float>(x), mlp_of(mlp),
+        [](uint64_t out, const PyMlpSaved& saved, uint64_t x, const PyMlp& mlp, int threads) {
+            kernels->mlp_fwd(at<float>(out), mlp_saved_of(saved), at<const float>(x), mlp_of(mlp),
                              threads);
         },
-        py::arg("out"), py::arg("kept"), py::arg("x"), py::arg("mlp"), py::arg("threads"),
+        py::arg("out"), py::arg("saved"), py::arg("x"), py::arg("mlp"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "mlp_bwd",
         [](uint64_t grad_x, const std::array<PyPair, 3>& grads, uint64_t grad_out,
-           const PyMlpKept& kept, uint64_t x, const PyMlp& mlp, int threads) {
+           const PyMlpSaved& saved, uint64_t x, const PyMlp& mlp, int threads) {
             kernels->mlp_bwd(
                 at<float>(grad_x),
                 {norm_grad_of(grads[0]), linear_grad_of(grads[1]), linear_grad_of(grads[2])},
-                at<const float>(grad_out), mlp_kept_of(kept), at<const float>(x), mlp_of(mlp),
+                at<const float>(grad_out), mlp_saved_of(saved), at<const float>(x), mlp_of(mlp),
                 threads);
         },
-        py::arg("grad_x"), py::arg("grads"), py::arg("grad_out"), py::arg("kept"), py::arg("x"),
+        py::arg("grad_x"), py::arg("grads"), py::arg("grad_out"), py::arg("saved"), py::arg("x"),
         py::arg("mlp"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     m.def(
         "layer_norm_fwd",

@@ -100,12 +100,12 @@ struct MultiHeadAttention {
     Precision precision;
 };
 
-// What the forward leaves for the backward. Null where it is not wanted, but qkv and heads.
-struct MultiHeadAttentionKept {
-    float* stats;  // [B S, 2], of the layer norm
-    float* qkv;    // [B S, 3 H]
-    float* heads;  // [B S, H], what goes into the output projection
-    float* sum;    // [B S, H], what a layer norm behind normalises
+// Saved by the forward for the backward. Null if not needed; qkv and attn_out never are.
+struct MultiHeadAttentionSaved {
+    float* stats;     // [B S, 2], of the layer norm
+    float* qkv;       // [B S, 3 H]
+    float* attn_out;  // [B S, H], the heads side by side: the input of the output projection
+    float* residual;  // [B S, H], x + sublayer(x): the input of a Post-LN layer norm
 };
 
 struct MultiHeadAttentionGrad {
@@ -127,11 +127,11 @@ struct Mlp {
     Precision precision;
 };
 
-// What the forward leaves for the backward; null where it is not wanted.
-struct MlpKept {
-    float* stats;   // [rows, 2], of the layer norm
-    float* hidden;  // [rows, I], before the activation
-    float* sum;     // [rows, H], what a layer norm behind normalises
+// Saved by the forward for the backward. Null if not needed.
+struct MlpSaved {
+    float* stats;     // [rows, 2], of the layer norm
+    float* hidden;    // [rows, I], the input of the activation
+    float* residual;  // [rows, H], x + sublayer(x): the input of a Post-LN layer norm
 };
 
 struct MlpGrad {
@@ -157,19 +157,19 @@ struct LinearCrossEntropy {
     Precision precision;
 };
 
-struct DecoderLayer {
+struct Layer {
     MultiHeadAttention attention;
     Mlp mlp;
 };
 
-struct DecoderLayerGrad {
+struct LayerGrad {
     MultiHeadAttentionGrad attention;
     MlpGrad mlp;
 };
 
 struct Decoder {
     Embedding embedding;
-    const DecoderLayer* layers;
+    const Layer* layers;
     int64_t layer_count;
     Norm norm;                // of the last layer's output; its weight is null for none
     LinearCrossEntropy head;  // targets are labels [B, S]: each position is scored on the next one
@@ -179,7 +179,7 @@ struct Decoder {
 struct DecoderGrad {
     float* embedding;  // or null
     float* positions;  // or null
-    const DecoderLayerGrad* layers;
+    const LayerGrad* layers;
     NormGrad norm;
     LinearGrad head;
 };
@@ -262,15 +262,15 @@ struct Kernels {
                                    const LinearCrossEntropy& c, int threads);
 
     // mlp.inc
-    void (*mlp_fwd)(float* out, const MlpKept& kept, const float* x, const Mlp& m, int threads);
-    void (*mlp_bwd)(float* grad_x, const MlpGrad& grad, const float* grad_out, const MlpKept& kept,
-                    const float* x, const Mlp& m, int threads);
+    void (*mlp_fwd)(float* out, const MlpSaved& saved, const float* x, const Mlp& m, int threads);
+    void (*mlp_bwd)(float* grad_x, const MlpGrad& grad, const float* grad_out,
+                    const MlpSaved& saved, const float* x, const Mlp& m, int threads);
 
     // multi_head_attention.inc
-    void (*multi_head_attention_fwd)(float* out, const MultiHeadAttentionKept& kept,
+    void (*multi_head_attention_fwd)(float* out, const MultiHeadAttentionSaved& saved,
                                      const float* x, const MultiHeadAttention& m, int threads);
     void (*multi_head_attention_bwd)(float* grad_x, const MultiHeadAttentionGrad& grad,
-                                     const float* grad_out, const MultiHeadAttentionKept& kept,
+                                     const float* grad_out, const MultiHeadAttentionSaved& saved,
                                      const float* x, const MultiHeadAttention& m, int threads);
 
     // sampling.inc: tokens [B] for logits [B, V], drawn as each sequence's settings and step say;

@@ -130,20 +130,20 @@ Outputs multi_head_attention(int64_t B, int64_t S, int64_t N, int64_t D, Place p
                                   place == Place::NONE ? Norm{} : norm.norm(),
                                   place == Place::BEFORE, qkv.linear(), projection.linear(),
                                   {}, true, p, p, KEY, KEY, precision};
-    Floats stats = empty(2 * rows), projected = empty(3 * rows * H), heads = empty(rows * H),
-           sum = empty(rows * H);
-    const MultiHeadAttentionKept kept = {place == Place::NONE ? nullptr : stats.data(),
-                                         projected.data(), heads.data(),
-                                         place == Place::BEHIND ? sum.data() : nullptr};
+    Floats stats = empty(2 * rows), projected = empty(3 * rows * H), attn_out = empty(rows * H),
+           residual = empty(rows * H);
+    const MultiHeadAttentionSaved saved = {place == Place::NONE ? nullptr : stats.data(),
+                                           projected.data(), attn_out.data(),
+                                           place == Place::BEHIND ? residual.data() : nullptr};
     Outputs outputs = {empty(rows * H), empty(rows * H)};
     Pair grad_norm = gradients(H, 1), grad_qkv = gradients(3 * H, H),
          grad_projection = gradients(H, H);
-    k.multi_head_attention_fwd(outputs[0].data(), kept, x.data(), m, threads);
+    k.multi_head_attention_fwd(outputs[0].data(), saved, x.data(), m, threads);
     k.multi_head_attention_bwd(
         outputs[1].data(),
         {place == Place::NONE ? NormGrad{} : grad_norm.norm_grad(), grad_qkv.linear_grad(),
          grad_projection.linear_grad()},
-        grad_out.data(), kept, x.data(), m, threads);
+        grad_out.data(), saved, x.data(), m, threads);
     if (place != Place::NONE) grad_norm.append_to(outputs);
     grad_qkv.append_to(outputs);
     grad_projection.append_to(outputs);
@@ -158,16 +158,16 @@ Outputs mlp(int64_t rows, int64_t H, int64_t I, Place place, Activation activati
     const Floats x = source.floats(rows * H), grad_out = source.floats(rows * H);
     const Mlp m = {rows, H, I, place == Place::NONE ? Norm{} : norm.norm(), place == Place::BEFORE,
                    fc1.linear(), fc2.linear(), activation, p, p, KEY, KEY, precision};
-    Floats stats = empty(2 * rows), hidden = empty(rows * I), sum = empty(rows * H);
-    const MlpKept kept = {place == Place::NONE ? nullptr : stats.data(), hidden.data(),
-                          place == Place::BEHIND ? sum.data() : nullptr};
+    Floats stats = empty(2 * rows), hidden = empty(rows * I), residual = empty(rows * H);
+    const MlpSaved saved = {place == Place::NONE ? nullptr : stats.data(), hidden.data(),
+                            place == Place::BEHIND ? residual.data() : nullptr};
     Outputs outputs = {empty(rows * H), empty(rows * H)};
     Pair grad_norm = gradients(H, 1), grad_fc1 = gradients(I, H), grad_fc2 = gradients(H, I);
-    k.mlp_fwd(outputs[0].data(), kept, x.data(), m, threads);
+    k.mlp_fwd(outputs[0].data(), saved, x.data(), m, threads);
     k.mlp_bwd(outputs[1].data(),
               {place == Place::NONE ? NormGrad{} : grad_norm.norm_grad(), grad_fc1.linear_grad(),
                grad_fc2.linear_grad()},
-              grad_out.data(), kept, x.data(), m, threads);
+              grad_out.data(), saved, x.data(), m, threads);
     if (place != Place::NONE) grad_norm.append_to(outputs);
     grad_fc1.append_to(outputs);
     grad_fc2.append_to(outputs);
@@ -237,8 +237,8 @@ Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first
     const Floats tokens = source.floats(V * H), positions = source.floats(S * H);
     const int64_t sizes[PAIRS][2] = {{H, 1}, {3 * H, H}, {H, H}, {H, 1}, {I, H}, {H, I}};
     std::vector<Pair> pairs, grads;
-    std::vector<DecoderLayer> layers;
-    std::vector<DecoderLayerGrad> layer_grads;
+    std::vector<Layer> layers;
+    std::vector<LayerGrad> layer_grads;
     for (int64_t i = 0; i < L * PAIRS; ++i) {
         const auto [outputs, inputs] = sizes[i % PAIRS];
         pairs.push_back(parameters(source, outputs, inputs));
@@ -281,7 +281,7 @@ Outputs decode(int64_t N, int64_t D, bool norm_first, Precision precision, int t
     const Floats tokens = source.floats(V * H), positions = source.floats(CAPACITY * H);
     const int64_t sizes[PAIRS][2] = {{H, 1}, {3 * H, H}, {H, H}, {H, 1}, {I, H}, {H, I}};
     std::vector<Pair> pairs;
-    std::vector<DecoderLayer> layers;
+    std::vector<Layer> layers;
     for (int64_t i = 0; i < L * PAIRS; ++i)
         pairs.push_back(parameters(source, sizes[i % PAIRS][0], sizes[i % PAIRS][1]));
     for (int64_t l = 0; l < L; ++l) {
