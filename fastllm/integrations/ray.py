@@ -26,6 +26,7 @@ from fastllm.threads import available_cores
 from fastllm.training.config import TrainConfig
 from fastllm.training.loop import Trainer
 from fastllm.training.processes import LONGEST_WAIT, LostProcessError, ProcessError
+from fastllm.tuning.trial import TrialProcess
 
 # Read by Ray as it is imported. Nothing of a run is for others to know.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -281,9 +282,6 @@ class RemoteTrial:
         current_folder: Path,
         on_gpu: bool,
     ) -> None:
-        # Not from __main__, whose classes actors do not know.
-        from fastllm.tune import TrialProcess
-
         actor = ray.remote(TrialProcess).options(num_cpus=threads, num_gpus=int(on_gpu))
         self._actor = actor.remote(command, flags, threads, log, current_folder)
         self._status = self._actor.poll.remote()

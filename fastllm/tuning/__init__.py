@@ -1,0 +1,1 @@
+"""Hyperparameter search: what `python -m fastllm.tune` consists of."""
