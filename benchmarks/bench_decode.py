@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastllm.bench import CONFIGS, Letter, build_fastllm
-from fastllm.generate import ModuleDecoding
+from fastllm.generation.decoding import ModuleDecoding
 from fastllm.ops.decode import Decoding
 
 

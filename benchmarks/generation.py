@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastllm.bench import CONFIGS, Letter, build_fastllm, build_stock, measure_bandwidth
-from fastllm.generate import generate_batch
+from fastllm.generation.decoding import generate_batch
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling
 from fastllm.threads import set_threads

@@ -30,7 +30,7 @@ import torch
 
 from fastllm import SimpleCharacterTokenizer
 from fastllm.bench import CONFIGS, Letter, StepConfig
-from fastllm.generate import generate_batch
+from fastllm.generation.decoding import generate_batch
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling
 from fastllm.threads import set_threads

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from fastllm.serving.api import Served
-    from fastllm.serving.bounds import Limits
+    from fastllm.serving.guard import Limits
 
 
 # Of two cores, a model of 0.8 million parameters was measured to leave one to its requests with
@@ -117,7 +117,7 @@ def listen(host: str, port: int, api_key: str | None) -> socket.socket:
         ValueError: others could reach it, and there is no API key.
         OSError: the address is not this computer's, or the port is in use.
     """
-    from fastllm.serving.bounds import is_loopback
+    from fastllm.serving.guard import is_loopback
 
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -173,7 +173,7 @@ def load(config: ServeConfig) -> "Served":
 def run(config: ServeConfig, listener: socket.socket, api_key: str | None) -> int:
     """Serves until a signal has it end; gives the exit status."""
     from fastllm.serving.api import create_app
-    from fastllm.serving.bounds import Limits
+    from fastllm.serving.guard import Limits
 
     served = load(config)
     parameters = sum(parameter.numel() for parameter in served.model.parameters())
@@ -189,16 +189,16 @@ def run(config: ServeConfig, listener: socket.socket, api_key: str | None) -> in
         server.run(sockets=[listener])
         return 1 if server.failed else 0
     finally:
-        app.state.engine.close()
+        app.state.scheduler.close()
 
 
 def make_server(app: "FastAPI", limits: "Limits", drain_seconds: float) -> Any:
     """A server that ends when it is told to, by a signal or `drain`, and what runs is done."""
     import uvicorn
 
-    from fastllm.serving.bounds import connection_class
+    from fastllm.serving.guard import connection_class
 
-    engine = app.state.engine
+    scheduler = app.state.scheduler
 
     class Server(uvicorn.Server):
         drain_until: float | None = None  # a time of time.monotonic()
@@ -214,18 +214,18 @@ def make_server(app: "FastAPI", limits: "Limits", drain_seconds: float) -> Any:
                 os._exit(128 + sig)
 
         async def on_tick(self, counter: int) -> bool:
-            if self.drain_until is not None and not engine.draining:
-                # Not by the signal's handler: it may have interrupted who holds the engine's lock.
-                engine.drain()
-                left = engine.running + engine.waiting
+            if self.drain_until is not None and not scheduler.draining:
+                # Not in the signal handler, which may interrupt a holder of the scheduler's lock.
+                scheduler.drain()
+                left = scheduler.running + scheduler.waiting
                 say(f"stopping when what runs is done ({left} sequences); Ctrl-C stops at once")
             late = self.drain_until is not None and time.monotonic() > self.drain_until
             # A request is a task until its answer is written.
-            done = engine.draining and not self.server_state.tasks
-            self.failed = not engine.alive
+            done = scheduler.draining and not self.server_state.tasks
+            self.failed = not scheduler.alive
             self.should_exit = self.should_exit or late or done or self.failed
             if self.should_exit:
-                engine.close()  # who still waits is told so
+                scheduler.close()  # who still waits is told so
             return await super().on_tick(counter)
 
     return Server(

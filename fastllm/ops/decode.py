@@ -1,7 +1,7 @@
 """The next logits of sequences whose earlier keys and values are kept, as one operation.
 
 A token more for each sequence, or a whole prompt, goes through all layers in one call of a kernel.
-It stands for the modules with their caches, which `fastllm.generate` uses where it cannot serve.
+It stands for the modules with their caches, which `fastllm.generation` uses where it cannot serve.
 """
 
 from collections.abc import Mapping, Sequence

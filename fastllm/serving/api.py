@@ -39,8 +39,8 @@ from starlette.types import Receive, Scope, Send
 from fastllm.command import describe
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling
-from fastllm.serving.bounds import ApiError, Guard, Limits, respond
-from fastllm.serving.engine import Busy, Draining, Engine, Job, Piece, Score
+from fastllm.serving.guard import ApiError, Guard, Limits, respond
+from fastllm.serving.scheduler import Busy, Draining, Job, Piece, Scheduler, Score
 from fastllm.tokenization import Tokenizer
 from fastllm.training.config import TrainConfig
 from fastllm.training.metrics import read_metrics
@@ -199,10 +199,10 @@ class Metrics:
             "fastllm_request_seconds", "Whole requests.", buckets=steps, registry=registry
         )
 
-    def watch(self, engine: Engine) -> None:
+    def watch(self, scheduler: Scheduler) -> None:
         for name, text, read in (
-            ("fastllm_active", "Sequences that are computed.", lambda: engine.running),
-            ("fastllm_queued", "Sequences that wait for a place.", lambda: engine.waiting),
+            ("fastllm_active", "Sequences that are computed.", lambda: scheduler.running),
+            ("fastllm_queued", "Sequences that wait for a place.", lambda: scheduler.waiting),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
 
@@ -232,7 +232,7 @@ class Mailbox:
 
 
 class Post:
-    """Carries pieces from the engine's thread to the mailboxes, in the event loop's.
+    """Carries pieces from the scheduler's thread to the mailboxes, in the event loop's.
 
     At once where somebody waits for a first token or an end, and else not more often than every
     `CHUNKS_APART_S`: a small model has thousands of tokens a second, each of which would cost more
@@ -295,13 +295,18 @@ class Completion(Response):
         request: CompletionRequest,
         served: Served,
         prompts: Sequence[tuple[list[int], str]],
-        engine: Engine,
+        scheduler: Scheduler,
         post: Post,
         metrics: Metrics,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._request, self._engine, self._post, self._metrics = request, engine, post, metrics
+        self._request, self._scheduler, self._post, self._metrics = (
+            request,
+            scheduler,
+            post,
+            metrics,
+        )
         self._common = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -328,7 +333,7 @@ class Completion(Response):
         self._box = post.open(self._jobs, whole=not request.stream)
         computed = [job for job in self._jobs if job.max_tokens or job.score_prompt]
         try:
-            engine.submit(computed)
+            scheduler.submit(computed)
         except (Busy, Draining):
             post.close(self._jobs)
             raise
@@ -351,7 +356,7 @@ class Completion(Response):
             for task in (answer, gone):
                 task.cancel()
             await asyncio.gather(answer, gone, return_exceptions=True)
-            self._engine.cancel(self._jobs)
+            self._scheduler.cancel(self._jobs)
             self._post.close(self._jobs)
 
     async def _whole(self, send: Send) -> None:
@@ -457,19 +462,19 @@ def create_app(
     api_key: str | None = None,
     limits: Limits = Limits(),  # noqa: B008 - it cannot be changed
 ) -> FastAPI:
-    """The application; `app.state.engine` computes, until somebody closes it.
+    """The application; `app.state.scheduler` computes, until somebody closes it.
 
     Args:
-        places, longest_queue: see `Engine`.
+        places, longest_queue: see `Scheduler`.
         api_key: what every request must bring, but those for the page itself and /health.
     """
     metrics = Metrics()
     post = Post(metrics)
     model, tokenizer = served.model, served.tokenizer
-    engine = Engine(model, tokenizer, served.precision, places, longest_queue, post)
-    metrics.watch(engine)
+    scheduler = Scheduler(model, tokenizer, served.precision, places, longest_queue, post)
+    metrics.watch(scheduler)
     app = FastAPI(title="fastllm", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.engine = engine
+    app.state.scheduler = scheduler
     app.add_middleware(Guard, api_key=api_key, limits=limits, answers=metrics.requests)
 
     @app.exception_handler(ApiError)
@@ -499,9 +504,9 @@ def create_app(
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        if not engine.alive:
+        if not scheduler.alive:
             return ApiError(503, "the server has stopped computing").response()
-        if engine.draining:
+        if scheduler.draining:
             return ApiError(503, DRAINING).response()
         return JSONResponse({"status": "ok"})
 
@@ -585,11 +590,11 @@ def create_app(
         else:
             prompts = await asyncio.to_thread(encode_prompts, asked, served)
         try:
-            return Completion(asked, served, prompts, engine, post, metrics)
+            return Completion(asked, served, prompts, scheduler, post, metrics)
         except Busy:
             raise ApiError(
                 429,
-                f"all {places} places are taken and {engine.waiting} sequences wait for one; "
+                f"all {places} places are taken and {scheduler.waiting} sequences wait for one; "
                 "try again",
                 None,
                 "rate_limit_exceeded",

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from fastllm.command import Stoppable, autocast, stopped_by_signals
 from fastllm.data.loader import TextDataset, collate
-from fastllm.generate import generate_tokens
+from fastllm.generation.decoding import generate_tokens
 from fastllm.models.decoder import DecoderModel
 from fastllm.optim import local
 from fastllm.tokenization import Tokenizer

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastllm
 from fastllm import DecoderModel, TransformerBlock
-from fastllm.generate import ModuleDecoding, start_decoding
+from fastllm.generation.decoding import ModuleDecoding, start_decoding
 from fastllm.ops import decode
 from fastllm.ops.decode import Decoding, round_to_int8, round_weights_to_int8
 from tests.conftest import BAD, assert_as_accurate, isa_in_use, needs_extension

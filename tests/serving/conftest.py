@@ -15,8 +15,8 @@ import torch
 from fastllm import DecoderModel, SimpleCharacterTokenizer
 from fastllm.serve import listen, make_server
 from fastllm.serving.api import Served, create_app
-from fastllm.serving.bounds import Limits
-from fastllm.serving.engine import Engine
+from fastllm.serving.guard import Limits
+from fastllm.serving.scheduler import Scheduler
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
 from fastllm.training.config import TrainConfig
 
@@ -54,7 +54,7 @@ def subwords() -> tuple[DecoderModel, Tokenizer]:
 class Server(NamedTuple):
     url: str
     port: int
-    engine: Engine
+    scheduler: Scheduler
     served: Served
 
 
@@ -77,7 +77,7 @@ def running_server(
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield Server(f"http://127.0.0.1:{port}", port, app.state.engine, served)
+        yield Server(f"http://127.0.0.1:{port}", port, app.state.scheduler, served)
     finally:
         server.drain()
         thread.join()
@@ -85,19 +85,19 @@ def running_server(
 
 
 @contextmanager
-def slowed(engine: Engine, seconds: float) -> Iterator[None]:
+def slowed(scheduler: Scheduler, seconds: float) -> Iterator[None]:
     """Every step takes so much longer."""
-    append: Callable[..., Any] = engine._decoding.append
+    append: Callable[..., Any] = scheduler._decoding.append
 
     def slow(*arguments: Any, **keywords: Any) -> torch.Tensor:
         time.sleep(seconds)
         return append(*arguments, **keywords)
 
-    engine._decoding.append = slow  # type: ignore[method-assign]
+    scheduler._decoding.append = slow  # type: ignore[method-assign]
     try:
         yield
     finally:
-        engine._decoding.append = append  # type: ignore[method-assign]
+        scheduler._decoding.append = append  # type: ignore[method-assign]
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:

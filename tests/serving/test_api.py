@@ -15,11 +15,11 @@ import pytest
 openai = pytest.importorskip("openai", reason="pip install '.[test]' brings the client")
 
 from fastllm import DecoderModel  # noqa: E402
-from fastllm.generate import generate_text  # noqa: E402
+from fastllm.generation.text_stream import generate_text  # noqa: E402
 from fastllm.serving import api  # noqa: E402
 from fastllm.serving.api import Served, create_app  # noqa: E402
-from fastllm.serving.bounds import Limits  # noqa: E402
-from fastllm.serving.engine import Job, Piece  # noqa: E402
+from fastllm.serving.guard import Limits  # noqa: E402
+from fastllm.serving.scheduler import Job, Piece  # noqa: E402
 from fastllm.tokenization import Tokenizer  # noqa: E402
 from fastllm.training.config import TrainConfig  # noqa: E402
 from tests.serving.conftest import (  # noqa: E402
@@ -165,7 +165,7 @@ def test_streams_never_split_a_character(subwords: Model) -> None:
         client = client_of(server)
         for seed in range(4):
             settings = {"model": "tiny", "prompt": "世界", "max_tokens": 40, "seed": seed}
-            with slowed(server.engine, 0.012):  # so that tokens come one by one
+            with slowed(server.scheduler, 0.012):  # so that tokens come one by one
                 parts = [
                     c.choices[0].text for c in client.completions.create(**settings, stream=True)
                 ]
@@ -323,30 +323,30 @@ def test_many_streams_at_once_and_clients_that_hang_up(server: Server, character
             await asyncio.gather(*(one(client, i, *plan, busy) for i, plan in enumerate(plans)))
 
     asyncio.run(all_of_them())
-    wait_until(lambda: not server.engine.running and not server.engine.waiting)
+    wait_until(lambda: not server.scheduler.running and not server.scheduler.waiting)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_hangs_up_frees_his_place_at_once(server: Server, stream: bool) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 299, "n": 7, "stream": stream})
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{JSON}content-length: {len(body)}"
-    with slowed(server.engine, 0.02):
+    with slowed(server.scheduler, 0.02):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(f"{head}\r\n\r\n{body}".encode())
-            wait_until(lambda: server.engine.running == 5)
-            assert server.engine.waiting == 2
-        wait_until(lambda: not server.engine.running, 2)
-        assert not server.engine.waiting
+            wait_until(lambda: server.scheduler.running == 5)
+            assert server.scheduler.waiting == 2
+        wait_until(lambda: not server.scheduler.running, 2)
+        assert not server.scheduler.waiting
 
 
 def test_too_many_at_once_are_told_to_come_again(characters: Model) -> None:
     with running_server(*characters, places=1, longest_queue=1) as server:
         client = client_of(server)
-        with slowed(server.engine, 0.05):
+        with slowed(server.scheduler, 0.05):
             first = client.completions.create(
                 model="tiny", prompt="a", n=2, max_tokens=200, stream=True
             )
-            wait_until(lambda: server.engine.running and server.engine.waiting)
+            wait_until(lambda: server.scheduler.running and server.scheduler.waiting)
             with pytest.raises(openai.RateLimitError, match="1 sequences wait") as caught:
                 client.completions.create(model="tiny", prompt="a")
             assert caught.value.response.headers["retry-after"] == "1"
@@ -439,8 +439,8 @@ def test_clients_that_are_slow_or_silent_are_cut_off(characters: Model) -> None:
         connection.connect(("127.0.0.1", server.port))
         with connection:
             connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
-            wait_until(lambda: server.engine.running)
-            wait_until(lambda: not server.engine.running and not server.engine.waiting, 10)
+            wait_until(lambda: server.scheduler.running)
+            wait_until(lambda: not server.scheduler.running and not server.scheduler.waiting, 10)
             time.sleep(2 * limits.write_s)  # it may have computed all in less than that
             assert b"[DONE]" not in received(connection)
 
@@ -529,19 +529,19 @@ def test_a_thousand_random_requests(characters: Model) -> None:
 
     try:
         asyncio.run(all_of_them())
-        assert app.state.engine.alive and not app.state.engine.running
+        assert app.state.scheduler.alive and not app.state.scheduler.running
         assert all(counts[status] > 50 for status in (200, 400, 422)), counts
     finally:
-        app.state.engine.close()
+        app.state.scheduler.close()
 
 
 def test_draining_refuses_what_is_new_and_ends_what_runs(characters: Model) -> None:
     with running_server(*characters) as server, contextlib.ExitStack() as stack:
         client = client_of(server)
-        stack.enter_context(slowed(server.engine, 0.02))
+        stack.enter_context(slowed(server.scheduler, 0.02))
         stream = client.completions.create(model="tiny", prompt="a", max_tokens=60, stream=True)
         first = next(stream)
-        server.engine.drain()
+        server.scheduler.drain()
         for ask in (
             lambda: client.completions.create(model="tiny", prompt="a"),
             lambda: client.get(f"{server.url}/health", cast_to=object),

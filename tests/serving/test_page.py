@@ -14,7 +14,7 @@ sync_api = pytest.importorskip(
 )
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer  # noqa: E402
-from fastllm.generate import generate_text  # noqa: E402
+from fastllm.generation.text_stream import generate_text  # noqa: E402
 from fastllm.tokenization import Tokenizer  # noqa: E402
 from tests.serving.conftest import (  # noqa: E402
     Server,
@@ -109,7 +109,7 @@ def test_text_streams_and_stays_text(open_page: Open) -> None:
     with running_server(*model) as server:
         page = open_page(server)
         prompt = "<img src=x>"
-        with slowed(server.engine, 0.01):
+        with slowed(server.scheduler, 0.01):
             ask(page, prompt, wait=False, temperature=1, seed=3, max_tokens=200)
             page.locator("#answer b").nth(20).wait_for()
             assert page.get_attribute("#answer", "aria-busy") == "true"
@@ -153,15 +153,15 @@ def test_characters_of_several_tokens(open_page: Open, subwords: Model) -> None:
 @pytest.mark.parametrize("by", ["key", "button"])
 def test_stop_frees_the_place(open_page: Open, server: Server, by: str) -> None:
     page = open_page(server)
-    with slowed(server.engine, 0.02):
+    with slowed(server.scheduler, 0.02):
         ask(page, "abc", wait=False, max_tokens=290)
         page.locator("#answer b").nth(5).wait_for()
-        assert server.engine.running == 1
+        assert server.scheduler.running == 1
         if by == "key":
             page.keyboard.press("Escape")
         else:
             page.click("#abort")
-        wait_until(lambda: not server.engine.running, 5)
+        wait_until(lambda: not server.scheduler.running, 5)
     expect(page.locator("#state")).to_contain_text("stopped")
     expect(page.locator("#send")).to_be_visible()
     expect(page.locator("#abort")).to_be_hidden()
@@ -326,13 +326,13 @@ def test_errors_say_why_and_where(open_page: Open, server: Server) -> None:
 def test_a_full_server_can_be_asked_again(open_page: Open, characters: Model) -> None:
     with running_server(*characters, places=1, longest_queue=0) as server:
         first, second = open_page(server), open_page(server)
-        with slowed(server.engine, 0.02):
+        with slowed(server.scheduler, 0.02):
             ask(first, "a", wait=False, max_tokens=290)
             first.locator("#answer b").first.wait_for()
             ask(second, "ab", wait=False, max_tokens=5)
             expect(second.get_by_role("alert")).to_contain_text("The server is busy: all 1 places")
             first.keyboard.press("Escape")
-            wait_until(lambda: not server.engine.running)
+            wait_until(lambda: not server.scheduler.running)
         second.get_by_role("button", name="Try again").click()
         expect(second.locator("#state")).to_contain_text("5 tokens")
         expect(second.get_by_role("alert")).to_be_hidden()
@@ -370,7 +370,7 @@ def test_a_server_that_is_gone(open_page: Open, characters: Model) -> None:
         with running_server(*characters) as server:
             page = open_page(server, clock=True)
             expect(page.locator("#name")).to_have_text("tiny")
-            until_the_end.enter_context(slowed(server.engine, 0.05))
+            until_the_end.enter_context(slowed(server.scheduler, 0.05))
             ask(page, "ab", wait=False, max_tokens=290)
             page.locator("#answer b").nth(5).wait_for()
         expect(page.get_by_role("alert")).to_contain_text("the server has stopped computing")
@@ -493,7 +493,7 @@ def test_a_phone(open_page: Open, server: Server) -> None:
     page.click("text=All settings of the run")
     assert page.evaluate(width) == 360
     page.set_viewport_size({"width": 360, "height": 300})
-    with slowed(server.engine, 0.02):
+    with slowed(server.scheduler, 0.02):
         ask(page, "ab" * 60, wait=False, max_tokens=180)
         page.locator("#answer[aria-busy] b").nth(100).wait_for()
         assert page.locator("#abort").bounding_box()["y"] >= 0  # in sight at the end of a long text
@@ -531,7 +531,7 @@ def test_both_schemes_can_be_read(open_page: Open, server: Server, scheme: str) 
     brightness, texts, contrast = page.evaluate(CONTRASTS)
     assert brightness < 0.05 if scheme == "dark" else brightness > 0.8
     assert texts > 60 and contrast >= 4.5
-    with slowed(server.engine, 0.02):
+    with slowed(server.scheduler, 0.02):
         ask(page, "abc", wait=False, max_tokens=290)
         page.locator("#answer b").first.wait_for()
         assert page.evaluate("getComputedStyle(answer, '::after').animationName") == "none"
@@ -557,7 +557,7 @@ def test_by_keyboard_alone(open_page: Open, server: Server) -> None:
     page.fill("#prompt", "ab")
     page.fill("[name=max_tokens]", "250")
     page.focus("#send")
-    with slowed(server.engine, 0.02):
+    with slowed(server.scheduler, 0.02):
         page.keyboard.press("Enter")
         expect(page.locator("#abort")).to_be_focused()
         page.locator("#answer b").first.wait_for()

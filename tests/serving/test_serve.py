@@ -16,7 +16,7 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="pip install '.[test]' brings the client")
 
-from fastllm.generate import generate_text  # noqa: E402
+from fastllm.generation.text_stream import generate_text  # noqa: E402
 from fastllm.serve import listen, main  # noqa: E402
 from fastllm.train import prepare  # noqa: E402
 from fastllm.training.checkpoint import find_checkpoint, load_model  # noqa: E402

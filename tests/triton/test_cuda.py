@@ -7,7 +7,7 @@ import torch
 
 import fastllm
 from fastllm import DecoderModel, bench
-from fastllm.generate import generate_tokens
+from fastllm.generation.decoding import generate_tokens
 from fastllm.ops import OPERATIONS, dispatch
 from fastllm.ops.attention import attention
 from fastllm.optim import AdamW

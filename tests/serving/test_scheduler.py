@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fastllm import DecoderModel
-from fastllm.generate import ModuleDecoding, generate_text
+from fastllm.generation.decoding import ModuleDecoding
+from fastllm.generation.text_stream import generate_text
 from fastllm.ops.sampling import Sampling
-from fastllm.serving.engine import SCORED_TOKENS, Busy, Draining, Engine, Job, Piece
+from fastllm.serving.scheduler import SCORED_TOKENS, Busy, Draining, Job, Piece, Scheduler
 from fastllm.tokenization import Tokenizer
 from tests.conftest import needs_extension
 from tests.serving.conftest import make_model, slowed, wait_until
@@ -19,7 +20,7 @@ Model = tuple[DecoderModel, Tokenizer]
 
 
 class Inbox:
-    """What an engine posts, by job."""
+    """What an scheduler posts, by job."""
 
     def __init__(self) -> None:
         self.pieces: dict[Job, list[Piece]] = {}
@@ -37,15 +38,15 @@ class Inbox:
 
 
 @contextmanager
-def engine_of(
+def scheduler_of(
     model: Model, places: int = 5, longest_queue: int = 1000, precision: str = "fp32"
-) -> Iterator[tuple[Engine, Inbox]]:
+) -> Iterator[tuple[Scheduler, Inbox]]:
     inbox = Inbox()
-    engine = Engine(*model, precision, places, longest_queue, inbox)
+    scheduler = Scheduler(*model, precision, places, longest_queue, inbox)
     try:
-        yield engine, inbox
+        yield scheduler, inbox
     finally:
-        engine.close()
+        scheduler.close()
 
 
 def random_job(random: random.Random, tokenizer: Tokenizer) -> Job:
@@ -87,15 +88,15 @@ def test_each_job_gets_what_it_would_get_alone(
     model: Model = request.getfixturevalue(kind)
     source = random.Random(1)
     jobs = [random_job(source, model[1]) for _ in range(25)]
-    with engine_of(model, precision=precision) as (engine, inbox):
+    with scheduler_of(model, precision=precision) as (scheduler, inbox):
         for i, job in enumerate(jobs):
-            engine.submit([job])
+            scheduler.submit([job])
             time.sleep(source.choice([0, 0.002]))
             if i % 5 == 4:
-                engine.cancel([jobs[i - 2]])
+                scheduler.cancel([jobs[i - 2]])
         kept = [job for i, job in enumerate(jobs) if i % 5 != 2]
         wait_until(lambda: all(map(inbox.done, kept)))
-        wait_until(lambda: not engine.running and not engine.waiting)
+        wait_until(lambda: not scheduler.running and not scheduler.waiting)
     for job in kept:
         assert inbox.text(job) == alone(model, job, precision)
         assert sum(piece.tokens for piece in inbox.pieces[job]) == job.max_tokens
@@ -107,9 +108,9 @@ def test_the_modules_serve_where_the_kernel_cannot(characters: Model) -> None:
     model.lm_head.register_forward_hook(lambda *a: heard.append(1))
     source = random.Random(2)
     jobs = [random_job(source, characters[1]) for _ in range(8)]
-    with engine_of((model, characters[1]), places=3) as (engine, inbox):
-        assert isinstance(engine._decoding, ModuleDecoding)
-        engine.submit(jobs)
+    with scheduler_of((model, characters[1]), places=3) as (scheduler, inbox):
+        assert isinstance(scheduler._decoding, ModuleDecoding)
+        scheduler.submit(jobs)
         wait_until(lambda: all(map(inbox.done, jobs)))
     assert heard
     for job in jobs:
@@ -130,8 +131,8 @@ def test_probabilities_are_the_models_own(kind: str, request: pytest.FixtureRequ
         for i, prompt in enumerate(prompts)
         for count in (0, 1, 20)
     ]
-    with engine_of((model, tokenizer)) as (engine, inbox):
-        engine.submit(jobs)
+    with scheduler_of((model, tokenizer)) as (scheduler, inbox):
+        scheduler.submit(jobs)
         wait_until(lambda: all(map(inbox.done, jobs)))
     for job in jobs:
         scores = [score for piece in inbox.pieces[job] for score in piece.scores]
@@ -166,8 +167,8 @@ def test_stop_texts_end_it_and_show_nothing_of_themselves(subwords: Model) -> No
         stops = [whole[at : at + source.randint(1, 3)], "never there", whole[-1]]
         end = min((whole.index(stop) + len(stop), whole.index(stop)) for stop in stops[::2])[1]
         stopped = Job(job.prompt, 60, job.sampling, job.seed, stops, 2)
-        with engine_of(subwords) as (engine, inbox):
-            engine.submit([stopped])
+        with scheduler_of(subwords) as (scheduler, inbox):
+            scheduler.submit([stopped])
             wait_until(lambda: inbox.done(stopped))  # noqa: B023
         assert inbox.text(stopped) == whole[:end]
         assert inbox.pieces[stopped][-1].finish == "stop"
@@ -177,41 +178,44 @@ def test_stop_texts_end_it_and_show_nothing_of_themselves(subwords: Model) -> No
 
 def test_who_is_about_to_be_taken_up_is_not_in_the_way(characters: Model) -> None:
     jobs = [Job([1], 5) for _ in range(6)]
-    with engine_of(characters, places=2, longest_queue=3) as (engine, inbox):
-        with engine._changed:  # the engine cannot take up what comes meanwhile
+    with scheduler_of(characters, places=2, longest_queue=3) as (scheduler, inbox):
+        with scheduler._changed:  # the scheduler cannot take up what comes meanwhile
             for job in jobs[:5]:
-                engine.submit([job])
+                scheduler.submit([job])
             with pytest.raises(Busy):
-                engine.submit(jobs[5:])
+                scheduler.submit(jobs[5:])
         wait_until(lambda: all(map(inbox.done, jobs[:5])))
 
 
 def test_the_queue_has_an_end_and_places_come_free(characters: Model) -> None:
     long = [Job([1], 250) for _ in range(9)]
-    with engine_of(characters, places=2, longest_queue=3) as (engine, inbox), slowed(engine, 0.01):
-        engine.submit(long[:2])
-        wait_until(lambda: engine.running == 2)
-        engine.submit(long[2:5])
+    with (
+        scheduler_of(characters, places=2, longest_queue=3) as (scheduler, inbox),
+        slowed(scheduler, 0.01),
+    ):
+        scheduler.submit(long[:2])
+        wait_until(lambda: scheduler.running == 2)
+        scheduler.submit(long[2:5])
         with pytest.raises(Busy):
-            engine.submit(long[5:6])
-        assert (engine.running, engine.waiting) == (2, 3)
-        engine.cancel(long[1:3])  # one that runs, one that waits
-        wait_until(lambda: engine.waiting == 1 and engine.running == 2)
+            scheduler.submit(long[5:6])
+        assert (scheduler.running, scheduler.waiting) == (2, 3)
+        scheduler.cancel(long[1:3])  # one that runs, one that waits
+        wait_until(lambda: scheduler.waiting == 1 and scheduler.running == 2)
         wait_until(lambda: long[3] in inbox.pieces)
-        engine.submit(long[5:7])
+        scheduler.submit(long[5:7])
         with pytest.raises(Busy):  # all or none
-            engine.submit(long[7:9])
-        assert engine.waiting == 3
+            scheduler.submit(long[7:9])
+        assert scheduler.waiting == 3
         count = len(inbox.pieces[long[1]])
-        engine.drain()
+        scheduler.drain()
         with pytest.raises(Draining):
-            engine.submit(long[7:8])
-        engine.cancel(long[5:7])
+            scheduler.submit(long[7:8])
+        scheduler.cancel(long[5:7])
         assert len(inbox.pieces[long[1]]) == count
-        engine.close()
+        scheduler.close()
         for job in (long[0], long[3], long[4]):
             assert inbox.pieces[job][-1].error == "the server has stopped computing"
-        assert not engine.alive and not engine.running and not engine.waiting
+        assert not scheduler.alive and not scheduler.running and not scheduler.waiting
 
 
 def test_one_that_cannot_be_drawn_leaves_the_others_alone(characters: Model) -> None:
@@ -219,10 +223,10 @@ def test_one_that_cannot_be_drawn_leaves_the_others_alone(characters: Model) -> 
     broken = make_model(tokenizer)
     broken.embedding_layer.token_embeddings.weight.data[3] = torch.nan
     bad, good = Job([3], 5), [Job([1, 2], 1), Job([2], 1)]
-    with engine_of((broken, tokenizer)) as (engine, inbox):
-        engine.submit([good[0], bad, good[1]])
+    with scheduler_of((broken, tokenizer)) as (scheduler, inbox):
+        scheduler.submit([good[0], bad, good[1]])
         wait_until(lambda: all(map(inbox.done, [bad, *good])))
-        assert engine.alive
+        assert scheduler.alive
     assert "not numbers" in (inbox.pieces[bad][-1].error or "")
     for job in good:
         assert inbox.text(job) == alone(characters, job)
@@ -240,10 +244,10 @@ def test_an_id_without_a_token_is_an_error_of_its_job_alone(characters: Model) -
     biased = make_model(tokenizer)
     biased.lm_head.bias.data[0] = 1000
     job = Job([1], 5)
-    with engine_of((biased, Holes())) as (engine, inbox):  # type: ignore[arg-type]
-        engine.submit([job])
+    with scheduler_of((biased, Holes())) as (scheduler, inbox):  # type: ignore[arg-type]
+        scheduler.submit([job])
         wait_until(lambda: inbox.done(job))
-        assert engine.alive
+        assert scheduler.alive
     assert inbox.pieces[job][-1].error == "Token ID '0' not found"
 
 
@@ -260,10 +264,10 @@ def test_an_alternative_without_a_token_is_left_out(characters: Model) -> None:
 
     count = tokenizer.vocab_size
     job = Job([1, 2], 0, logprobs=count, score_prompt=True)
-    with engine_of((make_model(tokenizer), Holes())) as (engine, inbox):  # type: ignore[arg-type]
-        engine.submit([job])
+    with scheduler_of((make_model(tokenizer), Holes())) as (scheduler, inbox):  # type: ignore[arg-type]
+        scheduler.submit([job])
         wait_until(lambda: inbox.done(job))
-        assert engine.alive
+        assert scheduler.alive
     top = [score.top for piece in inbox.pieces[job] for score in piece.scores if score.top]
     assert top and all(len(each) == count - 1 for each in top)
 
@@ -273,13 +277,13 @@ def test_nobody_waits_for_an_engine_that_broke(
 ) -> None:
     seen = []
     monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(args.exc_type))
-    with engine_of(characters) as (engine, inbox):
-        engine._decoding.append = lambda *a: 1 / 0  # type: ignore[method-assign]
+    with scheduler_of(characters) as (scheduler, inbox):
+        scheduler._decoding.append = lambda *a: 1 / 0  # type: ignore[method-assign]
         job = Job([1], 5)
-        engine.submit([job])
+        scheduler.submit([job])
         wait_until(lambda: inbox.done(job))
-        wait_until(lambda: not engine.alive)
+        wait_until(lambda: not scheduler.alive)
         with pytest.raises(Draining):
-            engine.submit([Job([1], 5)])
+            scheduler.submit([Job([1], 5)])
     assert seen == [ZeroDivisionError]
     assert inbox.pieces[job][-1].error == "the server has stopped computing"

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastllm.generate import TextStream, start_decoding
+from fastllm.generation.decoding import start_decoding
+from fastllm.generation.text_stream import TextStream
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling, sample
 from fastllm.tokenization import Tokenizer
@@ -122,7 +123,7 @@ class Running:
 Post = Callable[[list[tuple[Job, Piece]]], None]
 
 
-class Engine:
+class Scheduler:
     """Computes jobs, some at a time, the others waiting in their order.
 
     Args:
@@ -153,7 +154,7 @@ class Engine:
         self._running: dict[int, Running] = {}  # by place
         self._events: list[tuple[Job, Piece]] = []
         self._draining = self._closing = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
     @property

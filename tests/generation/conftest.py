@@ -1,0 +1,13 @@
+import pytest
+import torch
+
+from fastllm import DecoderModel
+
+
+@pytest.fixture(scope="module")
+def model() -> DecoderModel:
+    torch.manual_seed(0)
+    model = DecoderModel(11, 16, 2, 2, max_seq_len=12).eval()
+    for p in model.parameters():  # an untrained model hardly has preferences
+        p.data *= 3
+    return model

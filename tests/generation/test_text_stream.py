@@ -1,0 +1,82 @@
+import random
+
+import pytest
+import torch
+
+from fastllm import DecoderModel, SimpleCharacterTokenizer
+from fastllm.generation.decoding import generate_tokens
+from fastllm.generation.text_stream import TextStream, generate_text
+from fastllm.tokenization import SubwordTokenizer, Tokenizer
+
+TOKENIZER = SimpleCharacterTokenizer(["abcdefghij"])
+
+
+def test_same_seed_same_text(model: DecoderModel) -> None:
+    texts = ["".join(generate_text(model, TOKENIZER, "abc", 40, seed=s)) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_stop_text_ends_it_and_is_not_given_out(model: DecoderModel) -> None:
+    text = "".join(generate_text(model, TOKENIZER, "ab", 80, seed=5))
+    for length in (1, 2, 3):
+        stop = text[30 : 30 + length]
+        stopped = "".join(generate_text(model, TOKENIZER, "ab", 80, stop, seed=5))
+        assert stopped == text[: text.index(stop)]
+    assert "".join(generate_text(model, TOKENIZER, "ab", 80, "zz", seed=5)) == text
+
+
+def test_pieces_of_a_subword_text_join_to_the_whole() -> None:
+    """Characters that span tokens appear whole, and the spaces between words are kept."""
+    text = "Grüße an 世界 and 🙂 the wonderful words of the world. " * 30
+    for kind in ("bpe", "wordpiece"):
+        tokenizer = SubwordTokenizer.train([text], kind, 300)  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        model = DecoderModel(tokenizer.vocab_size, 8, 1, 2, 64).eval()
+        tokens = list(generate_tokens(model, tokenizer.encode("the"), 200, seed=1))
+        pieces = list(generate_text(model, tokenizer, "the", 200, seed=1))
+        whole = tokenizer.decode(tokens)
+        assert "".join(pieces) == whole
+        assert len(pieces) > 50
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "character"])
+def test_text_is_given_out_as_soon_as_it_is_certain_and_never_taken_back(kind: str) -> None:
+    """Whatever tokens come, in an order that makes sense or not, and with any stop texts."""
+    text = "Grüße an 世界 and 🙂 the wonderful words, of the world's end. " * 30
+    tokenizer: Tokenizer = SimpleCharacterTokenizer([text])
+    if kind != "character":
+        tokenizer = SubwordTokenizer.train([text], kind, 300)  # type: ignore[arg-type]
+    source = random.Random(5)
+    sensible = tokenizer.encode(text)
+    for _ in range(300):
+        tokens = [source.randrange(tokenizer.vocab_size) for _ in range(source.randrange(60))]
+        at = source.randrange(len(sensible) - 60)
+        tokens = source.choice([tokens, sensible[at : at + 40], tokens + sensible[at : at + 20]])
+        whole = tokenizer.decode(tokens)
+        stream = TextStream(tokenizer)
+        pieces = [stream.push(token) for token in tokens]
+        assert "".join(pieces) + stream.end() == whole
+        assert stream.length == stream.shown == len(whole) and not stream.stopped
+        for number in (1, 2, 4):
+            stops = [
+                whole[at : at + source.randint(1, 5)] or "x"
+                for at in (source.randrange(len(whole) + 1) for _ in range(number))
+            ]
+            ends = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops]
+            expected = whole[: min((e for e in ends if e[1] >= 0), default=(0, len(whole)))[1]]
+            stream, given = TextStream(tokenizer, stops), ""
+            for token in tokens:
+                given += stream.push(token)
+                assert expected.startswith(given) and stream.shown == len(given)
+                if stream.stopped:
+                    break
+            else:
+                given += stream.end()
+            assert given == expected
+
+
+def test_empty_prompt_and_unknown_characters(model: DecoderModel) -> None:
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        list(generate_text(model, TOKENIZER, "", 5))
+    with pytest.raises(KeyError, match="Character 'z' not found"):
+        generate_text(model, TOKENIZER, "abz", 5)
