@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllm.bench import CONFIGS, build_fastllm
+from fastllm.benchmarking.shapes import CONFIGS
+from fastllm.benchmarking.steps import build_fastllm
 from fastllm.optim import Adam
 
 MODELS = {

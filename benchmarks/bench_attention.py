@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.bench import CONFIGS, Letter
+from fastllm.benchmarking.shapes import CONFIGS, Letter
 from fastllm.ops.attention import attention
 from fastllm.ops.dropout import draw_seed
 from fastllm.ops.multi_head_attention import Settings, multi_head_attention

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastllm.bench import CONFIGS, Letter, build_fastllm
+from fastllm.benchmarking.shapes import CONFIGS, Letter
+from fastllm.benchmarking.steps import build_fastllm
 from fastllm.generation.decoding import ModuleDecoding
 from fastllm.ops.decode import Decoding
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastllm.bench import CONFIGS, Letter
+from fastllm.benchmarking.shapes import CONFIGS, Letter
 from fastllm.ops.dropout import draw_seed, dropout
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastllm.bench import CONFIGS, Letter
+from fastllm.benchmarking.shapes import CONFIGS, Letter
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.parameters import Linear
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.bench import CONFIGS, Letter
+from fastllm.benchmarking.shapes import CONFIGS, Letter
 from fastllm.ops.dropout import draw_seed
 from fastllm.ops.mlp import mlp
 from fastllm.ops.parameters import Linear

@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from fastllm.bench import (
-    CONFIGS,
-    StepConfig,
+from fastllm.benchmarking.shapes import CONFIGS, StepShape
+from fastllm.benchmarking.steps import (
     build_fastllm,
     build_stock,
     check_parity,
@@ -31,7 +30,7 @@ STEPS = {
 # pytest benchmarks/bench_step.py --benchmark-only
 @pytest.mark.parametrize("name", STEPS)
 def test_step(race: Callable[..., None], name: str) -> None:
-    config: StepConfig = STEPS[name]
+    config: StepShape = STEPS[name]
     model, ids = build_fastllm(config), config.random_ids()
     stock = build_stock(config, "tuned", model)
     check_parity(model, stock, ids)

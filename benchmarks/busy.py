@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator
 from statistics import median
 
-from fastllm.bench import CONFIGS, Letter, build_fastllm, build_stock, fastllm_step, stock_step
+from fastllm.benchmarking.shapes import CONFIGS, Letter
+from fastllm.benchmarking.steps import build_fastllm, build_stock, fastllm_step, stock_step
 from fastllm.threads import set_threads
 
 SPELLS, SECONDS = 4, 1.0  # of each kind; of each contestant in a spell

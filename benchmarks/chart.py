@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from fastllm.bench import CONFIGS
+from fastllm.benchmarking.shapes import CONFIGS
 
 STYLES = {"fastllm": "#1f6feb", "compile": "#8c959f", "tuned": "#afb8c1", "eager": "#d0d7de"}
 

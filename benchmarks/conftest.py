@@ -14,7 +14,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from fastllm.bench import measure_bandwidth, measure_peak
+from fastllm.benchmarking.machine import measure_bandwidth, measure_peak
 from fastllm.ops import dispatch
 from fastllm.threads import set_threads
 

@@ -23,7 +23,8 @@ from typing import Any, Literal
 import torch
 
 from fastllm import DecoderModel, TextDataset
-from fastllm.bench import Precision, status_mb
+from fastllm.benchmarking.machine import process_memory_mb
+from fastllm.benchmarking.shapes import MeasuredPrecision
 from fastllm.command import CommandSettings, autocast, parse_settings
 from fastllm.optim import AdamW
 from fastllm.threads import set_threads
@@ -65,7 +66,9 @@ def sequences(config: FinetuneConfig, which: str) -> list[torch.Tensor]:
     return [dataset[i % (len(dataset) - 1)]["input_ids"] for i in range(wanted)]
 
 
-def train_decoder_model(config: FinetuneConfig, precision: Precision) -> tuple[list[float], int]:
+def train_decoder_model(
+    config: FinetuneConfig, precision: MeasuredPrecision
+) -> tuple[list[float], int]:
     S, batch, accumulation, _ = SHAPES["DistilGPT-2"]
     model = DecoderModel.from_gpt2(DISTILGPT2)
     optimizer = AdamW(model.parameters(), lr=LR, max_grad_norm=1.0)
@@ -83,7 +86,7 @@ def train_decoder_model(config: FinetuneConfig, precision: Precision) -> tuple[l
 
 
 def train_transformers(
-    config: FinetuneConfig, which: str, mode: Mode, precision: Precision, fast: bool
+    config: FinetuneConfig, which: str, mode: Mode, precision: MeasuredPrecision, fast: bool
 ) -> tuple[list[float], int]:
     from transformers import (
         BertConfig,
@@ -161,7 +164,7 @@ def train_transformers(
 
 
 def run(
-    who: Who, config: FinetuneConfig, which: str, mode: Mode, precision: Precision
+    who: Who, config: FinetuneConfig, which: str, mode: Mode, precision: MeasuredPrecision
 ) -> tuple[float, float, float]:
     """Tokens a second, MiB at the peak, and those above weights and optimizer state.
 
@@ -174,14 +177,14 @@ def run(
     set_threads()
     torch.manual_seed(0)
     gc.collect()
-    before = status_mb("VmRSS")
+    before = process_memory_mb("VmRSS")
     if who == "DecoderModel":
         ends, kept = train_decoder_model(config, precision)
     else:
         ends, kept = train_transformers(config, which, mode, precision, who == "accelerated")
     S, batch, accumulation, _ = SHAPES[which]
     steps = [end - begin for begin, end in pairwise(ends)]
-    peak = status_mb("VmHWM") - before
+    peak = process_memory_mb("VmHWM") - before
     return batch * accumulation * S / median(steps), peak, peak - kept / 2**20
 
 
@@ -189,7 +192,7 @@ def main(arguments: list[str]) -> None:
     config = parse_settings(FinetuneConfig, arguments)
     print(f"{'model':13}{'mode':6}{'precision':11}{'who':14}{'tokens/s':>9}{'MiB':>7}{'above':>7}")
     modes: tuple[Mode, ...] = ("full", "LoRA")
-    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    precisions: tuple[MeasuredPrecision, ...] = ("fp32", "bf16")
     for which in [config.model] if config.model else SHAPES:
         for mode in modes:
             for precision in precisions:

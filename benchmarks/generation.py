@@ -18,7 +18,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from fastllm.bench import CONFIGS, Letter, build_fastllm, build_stock, measure_bandwidth
+from fastllm.benchmarking.machine import measure_bandwidth
+from fastllm.benchmarking.shapes import CONFIGS, Letter
+from fastllm.benchmarking.steps import build_fastllm, build_stock
 from fastllm.generation.decoding import generate_batch
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling

@@ -21,7 +21,8 @@ from statistics import median
 import torch
 
 from fastllm import DecoderModel
-from fastllm.bench import Precision, cpu_name
+from fastllm.benchmarking.machine import cpu_name
+from fastllm.benchmarking.shapes import MeasuredPrecision
 from fastllm.command import autocast
 from fastllm.integrations import ipex
 from fastllm.ops import dispatch
@@ -34,7 +35,7 @@ WHO = ("fastllm", "transformers", "with ipex")
 step: Callable[[], float]  # of this process
 
 
-def prepare(who: str, precision: Precision) -> int:
+def prepare(who: str, precision: MeasuredPrecision) -> int:
     """Makes `step` a whole training step of that contestant; returns the number of threads."""
     global step
     threads = set_threads()
@@ -77,7 +78,7 @@ def main() -> None:
     print(
         f"{'precision':10}{'who':14}{'ms a step':>10}{'least':>8}{'most':>8}{'times as long':>15}"
     )
-    precisions: list[Precision] = ["fp32", "bf16"]
+    precisions: list[MeasuredPrecision] = ["fp32", "bf16"]
     for precision in precisions:
         processes = {who: ProcessPoolExecutor(1, get_context("spawn")) for who in WHO}
         for who, process in processes.items():

@@ -13,7 +13,8 @@ import time
 
 import torch
 
-from fastllm.bench import StepConfig, build_stock
+from fastllm.benchmarking.shapes import StepShape
+from fastllm.benchmarking.steps import build_stock
 from fastllm.train import choose_run_dir, prepare
 from fastllm.training.config import parse_train_config
 from fastllm.training.engine import make_optimizers
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
     trainer = prepare(config, choose_run_dir(config, "plain"), print)
     model = trainer.model
-    shape = StepConfig(
+    shape = StepShape(
         config.hidden_size,
         config.num_layers,
         config.num_heads,

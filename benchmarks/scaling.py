@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from fastllm.bench import CONFIGS, StepConfig
+from fastllm.benchmarking.shapes import CONFIGS, StepShape
 from fastllm.command import CommandSettings, errors_in_one_line, parse_settings
 from fastllm.ops.decoder_loss import why_not_shape
 
@@ -60,12 +60,12 @@ class Model(NamedTuple):
     @property
     def head_share(self) -> float:
         """The part of a step's products that is the head's."""
-        whole = StepConfig(self.H, self.L, 1, self.S, 1, self.V, 0.0).flops
+        whole = StepShape(self.H, self.L, 1, self.S, 1, self.V, 0.0).flops
         return 6 * self.S * self.table / whole
 
     def flops(self, tokens: float) -> float:
-        """Of one step, as `fastllm.bench` counts them."""
-        return StepConfig(self.H, self.L, 1, self.S, 1, self.V, 0.0).flops * tokens / self.S
+        """Of one step, as `StepShape.flops` counts them."""
+        return StepShape(self.H, self.L, 1, self.S, 1, self.V, 0.0).flops * tokens / self.S
 
 
 MODELS = {

@@ -33,7 +33,8 @@ import torch.distributed as dist
 from scaling import FILE, FITTED, Link, fit, show_fit
 from torch import Tensor
 
-from fastllm.bench import CONFIGS, Letter, cpu_name
+from fastllm.benchmarking.machine import cpu_name
+from fastllm.benchmarking.shapes import CONFIGS, Letter
 from fastllm.command import errors_in_one_line, say
 from fastllm.training.config import TrainConfig
 from fastllm.training.engine import DDP, FSDP, Engine, Pipeline

@@ -29,7 +29,7 @@ import psutil
 import torch
 
 from fastllm import SimpleCharacterTokenizer
-from fastllm.bench import CONFIGS, Letter, StepConfig
+from fastllm.benchmarking.shapes import CONFIGS, Letter, StepShape
 from fastllm.generation.decoding import generate_batch
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling
@@ -82,7 +82,7 @@ def serving(folder: Path, *flags: str) -> Iterator[tuple[str, psutil.Process]]:
 class Client:
     """Streams completions by hand: a client library would take the cores from the server."""
 
-    def __init__(self, url: str, c: StepConfig, seed: int) -> None:
+    def __init__(self, url: str, c: StepShape, seed: int) -> None:
         self.host, _, port = url.removeprefix("http://").partition(":")
         self.port, self.c, self.random = int(port), c, random.Random(seed)
         self.tokens = 0
@@ -123,7 +123,7 @@ class Client:
 
 
 async def load(
-    url: str, c: StepConfig, streams: int, seconds: float, hanging_up: bool = False
+    url: str, c: StepShape, streams: int, seconds: float, hanging_up: bool = False
 ) -> tuple[float, list[float]]:
     """Tokens a second in all, and seconds to the first token of each completion."""
     clients = [Client(url, c, seed) for seed in range(streams)]
@@ -144,7 +144,7 @@ async def load(
     ]
 
 
-def generate_speed(model: DecoderModel, c: StepConfig, batch: int, precision: str) -> float:
+def generate_speed(model: DecoderModel, c: StepShape, batch: int, precision: str) -> float:
     """Tokens a second of a fixed batch in this process, prompts included as above."""
     prompts = torch.randint(c.V - 1, (batch, c.S // 4)).tolist()
     times = []
@@ -156,7 +156,7 @@ def generate_speed(model: DecoderModel, c: StepConfig, batch: int, precision: st
     return batch * (c.S // 2) / median(times)
 
 
-def transformers_speed(c: StepConfig, batch: int) -> float:
+def transformers_speed(c: StepShape, batch: int) -> float:
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import fastllm
-from fastllm.bench import CONFIGS, Precision, build_fastllm
+from fastllm.benchmarking.shapes import CONFIGS, MeasuredPrecision
+from fastllm.benchmarking.steps import build_fastllm
 from fastllm.command import autocast
 from fastllm.ops import dispatch
 from fastllm.optim import Adam
@@ -24,7 +25,7 @@ def read_text() -> str:
 
 
 def losses(
-    implementation: str, ids: Tensor, steps: int, precision: Precision = "fp32"
+    implementation: str, ids: Tensor, steps: int, precision: MeasuredPrecision = "fp32"
 ) -> list[float]:
     """Of configuration A of the benchmark, trained with dropout on windows of a text."""
     config = CONFIGS["A"]

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import scaling
 from benchmarks.scaling import FITTED, MODELS, MODES, Constants, Link, Model, Node
-from fastllm.bench import CONFIGS
+from fastllm.benchmarking.shapes import CONFIGS
 from fastllm.models.decoder import DecoderModel
 
 K = Constants(

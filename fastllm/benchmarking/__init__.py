@@ -1,0 +1,1 @@
+"""Timing fastllm against stock PyTorch and the machine's limits."""
