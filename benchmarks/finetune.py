@@ -25,7 +25,8 @@ import torch
 from fastllm import DecoderModel, TextDataset
 from fastllm.benchmarking.machine import process_memory_mb
 from fastllm.benchmarking.shapes import MeasuredPrecision
-from fastllm.command import CommandSettings, autocast, parse_settings
+from fastllm.command import CommandSettings, parse_settings
+from fastllm.device import autocast
 from fastllm.optim import AdamW
 from fastllm.threads import set_threads
 from fastllm.tokenization import load_tokenizer

@@ -23,7 +23,7 @@ import torch
 from fastllm import DecoderModel
 from fastllm.benchmarking.machine import cpu_name
 from fastllm.benchmarking.shapes import MeasuredPrecision
-from fastllm.command import autocast
+from fastllm.device import autocast
 from fastllm.integrations import ipex
 from fastllm.ops import dispatch
 from fastllm.optim import AdamW

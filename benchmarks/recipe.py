@@ -15,10 +15,10 @@ import torch
 
 from fastllm.benchmarking.shapes import StepShape
 from fastllm.benchmarking.steps import build_stock
-from fastllm.train import choose_run_dir, prepare
 from fastllm.training.config import parse_train_config
 from fastllm.training.engine import make_optimizers
-from fastllm.training.metrics import evaluate
+from fastllm.training.evaluation import evaluate
+from fastllm.training.run import choose_run_dir, prepare
 
 
 def main(arguments: list[str]) -> None:

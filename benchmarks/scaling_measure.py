@@ -35,10 +35,10 @@ from torch import Tensor
 
 from fastllm.benchmarking.machine import cpu_name
 from fastllm.benchmarking.shapes import CONFIGS, Letter
-from fastllm.command import errors_in_one_line, say
+from fastllm.command import errors_in_one_line, log
 from fastllm.training.config import TrainConfig
+from fastllm.training.distributed import SINGLE, ProcessGroup
 from fastllm.training.engine import DDP, FSDP, Engine, Pipeline
-from fastllm.training.processes import ALONE, Processes
 
 CHECKED = [Link(2, 10), Link(4, 1), Link(8, None, 1)]  # left out of the fit
 SIZES = [8, 2**12, 2**16, 2**20, 2**23, 2**25, 2**28]
@@ -216,17 +216,17 @@ def time_steps(letter: Letter, mode: str) -> dict[str, float]:
     )
     model = config.build_model(shape.V, shape.V - 1)
     engines = {"alone": Engine, "ddp": DDP, "fsdp": FSDP, "pipeline": Pipeline}
-    processes = ALONE if mode == "alone" else Processes(dist.get_rank(), count)
-    engine = engines[mode](config, model, processes)
+    group = SINGLE if mode == "alone" else ProcessGroup(dist.get_rank(), count)
+    engine = engines[mode](config, model, group)
     seconds, cpu, updates = [], [], []
     steps = torch.tensor(5)
     while len(seconds) < steps:
         batch = shape.B * (count if mode == "pipeline" else 1)  # it shares out no sequences
         ids = torch.randint(shape.V - 1, (batch, shape.S))
         begin = time.perf_counter(), time.process_time()
-        whole, _ = engine.readers.sum(batch, ids.numel())
+        whole, _ = engine.data_group.all_reduce(batch, ids.numel())
         loss = engine.backward(ids, batch / whole, last=True)
-        processes.sum(loss, False, False)
+        group.all_reduce(loss, False, False)
         middle = time.process_time()
         engine.update()
         seconds.append(time.perf_counter() - begin[0])
@@ -256,7 +256,7 @@ STEPS = [
 
 def measure_operations() -> Iterator[dict[str, Any]]:
     for link in (*FITTED, *CHECKED):
-        say(f"operations, {link.processes} processes, {link}")
+        log(f"operations, {link.processes} processes, {link}")
         largest = LARGEST_DELAYED if link.delay_ms else 2**28 if link.processes == 2 else 2**23
         for row in run_workers(link, "operations", largest=largest):
             yield {"link": link, **row}
@@ -265,7 +265,7 @@ def measure_operations() -> Iterator[dict[str, Any]]:
 def measure_steps() -> Iterator[dict[str, Any]]:
     for letter in CONFIGS:
         for mode, link in STEPS:
-            say(f"steps of {letter}, {mode}, {link.processes} processes, {link}")
+            log(f"steps of {letter}, {mode}, {link.processes} processes, {link}")
             row = run_workers(link, "step", letter=letter, mode=mode)
             yield {"config": letter, "mode": mode, "link": link, **row}
 

@@ -11,8 +11,7 @@ from fastllm.models.decoder import DecoderModel
 from fastllm.ops import implementations
 from fastllm.ops.dispatch import use
 from fastllm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
-
-__version__ = "0.1.0"
+from fastllm.version import __version__
 
 __all__ = [
     "MLP",
@@ -23,6 +22,7 @@ __all__ = [
     "SimpleCharacterTokenizer",
     "TextDataset",
     "TransformerBlock",
+    "__version__",
     "create_dataloader",
     "implementations",
     "optim",

@@ -24,7 +24,8 @@ from fastllm.benchmarking.steps import (
     time_steps,
     use_implementation,
 )
-from fastllm.command import CommandSettings, Device, errors_in_one_line, parse_settings, say
+from fastllm.command import CommandSettings, errors_in_one_line, log, parse_settings
+from fastllm.device import Device
 from fastllm.ops import dispatch, implementation_line
 from fastllm.threads import set_threads
 
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> None:
     # Without --impl, FASTLLM_IMPL applies.
     with use_implementation(settings.impl):
         with errors_in_one_line(dispatch.ImplementationError, ValueError):
-            say(f"operations  {implementation_line(settings.device)}")
+            log(f"operations  {implementation_line(settings.device)}")
         if settings.memory:
             found = show_memory(settings, rivals)
         else:
@@ -122,7 +123,7 @@ def show_times(settings: BenchConfig, rivals: list[Rival], threads: int) -> dict
     precision, on_gpu = settings.precision, settings.device == "cuda"
     machine = describe_gpu(precision) if on_gpu else describe_machine(threads, precision)
     if dispatch.kernels is None and not on_gpu:
-        say(f"the machine's peak cannot be measured: {dispatch.extension_problem}")
+        log(f"the machine's peak cannot be measured: {dispatch.extension_problem}")
     settings.show("\n".join(f"{name:15}{cell_text(value)}" for name, value in machine.items()))
     operations = list(show_operations(settings, machine)) if on_gpu else []
     settings.show("\nA step by fastllm, and how many times as long stock PyTorch takes:")

@@ -7,9 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from pydantic import ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -18,8 +17,6 @@ from pydantic_settings import (
     SettingsConfigDict,
     SettingsError,
 )
-
-from fastllm.ops import dispatch
 
 
 class CommandSettings(BaseSettings):
@@ -60,10 +57,10 @@ def parse_settings(
     try:
         return CliApp.run(settings_class, cli_args=underscored(arguments), **defaults)
     except (ValidationError, SettingsError) as error:
-        raise SystemExit(f"error: {describe(error)}") from None
+        raise SystemExit(f"error: {describe_error(error)}") from None
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """One line for each wrong setting, naming it and what it must be."""
     if not isinstance(error, ValidationError):
         return str(error)
@@ -93,19 +90,19 @@ def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def say(*parts: Any) -> None:
+def log(*parts: Any) -> None:
     """Prints for a person to read: on stderr, so that stdout holds only what was asked for."""
     print(*parts, file=sys.stderr, flush=True)
 
 
-class Stoppable:
-    """What `stopped_by_signals` asks to stop, by naming the signal that came."""
+class StopRequest:
+    """What `stop_on_signals` asks to stop, by naming the signal that came."""
 
     stopped_by: signal.Signals | None = None
 
 
 @contextmanager
-def stopped_by_signals(run: Stoppable) -> Iterator[None]:
+def stop_on_signals(run: StopRequest) -> Iterator[None]:
     """The first SIGINT or SIGTERM asks the run to save and stop; a second SIGINT ends it."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
@@ -115,7 +112,7 @@ def stopped_by_signals(run: Stoppable) -> Iterator[None]:
         if run.stopped_by and number == signal.SIGINT:
             os._exit(128 + number)
         run.stopped_by = signal.Signals(number)
-        say(f"\n{run.stopped_by.name}: saving and stopping; Ctrl-C again stops at once")
+        log(f"\n{run.stopped_by.name}: saving and stopping; Ctrl-C again stops at once")
 
     previous = {
         number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)
@@ -125,50 +122,6 @@ def stopped_by_signals(run: Stoppable) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-# The width from which on training was measured to be faster in bf16 on a CPU that has it.
-NARROWEST_BF16 = 32
-
-
-Device = Literal["cpu", "cuda"]
-Precision = Literal["fp32", "bf16", "fp16", "auto"]
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def choose_device(asked: Device) -> Device:
-    """What `--device` comes to on this machine; warns where there is no CUDA."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        say("warning: CUDA requested but not available, falling back to the CPU")
-        return "cpu"
-    return asked
-
-
-def choose_precision(asked: Precision, hidden_size: int, device: Device) -> Precision:
-    """What `--precision` comes to on this machine; warns where it cannot be had."""
-    if asked == "auto":
-        slow = dispatch.why_not_autocast(torch.bfloat16) or hidden_size < NARROWEST_BF16
-        return "fp32" if slow or device == "cuda" else "bf16"  # on GPUs, nothing was measured
-    if asked == "fp32" or device == "cuda":
-        return asked
-    reason = dispatch.why_not_autocast(torch.bfloat16)
-    if asked == "fp16":
-        reason = "that is for GPUs"
-    if reason:
-        say(f"warning: {asked} was asked for, but {reason}; computing in fp32")
-        return "fp32"
-    return asked
-
-
-def check_quantize(quantize: str | None, precision: Precision) -> None:
-    """Raises a `ValueError` where weights are to be rounded in two ways."""
-    if quantize and precision in TYPES:
-        raise ValueError(f"quantize and precision {precision} exclude each other: leave one out")
-
-
-def autocast(device: str, precision: str) -> torch.autocast:
-    """What is computed inside has products of this precision."""
-    return torch.autocast(device, TYPES.get(precision), enabled=precision in TYPES)
 
 
 def underscored(arguments: list[str]) -> list[str]:

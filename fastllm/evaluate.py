@@ -7,22 +7,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fastllm.command import (
-    CommandSettings,
+from fastllm.command import CommandSettings, errors_in_one_line, parse_settings
+from fastllm.data.loader import TextDataset
+from fastllm.device import (
     Device,
     Precision,
     autocast,
     check_quantize,
     choose_device,
     choose_precision,
-    errors_in_one_line,
-    parse_settings,
 )
-from fastllm.data.loader import TextDataset
 from fastllm.ops.decode import round_weights_to_int8
 from fastllm.threads import set_threads
 from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
-from fastllm.training.metrics import bits_per_character, evaluate
+from fastllm.training.evaluation import bits_per_character, evaluate
 
 
 class EvaluateConfig(CommandSettings):

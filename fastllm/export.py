@@ -13,7 +13,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from fastllm import __version__
-from fastllm.command import CommandSettings, errors_in_one_line, parse_settings, say
+from fastllm.command import CommandSettings, errors_in_one_line, log, parse_settings
 from fastllm.data.tokens import read_header
 from fastllm.files import flush
 from fastllm.integrations import gguf, hf_tokenizer, onnx
@@ -95,8 +95,8 @@ def main(arguments: list[str]) -> None:
                 os.replace(aside / written, file)
             flush(folder)
     for file in files.values():
-        say(f"{file.stat().st_size:14,} bytes  {file}")
-    say(f"largest difference of a logit, on random tokens: {difference:.1e}")
+        log(f"{file.stat().st_size:14,} bytes  {file}")
+    log(f"largest difference of a logit, on random tokens: {difference:.1e}")
 
 
 def check_packages(format: Format) -> None:

@@ -20,17 +20,13 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError
 
-from fastllm.command import (
-    choose_precision,
-    errors_in_one_line,
-    say,
-    stopped_by_signals,
-)
+from fastllm import command
+from fastllm.command import errors_in_one_line, log, stop_on_signals
 from fastllm.data.corpus import file_format, load_documents, tokenise
+from fastllm.device import choose_precision
 from fastllm.files import replace_file
 from fastllm.optim import AdamW
 from fastllm.threads import set_threads
-from fastllm.train import choose_run_dir
 from fastllm.training.config import (
     Count,
     NonNegative,
@@ -40,12 +36,10 @@ from fastllm.training.config import (
     RunSettings,
     parse_run_settings,
 )
+from fastllm.training.evaluation import Evaluation
 from fastllm.training.loop import TrainingError
-from fastllm.training.metrics import (
-    Evaluation,
-    plot_losses,
-    read_metrics,
-)
+from fastllm.training.metrics import plot_losses, read_metrics
+from fastllm.training.run import choose_run_dir
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -183,36 +177,36 @@ class FinetuneConfig(RunSettings):
 
 def main(arguments: list[str]) -> None:
     config = parse_run_settings(FinetuneConfig, words_as_lists(arguments))
-    tell: Callable[..., None] = (lambda *parts: None) if config.quiet else say
+    info: Callable[..., None] = (lambda *parts: None) if config.quiet else log
     threads = set_threads(config.threads)
     with errors_in_one_line(OSError, ValueError, ImportError, TrainingError):
         check_packages(config)
         go_offline_without_a_hub(config)
         run_dir = None if config.eval_only else choose_run_dir(config, run_name(config.model))
-        trainer = prepare(config, run_dir, tell)
-        tell(f"threads     {threads}")
+        trainer = prepare(config, run_dir, info)
+        info(f"threads     {threads}")
         if run_dir is None:
             metrics = trainer.evaluate()
             loss, perplexity = metrics["eval_loss"], metrics["eval_perplexity"]
             print(f"evaluation  loss {loss:.4f}, perplexity {perplexity:,.3f}")
             return
-        tell(f"run         {run_dir}")
+        info(f"run         {run_dir}")
         if config.resume:
-            tell(f"goes on     from {last_checkpoint(run_dir)}")
-        with stopped_by_signals(trainer.watch):
+            info(f"goes on     from {last_checkpoint(run_dir)}")
+        with stop_on_signals(trainer.watch):
             trainer.train(
                 resume_from_checkpoint=last_checkpoint(run_dir) if config.resume else None
             )
         write_csv(run_dir / "metrics.jsonl", run_dir / "metrics.csv")
         plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
         if number := trainer.watch.stopped_by:
-            say(
+            log(
                 f"stopped by {number.name} at step {trainer.state.global_step:,}; go on with: "
                 f"python -m fastllm.finetune --out_dir {run_dir} --resume"
             )
             raise SystemExit(128 + number)
         save_model(trainer, run_dir / "model")
-    report(trainer, run_dir, tell)
+    report(trainer, run_dir, info)
 
 
 def words_as_lists(arguments: list[str]) -> list[str]:
@@ -261,7 +255,7 @@ def go_offline_without_a_hub(config: FinetuneConfig) -> None:
     except urllib.error.HTTPError:
         pass  # it answers
     except OSError as error:
-        say(f"warning: {hub} cannot be reached ({error}); using what was downloaded before")
+        log(f"warning: {hub} cannot be reached ({error}); using what was downloaded before")
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -281,7 +275,7 @@ def run_name(model: str) -> str:
 
 
 def prepare(
-    config: FinetuneConfig, run_dir: Path | None, tell: Callable[..., None]
+    config: FinetuneConfig, run_dir: Path | None, log: Callable[..., None]
 ) -> FinetuneTrainer:
     """Everything that can go wrong before any work is lost: model, data, folder."""
     import datasets
@@ -309,19 +303,19 @@ def prepare(
         raise ValueError("there is nothing to evaluate on: give an eval_dataset or a val_fraction")
     parts = ((train_set, "to train on"), (val_set, "to evaluate on"))
     counts = [f"{len(part):,} {purpose}" for part, purpose in parts if part is not None]
-    tell(
+    log(
         f"data        {' '.join(config.dataset or config.eval_dataset)}: sequences of up to "
         f"{config.max_seq_len} tokens, {', '.join(counts)}"
     )
-    model = load_model(config, model_config, tokenizer, tell)
+    model = load_model(config, model_config, tokenizer, log)
     config.precision = choose_precision(config.precision, model_config.hidden_size, "cpu")  # type: ignore[assignment]
-    tell(f"precision   {config.precision}")
+    log(f"precision   {config.precision}")
     if config.accelerate:
         from fastllm.integrations.huggingface import accelerate, accelerated
 
         model = accelerate(model, enable=True, skip_logits=True)
         lines = accelerated(model).splitlines() or ["attention and dropout"]
-        tell("accelerated " + ("\n" + 12 * " ").join(lines))
+        log("accelerated " + ("\n" + 12 * " ").join(lines))
     if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
         with replace_file(run_dir / "config.json") as file:
@@ -474,7 +468,7 @@ def load_model(
     config: FinetuneConfig,
     model_config: Any,
     tokenizer: PreTrainedTokenizerBase,
-    tell: Callable[..., None],
+    log: Callable[..., None],
 ) -> Any:
     """The model with room for every token, and with LoRA's matrices where they are wanted."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GgufConfig, set_seed
@@ -504,14 +498,14 @@ def load_model(
         )
         new = set(loading["missing_keys"])
     start = "random weights" if random else config.model
-    tell(f"model       {type(model).__name__}, {model.num_parameters():,} parameters, {start}")
+    log(f"model       {type(model).__name__}, {model.num_parameters():,} parameters, {start}")
     if new and not config.resume:
         names = ", ".join(sorted(new))
-        say(f"warning: not in the model's files, so that it starts at random: {names}")
+        command.log(f"warning: not in the model's files, so that it starts at random: {names}")
     rows = model.get_input_embeddings().weight.size(0)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
-        tell(f"vocabulary  {rows:,} embeddings made {len(tokenizer):,}, as the tokenizer has")
+        log(f"vocabulary  {rows:,} embeddings made {len(tokenizer):,}, as the tokenizer has")
     model.config.pad_token_id = tokenizer.pad_token_id
     if not config.lora:
         return model
@@ -527,7 +521,7 @@ def load_model(
     learnt = wholly_new(model, new)
     left = sorted(name for name in new if not any(name.startswith(f"{part}.") for part in learnt))
     if left:
-        say(f"warning: under --lora this stays as it starts: {', '.join(left)}")
+        command.log(f"warning: under --lora this stays as it starts: {', '.join(left)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
         wrapped = get_peft_model(
@@ -546,7 +540,7 @@ def load_model(
     # Else every checkpoint asks the hub for the configuration of that name.
     wrapped.peft_config["default"].base_model_name_or_path = None
     trainable, whole = wrapped.get_nb_trainable_parameters()
-    tell(f"trainable   {trainable:,} parameters, {trainable / whole:.2%}")
+    log(f"trainable   {trainable:,} parameters, {trainable / whole:.2%}")
     return wrapped
 
 
@@ -679,18 +673,18 @@ def write_csv(metrics: Path, table: Path) -> None:
         writer.writerows(lines)
 
 
-def report(trainer: FinetuneTrainer, run_dir: Path, tell: Callable[..., None]) -> None:
+def report(trainer: FinetuneTrainer, run_dir: Path, log: Callable[..., None]) -> None:
     """What a finished run has to say."""
     watch, best = trainer.watch, trainer.state.best_metric
     losses = [line["val_loss"] for line in read_metrics(run_dir / "metrics.jsonl")]
     losses = [loss for loss in losses if loss is not None]
     if losses:
         for name, loss in (("before", losses[0]), ("after", best or losses[-1])):
-            tell(f"{name:12}loss {loss:.4f}, perplexity {Evaluation(loss, 1).perplexity:,.3f}")
+            log(f"{name:12}loss {loss:.4f}, perplexity {Evaluation(loss, 1).perplexity:,.3f}")
     if watch.training_s:
-        tell(f"speed       {watch.tokens / watch.training_s:,.0f} tokens/s")
-    tell(f"curves      {run_dir / 'loss.png'}, {run_dir / 'metrics.csv'}")
-    tell(f"model       {run_dir / 'model'}")
+        log(f"speed       {watch.tokens / watch.training_s:,.0f} tokens/s")
+    log(f"curves      {run_dir / 'loss.png'}, {run_dir / 'metrics.csv'}")
+    log(f"model       {run_dir / 'model'}")
 
 
 if __name__ == "__main__":

@@ -6,17 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fastllm.command import (
-    CommandSettings,
+from fastllm.command import CommandSettings, errors_in_one_line, parse_settings
+from fastllm.data.text import read_text
+from fastllm.device import (
     Device,
     Precision,
     check_quantize,
     choose_device,
     choose_precision,
-    errors_in_one_line,
-    parse_settings,
 )
-from fastllm.data.text import read_text
 from fastllm.generation.decoding import generate_batch
 from fastllm.generation.text_stream import TextStream, generate_text, stream_text
 from fastllm.models.decoder import DecoderModel

@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastllm.command import (
-    CommandSettings,
-    Device,
-    Precision,
-    check_quantize,
-    choose_device,
-    choose_precision,
-    errors_in_one_line,
-    parse_settings,
-    say,
-)
+from fastllm.command import CommandSettings, errors_in_one_line, log, parse_settings
+from fastllm.device import Device, Precision, check_quantize, choose_device, choose_precision
 from fastllm.threads import set_threads
 from fastllm.training.checkpoint import (
     CheckpointError,
@@ -184,7 +175,7 @@ def run(config: ServeConfig, listener: socket.socket, api_key: str | None) -> in
     server = make_server(app, limits, config.drain_seconds)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    say(f"serving {served.name} ({parameters:,} parameters) on http://{host}:{port}")
+    log(f"serving {served.name} ({parameters:,} parameters) on http://{host}:{port}")
     try:
         server.run(sockets=[listener])
         return 1 if server.failed else 0
@@ -218,7 +209,7 @@ def make_server(app: "FastAPI", limits: "Limits", drain_seconds: float) -> Any:
                 # Not in the signal handler, which may interrupt a holder of the scheduler's lock.
                 scheduler.drain()
                 left = scheduler.running + scheduler.waiting
-                say(f"stopping when what runs is done ({left} sequences); Ctrl-C stops at once")
+                log(f"stopping when what runs is done ({left} sequences); Ctrl-C stops at once")
             late = self.drain_until is not None and time.monotonic() > self.drain_until
             # A request is a task until its answer is written.
             done = scheduler.draining and not self.server_state.tasks

@@ -4,9 +4,9 @@ import sys
 from contextlib import ExitStack
 from functools import partial
 
-from fastllm.command import Stoppable, errors_in_one_line, say, stopped_by_signals
+from fastllm.command import StopRequest, errors_in_one_line, log, stop_on_signals
 from fastllm.training.config import RunSettings, TrainConfig
-from fastllm.training.processes import ProcessError
+from fastllm.training.distributed import ProcessError
 from fastllm.tuning.config import parse_tune_config
 from fastllm.tuning.results import best_trial, finished_trials, plot_study, summarize, write_results
 from fastllm.tuning.search import make_plan
@@ -17,7 +17,7 @@ from fastllm.tuning.trial import StartProcess, TrialProcess
 def main(arguments: list[str]) -> None:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     config = parse_tune_config(arguments[:split])
-    interruption = Stoppable()
+    interruption = StopRequest()
     with errors_in_one_line(OSError, ValueError, ImportError, ProcessError), ExitStack() as stack:
         plan = make_plan(config, *settings_and_flags(config.command, arguments[split + 1 :]))
         start: StartProcess = TrialProcess
@@ -28,17 +28,17 @@ def main(arguments: list[str]) -> None:
             plan = plan._replace(threads=ray.cores_of_each(config.jobs, plan.threads))
             start = partial(ray.RemoteTrial, on_gpu=plan.fixed.get("device") == "cuda")
         study = open_study(plan)
-        say(f"search      {', '.join(plan.space)} over {config.trials} trials of {config.command}")
-        say(f"jobs        {config.jobs} at a time, threads of each: {plan.threads}")
-        say(f"logs        {config.out_dir}/trial-*/log.txt")
-        with stopped_by_signals(interruption):
+        log(f"search      {', '.join(plan.space)} over {config.trials} trials of {config.command}")
+        log(f"jobs        {config.jobs} at a time, threads of each: {plan.threads}")
+        log(f"logs        {config.out_dir}/trial-*/log.txt")
+        with stop_on_signals(interruption):
             run_trials(study, plan, start, interruption)
         write_results(study, plan)
         trials = finished_trials(study)
         if best := best_trial(trials):
             plot_study(trials, plan, config.out_dir / "study.png")
         for line in summarize(study, plan):
-            say(line)
+            log(line)
     if interruption.stopped_by:
         raise SystemExit(128 + interruption.stopped_by)
     if best is None:

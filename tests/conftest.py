@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastllm import use
 from fastllm.ops import dispatch
-from fastllm.train import prepare
 from fastllm.training.config import TrainConfig, parse_train_config
 from fastllm.training.loop import Trainer
+from fastllm.training.run import prepare
 
 REPOSITORY = Path(__file__).parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
@@ -239,7 +239,7 @@ def make_trainer(tmp_path: Path, text: Path) -> MakeTrainer:
 
     def make(name: str, *flags: str) -> Trainer:
         config = make_config(tmp_path / name, text, *flags)
-        return prepare(config, tmp_path / name, tell=lambda *parts: None)
+        return prepare(config, tmp_path / name, log=lambda *parts: None)
 
     return make
 

@@ -20,8 +20,8 @@ from fastllm import DecoderModel, SimpleCharacterTokenizer, export
 from fastllm.integrations import gguf, hf_tokenizer, onnx
 from fastllm.models import gpt2
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
-from fastllm.train import prepare
 from fastllm.training.checkpoint import find_checkpoint, load_model
+from fastllm.training.run import prepare
 from tests.conftest import make_config
 
 for module in ("onnx", "onnxscript", "onnxruntime", "gguf", "tokenizers", "transformers"):
@@ -45,7 +45,7 @@ def train(run_dir: Path, flags: str) -> Path:
     text.write_text(TEXT, encoding="utf-8")
     # A rate that gives every bias a size that counts.
     config = make_config(run_dir, text, "--max_steps", "12", "--lr", "0.03", *flags.split())
-    prepare(config, run_dir, tell=lambda *parts: None).train()
+    prepare(config, run_dir, log=lambda *parts: None).train()
     return run_dir
 
 

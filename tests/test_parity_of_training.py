@@ -9,7 +9,7 @@ from torch import Tensor
 import fastllm
 from fastllm.benchmarking.shapes import CONFIGS, MeasuredPrecision
 from fastllm.benchmarking.steps import build_fastllm
-from fastllm.command import autocast
+from fastllm.device import autocast
 from fastllm.ops import dispatch
 from fastllm.optim import Adam
 from fastllm.tokenization.simple_tokenizer import SimpleCharacterTokenizer

@@ -11,7 +11,7 @@ import torch
 import fastllm
 from fastllm.benchmarking.shapes import MeasuredPrecision
 from fastllm.benchmarking.timing import time_call, time_in_turns
-from fastllm.command import TYPES
+from fastllm.device import TYPES
 from fastllm.ops import dispatch
 
 

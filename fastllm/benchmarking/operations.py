@@ -16,7 +16,8 @@ from torch import Tensor
 from fastllm.benchmarking.shapes import CONFIGS, Letter, MeasuredPrecision
 from fastllm.benchmarking.steps import ParityError
 from fastllm.benchmarking.timing import time_in_turns
-from fastllm.command import TYPES, say
+from fastllm.command import log
+from fastllm.device import TYPES
 from fastllm.ops.attention import attention
 from fastllm.ops.dropout import dropout
 from fastllm.ops.embedding import Settings, embedding
@@ -243,7 +244,7 @@ def _time_operation(
         except Exception as error:  # the compiler's layers raise exceptions of any type
             if rival != "compile":
                 raise
-            say(f"{name}: torch.compile cannot run: {str(error).partition(chr(10))[0]}")
+            log(f"{name}: torch.compile cannot run: {str(error).partition(chr(10))[0]}")
             del runs[rival]
     return time_in_turns(runs, seconds, lambda: None)
 

@@ -14,7 +14,8 @@ from fastllm.benchmarking.machine import process_memory_mb
 from fastllm.benchmarking.shapes import CONFIGS, Letter, MeasuredPrecision, StepShape
 from fastllm.benchmarking.stock import StockDecoder
 from fastllm.benchmarking.timing import time_call, time_in_turns
-from fastllm.command import Device, autocast, say
+from fastllm.command import log
+from fastllm.device import Device, autocast
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import dispatch
 from fastllm.optim import Adam
@@ -159,14 +160,14 @@ def time_steps(
 
 
 def _compiles(letter: Letter, step: Step, ids: Tensor) -> bool:
-    say(f"config {letter}: torch.compile is warming up, which takes about half a minute ...")
+    log(f"config {letter}: torch.compile is warming up, which takes about half a minute ...")
     try:
         seconds = time_call(step, ids)
     except Exception as error:  # the compiler's layers raise exceptions of any type
         reason = str(error).partition("\n")[0]
-        say(f"config {letter}: torch.compile cannot run: {type(error).__name__}: {reason}")
+        log(f"config {letter}: torch.compile cannot run: {type(error).__name__}: {reason}")
         return False
-    say(f"config {letter}: torch.compile took {seconds:.0f} s to warm up")
+    log(f"config {letter}: torch.compile took {seconds:.0f} s to warm up")
     return True
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.command import autocast
+from fastllm.device import autocast
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import decode, dispatch
 from fastllm.ops.embedding import check_token_ids

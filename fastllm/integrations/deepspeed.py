@@ -23,10 +23,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fastllm.command import autocast, describe
+from fastllm.command import describe_error
+from fastllm.device import autocast
 from fastllm.models.decoder import DecoderModel
 from fastllm.training.checkpoint import Progress, load_training_state
 from fastllm.training.config import TrainConfig
+from fastllm.training.distributed import ProcessError, ProcessGroup, check_batch_size
 from fastllm.training.engine import (
     DDP,
     LossOf,
@@ -34,7 +36,6 @@ from fastllm.training.engine import (
     rebuilt,
     something_to_predict,
 )
-from fastllm.training.processes import ProcessError, Processes, check_shares
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found none
@@ -157,11 +158,11 @@ class DeepSpeed(DDP):
     in_step = True  # stage 3 brings weights together in every forward
     clips_in_optimizer = False
 
-    def __init__(self, config: TrainConfig, model: DecoderModel, processes: Processes) -> None:
-        super().__init__(config, model, processes)
+    def __init__(self, config: TrainConfig, model: DecoderModel, group: ProcessGroup) -> None:
+        super().__init__(config, model, group)
         assert config.deepspeed_config is not None
         settings = read_settings(config, config.deepspeed_config)
-        os.environ.setdefault("LOCAL_RANK", str(processes.rank))  # it asks for one, on CPUs as well
+        os.environ.setdefault("LOCAL_RANK", str(group.rank))  # it asks for one, on CPUs as well
         # Nothing of what DeepSpeed would compile for a minute, at first use, serves training here.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -173,22 +174,22 @@ class DeepSpeed(DDP):
                     "zero_allow_untested_optimizer": True,
                     "zero_force_ds_cpu_optimizer": False,
                     **settings,
-                    "train_micro_batch_size_per_gpu": -(-config.batch_size // processes.count),
+                    "train_micro_batch_size_per_gpu": -(-config.batch_size // group.size),
                     "gradient_clipping": config.max_grad_norm,
                 },
             )
         except ValidationError as error:
-            raise ValueError(f"{config.deepspeed_config}: {describe(error)}") from None
+            raise ValueError(f"{config.deepspeed_config}: {describe_error(error)}") from None
         if self._zero.zero_optimization_stage() == 3:
             self.caveat = " (ZeRO stage 3 leaves all but attention and adam to PyTorch)"
         # Stages 1 and 2 look once for what the optimizer keeps, when but one group has any of it.
-        for group in self.optimizers[0].param_groups:
-            for flat in group["params"]:
+        for param_group in self.optimizers[0].param_groups:
+            for flat in param_group["params"]:
                 moments = {entry: torch.zeros_like(flat) for entry in MOMENTS}
                 self.optimizers[0].state[flat] = {"step": torch.zeros(()), **moments}
 
     def _divide(self) -> None:
-        check_shares(self.config.batch_size, self.processes.count)
+        check_batch_size(self.config.batch_size, self.group.size)
 
     def loss(self, ids: Tensor) -> Tensor:
         return self._zero(ids)
@@ -198,7 +199,7 @@ class DeepSpeed(DDP):
         self._zero.set_gradient_accumulation_boundary(last)
         loss = self.loss(ids)
         # DeepSpeed averages over the processes.
-        self._zero.backward(loss * (weight * self.processes.count), scale_wrt_gas=False)
+        self._zero.backward(loss * (weight * self.group.size), scale_wrt_gas=False)
         return loss.item() * weight
 
     def update(self) -> float | None:
@@ -209,7 +210,7 @@ class DeepSpeed(DDP):
 
     def whole_model(self) -> DecoderModel | None:
         model = self._whole_model()
-        return model if self.processes.is_first else None
+        return model if self.group.is_main else None
 
     def _whole_model(self) -> DecoderModel:
         with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
@@ -219,7 +220,7 @@ class DeepSpeed(DDP):
     def load(self, checkpoint: Path) -> Progress:
         whole = self._whole_model()
         (optimizer,) = make_optimizers(whole, self.config, self.clips_in_optimizer)
-        progress = load_training_state(checkpoint, whole, [optimizer], self.processes)
+        progress = load_training_state(checkpoint, whole, [optimizer], self.group)
         if not optimizer.state:
             return progress
         # An update that changes nothing makes the moments, which can then be filled.
@@ -242,7 +243,7 @@ class DeepSpeed(DDP):
             deepspeed.utils.safe_set_full_optimizer_state(parameter, value, entry)
             return
         # Its counterpart for stage 3 fails where a size is no multiple of the processes' number.
-        rank, count = self.processes.rank, self.processes.count
+        rank, count = self.group.rank, self.group.size
         size = -(-value.numel() // count)
         padded = nn.functional.pad(value.flatten(), (0, size * count - value.numel()))
         part = padded[rank * size : (rank + 1) * size]

@@ -21,11 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastllm.command import Stoppable, choose_device, say, stopped_by_signals
+from fastllm.command import StopRequest, log, stop_on_signals
+from fastllm.device import choose_device
 from fastllm.threads import available_cores
 from fastllm.training.config import TrainConfig
+from fastllm.training.distributed import TIMEOUT, LostProcessError, ProcessError
 from fastllm.training.loop import Trainer
-from fastllm.training.processes import LONGEST_WAIT, LostProcessError, ProcessError
 from fastllm.tuning.trial import TrialProcess
 
 # Read by Ray as it is imported. Nothing of a run is for others to know.
@@ -120,7 +121,7 @@ def launch(config: TrainConfig, run_dir: Path) -> None:
             paths[name] = path.resolve()
     settings = config.model_copy(update={**paths, "launcher": None, "num_workers": 0})
     until = time.time() + 60 * config.max_minutes if config.max_minutes else math.inf
-    stop, log, records = run_dir / STOP, run_dir / LOG, run_dir / ".ray"
+    stop, log_file, records = run_dir / STOP, run_dir / LOG, run_dir / ".ray"
     # What a killed run has left: Ray would take its records up again.
     stop.unlink(missing_ok=True)
     shutil.rmtree(records, ignore_errors=True)
@@ -128,13 +129,13 @@ def launch(config: TrainConfig, run_dir: Path) -> None:
         with connected():
             cores = cores_of_each(count, config.threads)
             if not config.quiet:
-                say(f"ray         {count} workers of {cores} cores; they take a while to start")
+                log(f"ray         {count} workers of {cores} cores; they take a while to start")
             run_dir.mkdir(parents=True, exist_ok=True)
-            log.touch()
+            log_file.touch()
             trainer = TorchTrainer(
                 _work,
                 train_loop_config={"settings": settings.model_dump(mode="json"), "until": until},
-                torch_config=TorchConfig(timeout_s=int(LONGEST_WAIT.total_seconds())),
+                torch_config=TorchConfig(timeout_s=int(TIMEOUT.total_seconds())),
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=count,
                     use_gpu=choose_device(config.device) == "cuda",
@@ -144,17 +145,17 @@ def launch(config: TrainConfig, run_dir: Path) -> None:
                     name=records.name,
                     storage_path=str(run_dir),
                     failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                    callbacks=[_Failures(log, config.max_failures)],
+                    callbacks=[_Failures(log_file, config.max_failures)],
                     logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
                 ),
             )
-            asked = Stoppable()
+            asked = StopRequest()
             # In a thread, so that Ray leaves the signals to us.
             pool = ThreadPoolExecutor(1)
             result = pool.submit(trainer.fit)
             pool.shutdown(wait=False)
             patience = time.monotonic() + START_S
-            with log.open(newline="") as said, stopped_by_signals(asked):
+            with log_file.open(newline="") as said, stop_on_signals(asked):
                 said.seek(0, os.SEEK_END)
                 done = False
                 while not done:
@@ -168,7 +169,7 @@ def launch(config: TrainConfig, run_dir: Path) -> None:
                         stop.write_text(str(int(asked.stopped_by)))
                     if time.monotonic() > patience and not begun:
                         patience = math.inf
-                        say("ray         still waiting for workers: others may hold the cores")
+                        log("ray         still waiting for workers: others may hold the cores")
             status = result.result().return_value
     except ray.train.TrainingFailedError as error:
         raise ProcessError(_why_ended(error)) from None
@@ -186,7 +187,7 @@ def launch(config: TrainConfig, run_dir: Path) -> None:
 
 def _work(given: dict[str, Any]) -> int:
     """In a worker: trains; the exit status."""
-    from fastllm.train import train
+    from fastllm.training.run import train
 
     config = TrainConfig(**given["settings"])
     assert config.out_dir is not None
@@ -217,7 +218,7 @@ def _begin(trainer: Trainer, until: float) -> None:
         trainer.stop(signal.Signals(int(text)))
 
     stop = trainer.run_dir / STOP
-    if trainer.processes.is_first:
+    if trainer.group.is_main:
         threading.Thread(target=watch, daemon=True).start()
 
 

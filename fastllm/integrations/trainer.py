@@ -19,14 +19,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastllm.command import Stoppable, autocast
-from fastllm.training.loop import TrainingError, mix
-from fastllm.training.metrics import Evaluation, MetricsLog, read_metrics, resident_mb
+from fastllm.command import StopRequest
+from fastllm.device import autocast
+from fastllm.training.evaluation import Evaluation
+from fastllm.training.loop import TrainingError, derive_seed
+from fastllm.training.metrics import MetricsLog, read_metrics, resident_mb
 
 Batch = dict[str, torch.Tensor]
 
 
-class Watch(Stoppable, TrainerCallback):
+class Watch(StopRequest, TrainerCallback):
     """Progress bar and metrics.jsonl; has the Trainer save and stop when a signal came.
 
     Args:
@@ -161,7 +163,7 @@ class FinetuneTrainer(Trainer):
             ids, labels = ids.clone(), torch.full_like(ids, -100)
             with torch.random.fork_rng(devices=[]):
                 for row, count in enumerate(mask.sum(1).tolist()):
-                    torch.manual_seed(mix(self.args.seed, purpose, first + row))
+                    torch.manual_seed(derive_seed(self.args.seed, purpose, first + row))
                     masked = self.masking.torch_mask_tokens(ids[row : row + 1, :count].clone())
                     ids[row, :count], labels[row, :count] = (tensor[0] for tensor in masked)
         else:

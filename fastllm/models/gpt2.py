@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastllm.command import describe
+from fastllm.command import describe_error
 from fastllm.core.attachments import plain
 from fastllm.core.transformer_block import TransformerBlock
 from fastllm.files import replace_file
@@ -319,7 +319,7 @@ def _read_config(source: Any) -> tuple[Path | None, GPT2Config]:
     try:
         return folder, GPT2Config.model_validate(settings)
     except ValidationError as error:
-        raise ValueError(f"{name}: {describe(error)}") from None
+        raise ValueError(f"{name}: {describe_error(error)}") from None
 
 
 def _read_json(path: Path) -> Any:

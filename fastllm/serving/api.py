@@ -36,7 +36,7 @@ from pydantic import (
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from fastllm.command import describe
+from fastllm.command import describe_error
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling
 from fastllm.serving.guard import ApiError, Guard, Limits, respond
@@ -165,7 +165,7 @@ def parse_request(body: bytes) -> CompletionRequest:
         first = error.errors(include_url=False)[0]
         if first["type"] == "json_invalid":
             raise ApiError(400, f"the body is not JSON: {first['ctx']['error']}") from None
-        message = describe(error)
+        message = describe_error(error)
         if len(message) > 1000:  # it repeats what it was given
             message = message[:1000] + " ..."
         param = str(first["loc"][0]) if first["loc"] else None

@@ -15,7 +15,7 @@ A checkpoint is written aside, every file is flushed to the disk, then the direc
 and the directory above is flushed: whenever the process dies, or the machine, the checkpoint before
 stays whole.
 
-Processes that train together write one checkpoint, through `torch.distributed.checkpoint`. It is
+ProcessGroup that train together write one checkpoint, through `torch.distributed.checkpoint`. It is
 the same whatever their number, and whether each had all of the model or a part; so a run may go on
 with another number of them.
 """
@@ -40,7 +40,7 @@ from fastllm.files import flush
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import Tokenizer, load_tokenizer
 from fastllm.training.config import TrainConfig, read_config
-from fastllm.training.processes import ALONE, Processes
+from fastllm.training.distributed import SINGLE, ProcessGroup
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _CHECKSUMS = "checksums.json"
@@ -74,7 +74,7 @@ def save_checkpoint(
     model: DecoderModel,
     optimizers: Sequence[torch.optim.Optimizer],
     progress: Progress,
-    processes: Processes = ALONE,
+    group: ProcessGroup = SINGLE,
     keep: Sequence[int] = (),
     keep_newest: int = 1,
 ) -> Path:
@@ -83,7 +83,7 @@ def save_checkpoint(
     Args:
         model: or this process's part of it.
         progress: its step names the checkpoint.
-        processes: who trains together. All call this, and write what they have; the folder must be
+        group: who trains together. All call this, and write what they have; the folder must be
             one that all of them see.
         keep: steps whose checkpoints stay, besides the `keep_newest` newest.
 
@@ -95,15 +95,15 @@ def save_checkpoint(
     final = checkpoints / f"step-{progress.step:08d}"
     aside = checkpoints / f"writing-{final.name}"
     try:
-        if processes.is_first:
+        if group.is_main:
             for pattern in ("writing-*", "removing-*"):  # what a killed process left
                 for leftover in checkpoints.glob(pattern):
                     shutil.rmtree(leftover, ignore_errors=True)
             (aside / "training_state").mkdir(parents=True)
-        _write_tensors(_weights(model), aside / "model.safetensors", processes)
+        _write_tensors(_weights(model), aside / "model.safetensors", group)
         state = aside / "training_state"
-        _write_tensors(_state(model, optimizers), state / "optimizer.safetensors", processes)
-        if processes.is_first:
+        _write_tensors(_state(model, optimizers), state / "optimizer.safetensors", group)
+        if group.is_main:
             (aside / "config.json").write_text(config.to_json(), encoding="utf-8")
             tokenizer.save(aside / "tokenizer.json")
             text = json.dumps(asdict(progress), indent=2)
@@ -112,7 +112,7 @@ def save_checkpoint(
             for old in _checkpoints(run_dir)[:-keep_newest]:
                 if _step_of(old) not in keep:
                     _remove(old)
-        processes.wait()
+        group.barrier()
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         newest = _checkpoints(run_dir)
@@ -142,10 +142,10 @@ def _finish(aside: Path, final: Path) -> None:
     flush(run_dir)
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], file: Path, processes: Processes) -> None:
+def _write_tensors(tensors: Mapping[str, Tensor], file: Path, group: ProcessGroup) -> None:
     """One safetensors file of what all processes have, whether parts or wholes."""
-    if processes.count == 1 or not tensors:  # there is no state before the first step
-        if processes.is_first:
+    if group.size == 1 or not tensors:  # there is no state before the first step
+        if group.is_main:
             save_file(_cpu(tensors), file)
         return
     # Imported where it is used: it takes half a second.
@@ -153,7 +153,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], file: Path, processes: Process
 
     # Each process writes a file of its own, and the first one puts them together.
     parts = file.with_suffix("")
-    processes.wait()  # for the folder
+    group.barrier()  # for the folder
     writer = dcp.HuggingFaceStorageWriter(
         str(parts), save_distributed=True, enable_consolidation=True
     )
@@ -161,7 +161,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], file: Path, processes: Process
         dcp.save(dict(tensors), storage_writer=writer)
     except dcp.CheckpointException as error:
         raise _first_failure(error) from error
-    if processes.is_first:
+    if group.is_main:
         (whole,) = parts.glob("*.safetensors")
         whole.rename(file)
         shutil.rmtree(parts)
@@ -239,13 +239,13 @@ def load_training_state(
     checkpoint: Path,
     model: DecoderModel,
     optimizers: Sequence[torch.optim.Optimizer],
-    processes: Processes = ALONE,
+    group: ProcessGroup = SINGLE,
 ) -> Progress:
     """Fills the optimizers and tells how far the run was.
 
     Args:
         model: whose parameters they update; parts of them where it is divided among processes.
-        processes: who trains together; all call this.
+        group: who trains together; all call this.
 
     Raises:
         CheckpointError: a file is missing, truncated, changed or foreign.
@@ -253,7 +253,7 @@ def load_training_state(
     folder = checkpoint / "training_state"
     parameters = dict(model.named_parameters())
     try:
-        tensors = _read_parts(folder / "optimizer.safetensors", parameters, processes)
+        tensors = _read_parts(folder / "optimizer.safetensors", parameters, group)
         for optimizer in optimizers:
             groups = optimizer.state_dict()["param_groups"]
             names = _names(optimizer, model) if tensors else []
@@ -310,7 +310,7 @@ def _state(model: DecoderModel, optimizers: Sequence[torch.optim.Optimizer]) -> 
 
 
 def _read_parts(
-    file: Path, parameters: Mapping[str, Tensor], processes: Processes
+    file: Path, parameters: Mapping[str, Tensor], group: ProcessGroup
 ) -> dict[str, dict[str, Tensor]]:
     """What `_state` gave of these parameters, in full or in parts as they are here."""
     here: dict[str, dict[str, Tensor]] = {}
@@ -330,7 +330,7 @@ def _read_parts(
             raise ValueError(f"'{key}' is {shape}, expected {list(like.shape)}")
     if shapes and not here:
         raise ValueError("it holds nothing of this model")
-    if processes.count == 1:
+    if group.size == 1:
         with safe_open(file, framework="pt") as tensors:
             for key, tensor in flat.items():
                 tensor.copy_(tensors.get_tensor(key))

@@ -8,14 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from fastllm.command import (
-    CommandSettings,
-    Device,
-    Precision,
-    describe,
-    parse_settings,
-    underscored,
-)
+from fastllm.command import CommandSettings, describe_error, parse_settings, underscored
+from fastllm.device import Device, Precision
 from fastllm.models.decoder import DecoderModel
 
 if sys.version_info >= (3, 11):
@@ -171,7 +165,7 @@ class TrainConfig(RunSettings):
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Processes that load data; 0 loads it in the training process. Under a launcher, how many
+    """ProcessGroup that load data; 0 loads it in the training process. Under a launcher, how many
     training processes it starts; each of them loads its data itself."""
     precision: Precision = "fp32"
     """What matrix products round their operands to; weights and sums are fp32 always. bf16 is up to
@@ -305,7 +299,7 @@ def read_config(path: Path, settings_class: type[Run]) -> Run:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: {path.parent} holds no run") from None
     except (ValidationError, TypeError) as error:
-        raise ValueError(f"{path} is not a run's config.json: {describe(error)}") from None
+        raise ValueError(f"{path} is not a run's config.json: {describe_error(error)}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a run's config.json: {error}") from None
 

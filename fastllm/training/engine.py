@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastllm.command import autocast
+from fastllm.device import autocast
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.parameters import Linear
 from fastllm.optim import Adam, AdamW
 from fastllm.training.checkpoint import Progress, load_training_state
 from fastllm.training.config import TrainConfig
-from fastllm.training.processes import ALONE, ProcessError, Processes, check_shares
+from fastllm.training.distributed import SINGLE, ProcessError, ProcessGroup, check_batch_size
 
 
 class Engine:
@@ -32,12 +32,12 @@ class Engine:
     Args:
         config: the settings of the run.
         model: on its device.
-        processes: who trains together.
+        group: who trains together.
 
     Attributes:
         model: the part of it whose parameters this process holds.
         optimizers: of these parameters.
-        readers: the processes that share the sequences of a batch out among them.
+        data_group: the processes that share the sequences of a batch out among them.
         in_step: whether all processes must compute the loss of a batch equally often.
         caveat: what keeps some of the operations from running, to go behind their names.
     """
@@ -47,10 +47,10 @@ class Engine:
     clips_in_optimizer = True
 
     def __init__(
-        self, config: TrainConfig, model: DecoderModel, processes: Processes = ALONE
+        self, config: TrainConfig, model: DecoderModel, group: ProcessGroup = SINGLE
     ) -> None:
         self.config = config
-        self.processes = self.readers = processes
+        self.group = self.data_group = group
         self.device = next(model.parameters()).device
         self.model = model
         self._divide()
@@ -119,11 +119,11 @@ class Engine:
 
     def whole_model(self) -> DecoderModel | None:
         """The model with all weights, to generate with; None in all processes but the first."""
-        return self.model if self.processes.is_first else None
+        return self.model if self.group.is_main else None
 
     def load(self, checkpoint: Path) -> Progress:
         """Fills the optimizers from a checkpoint, as `load_training_state` does."""
-        return load_training_state(checkpoint, self.model, self.optimizers, self.processes)
+        return load_training_state(checkpoint, self.model, self.optimizers, self.group)
 
     def to_save(self) -> tuple[DecoderModel, list[torch.optim.Optimizer]]:
         """What this process adds to a checkpoint: the model and the optimizers, or its parts."""
@@ -138,7 +138,7 @@ class DDP(Engine):
     """
 
     def _divide(self) -> None:
-        check_shares(self.config.batch_size, self.processes.count)
+        check_batch_size(self.config.batch_size, self.group.size)
         with warnings.catch_warnings():
             # Later versions of PyTorch have another name for it, which earlier ones do not know.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
@@ -159,7 +159,7 @@ class DDP(Engine):
         with self.accumulating(last):
             with autocast(self.device.type, self.config.precision):
                 loss = self.loss(ids)
-            factor = weight * self.processes.count  # PyTorch averages over the processes
+            factor = weight * self.group.size  # PyTorch averages over the processes
             self.scaler.scale(loss if factor == 1 else loss * factor).backward()
         return loss.item() * weight
 
@@ -177,12 +177,12 @@ class FSDP(DDP):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        check_shares(self.config.batch_size, self.processes.count)
+        check_batch_size(self.config.batch_size, self.group.size)
         if self.config.precision == "fp16":
             raise ProcessError("fsdp does not scale losses for fp16; use bf16")
         if self.config.optimizer == "muon":
             raise ProcessError("muon needs whole matrices, which fsdp divides; use ddp or adamw")
-        mesh = init_device_mesh(self.device.type, (self.processes.count,))
+        mesh = init_device_mesh(self.device.type, (self.group.size,))
         for block in self.model.transformer_blocks:
             fully_shard(block, mesh=mesh)
         # Not the model itself: it would be one of another class, and its head not be fused.
@@ -203,7 +203,7 @@ class FSDP(DDP):
         whole = {}
         for name, tensor in self.model.state_dict().items():
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if self.processes.is_first:
+            if self.group.is_main:
                 whole[name] = full
         return rebuilt(whole, self) if whole else None
 
@@ -221,11 +221,11 @@ class Pipeline(Engine):
     def _divide(self) -> None:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-        model, processes, config = self.model, self.processes, self.config
+        model, group, config = self.model, self.group, self.config
         count = len(model.transformer_blocks)
-        if count < processes.count:
+        if count < group.size:
             raise ProcessError(
-                f"{count} layers cannot be divided among {processes.count} processes; start fewer"
+                f"{count} layers cannot be divided among {group.size} processes; start fewer"
             )
         if model.tie_word_embeddings:
             raise ProcessError(
@@ -234,37 +234,37 @@ class Pipeline(Engine):
             )
         if config.precision == "fp16":
             raise ProcessError("pipeline does not scale losses for fp16; use bf16")
-        here = processes.share(range(count))
+        here = group.shard(range(count))
         for i in range(count):
             if i not in here:
                 model.transformer_blocks[i] = Elsewhere()
-        self._is_last = processes.rank == processes.count - 1
-        if not processes.is_first:
+        self._is_last = group.rank == group.size - 1
+        if not group.is_main:
             model.embedding_layer = Elsewhere()  # type: ignore[assignment]
         if not self._is_last:
             model.final_norm = None
             model.lm_head = Elsewhere()  # type: ignore[assignment]
-        self.readers = ALONE  # every process takes all sequences
+        self.data_group = SINGLE  # every process takes all sequences
         # Every process is at work on one piece while count - 1 others are on their way.
         pieces = min(
-            range(processes.count, 4 * processes.count + 1),
-            key=lambda n: (n + processes.count - 1) * math.ceil(config.batch_size / n),
+            range(group.size, 4 * group.size + 1),
+            key=lambda n: (n + group.size - 1) * math.ceil(config.batch_size / n),
         )
         shape = (math.ceil(config.batch_size / pieces), config.max_seq_len)
         self._rows = pieces * shape[0]
         x = torch.empty(*shape, config.hidden_size, device="meta", requires_grad=True)
         stage = PipelineStage(
             HiddenStatesOf(model, config.precision),
-            processes.rank,
-            processes.count,
+            group.rank,
+            group.size,
             self.device,
-            input_args=torch.empty_like(x[..., 0], dtype=torch.long) if processes.is_first else x,
+            input_args=torch.empty_like(x[..., 0], dtype=torch.long) if group.is_main else x,
             output_args=x,
         )
         self._schedule = Schedule1F1B(stage, pieces, self._piece_loss, scale_grads=False)
 
     def loss(self, ids: Tensor) -> Tensor:
-        (loss,) = self.processes.sum(self._run(self._schedule.eval, ids, 1.0))
+        (loss,) = self.group.all_reduce(self._run(self._schedule.eval, ids, 1.0))
         return torch.tensor(loss)
 
     def backward(self, ids: Tensor, weight: float, last: bool) -> float:
@@ -276,7 +276,7 @@ class Pipeline(Engine):
         missing = self._rows - len(ids)
         ids = nn.functional.pad(ids, (0, 0, 0, missing), value=self.model.padding_idx)
         losses: list[Tensor] = []
-        schedule(*([ids] if self.processes.is_first else []), target=ids, losses=losses)
+        schedule(*([ids] if self.group.is_main else []), target=ids, losses=losses)
         return sum(loss.item() for loss in losses)
 
     def _piece_loss(self, x: Tensor, ids: Tensor) -> Tensor:
@@ -291,13 +291,13 @@ class Pipeline(Engine):
     def clip(self) -> float:
         parameters = list(self.model.parameters())
         own = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        (squares,) = self.processes.sum(float(own) ** 2)
+        (squares,) = self.group.all_reduce(float(own) ** 2)
         norm = torch.tensor(squares).sqrt()
         nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
         return float(norm)
 
     def whole_model(self) -> DecoderModel | None:
-        parts: list[Any] | None = [None] * self.processes.count if self.processes.is_first else None
+        parts: list[Any] | None = [None] * self.group.size if self.group.is_main else None
         weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
         dist.gather_object(weights, parts)
         if parts is None:

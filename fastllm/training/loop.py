@@ -21,17 +21,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastllm.command import Stoppable, autocast, stopped_by_signals
+from fastllm.command import StopRequest, stop_on_signals
 from fastllm.data.loader import TextDataset, collate
+from fastllm.device import autocast
 from fastllm.generation.decoding import generate_tokens
 from fastllm.models.decoder import DecoderModel
 from fastllm.optim import local
 from fastllm.tokenization import Tokenizer
 from fastllm.training.checkpoint import Progress, save_checkpoint
 from fastllm.training.config import TrainConfig
+from fastllm.training.distributed import SINGLE, ProcessGroup
 from fastllm.training.engine import DDP, FSDP, Engine, Pipeline
-from fastllm.training.metrics import Evaluation, MetricsLog, evaluate, resident_mb
-from fastllm.training.processes import ALONE, Processes
+from fastllm.training.evaluation import Evaluation, evaluate
+from fastllm.training.metrics import MetricsLog, resident_mb
 
 
 class TrainingError(Exception):
@@ -44,32 +46,32 @@ def batches(
     seed: int,
     epoch: int,
     first_batch: int,
-    readers: Processes = ALONE,
+    data_group: ProcessGroup = SINGLE,
 ) -> Iterator[list[int]]:
     """Indices of every batch from `first_batch` of `epoch` on, epoch after epoch, for ever.
 
     Of each batch, this process's share; a last batch of few sequences may have none for it.
     """
     while True:
-        generator = torch.Generator().manual_seed(mix(seed, "epoch", epoch))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
         order = torch.randperm(dataset_size, generator=generator)
         for start in range(first_batch * batch_size, dataset_size, batch_size):
-            yield readers.share(order[start : start + batch_size].tolist())
+            yield data_group.shard(order[start : start + batch_size].tolist())
         epoch, first_batch = epoch + 1, 0
 
 
-def choose_engine(config: TrainConfig, processes: Processes) -> type[Engine]:
+def choose_engine(config: TrainConfig, group: ProcessGroup) -> type[Engine]:
     """What computes the steps of a run."""
     if config.launcher == "deepspeed":
         from fastllm.integrations.deepspeed import DeepSpeed
 
         return DeepSpeed
-    if processes.count == 1:
+    if group.size == 1:
         return Engine
     return {"ddp": DDP, "fsdp": FSDP, "pipeline": Pipeline}[config.parallel]
 
 
-def mix(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from any parts: equal for equal ones, unrelated for others."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -82,7 +84,7 @@ class Trainer:
         model: on its device.
         val_set: what is held out, or None.
         checkpoint: continue from this one.
-        processes: who trains together; each has a trainer of its own.
+        group: who trains together; each has a trainer of its own.
 
     Attributes:
         engine: computes the steps.
@@ -101,16 +103,16 @@ class Trainer:
         val_set: TextDataset | None,
         run_dir: Path,
         checkpoint: Path | None = None,
-        processes: Processes = ALONE,
+        group: ProcessGroup = SINGLE,
     ) -> None:
         self.config = config
         self.model = model
-        self.processes = processes
+        self.group = group
         self.tokenizer = tokenizer
         self.train_set = train_set
         self.val_set = val_set
         self.run_dir = run_dir
-        self.engine = choose_engine(config, processes)(config, model, processes)
+        self.engine = choose_engine(config, group)(config, model, group)
         self.progress = Progress(text_sha256=train_set.text_sha256)
         if checkpoint is not None:
             self.progress = self.engine.load(checkpoint)
@@ -125,7 +127,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.grad_accum)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
         self.stopped_by: signal.Signals | None = None
-        self._asked = Stoppable()  # the processes agree on it between two steps
+        self._asked = StopRequest()  # the processes agree on it between two steps
         self.evaluation: Evaluation | None = None
         self._saved_step = self.progress.step if checkpoint is not None else -1
 
@@ -144,17 +146,17 @@ class Trainer:
         loader = self._loader()
         self.model.train()
         with (
-            stopped_by_signals(self._asked),
+            stop_on_signals(self._asked),
             self._profiler() as profiler,
             contextlib.closing(
                 MetricsLog(self.run_dir / "metrics.jsonl", progress.step + 1)
-                if self.processes.is_first
+                if self.group.is_main
                 else _NoLog()
             ) as log,
             tqdm(
                 total=self.total_steps,
                 initial=progress.step,
-                disable=config.quiet or not self.processes.is_first,
+                disable=config.quiet or not self.group.is_main,
                 unit="step",
                 # In a log file, a line now and then is enough.
                 mininterval=0.1 if sys.stderr.isatty() else 10,
@@ -202,17 +204,17 @@ class Trainer:
                 bar.update()
                 if sample_interval and step % sample_interval == 0:
                     sample = self.sample()
-                    if self.processes.is_first:
+                    if self.group.is_main:
                         bar.write(f"--- step {step}\n{sample}\n---", file=sys.stderr)
                 if step % config.save_interval == 0 or progress.best_step == step:
                     self.save()
-                if self.processes.count == 1:  # else all have agreed within the step
+                if self.group.size == 1:  # else all have agreed within the step
                     self.stopped_by = self._asked.stopped_by
                 if self.stopped_by:
                     break
             if self._saved_step != progress.step:
                 self.save()
-            if self.processes.count == 1:
+            if self.group.size == 1:
                 self.stopped_by = self._asked.stopped_by
 
     def stop(self, number: signal.Signals) -> None:
@@ -228,18 +230,18 @@ class Trainer:
         """
         config, progress, engine = self.config, self.progress, self.engine
         # All that a step draws comes from this generator; seeding every device's would take 0.1 ms.
-        rank = [self.processes.rank] if self.processes.rank else []
-        torch.default_generator.manual_seed(mix(config.seed, "step", progress.step, *rank))
+        rank = [self.group.rank] if self.group.rank else []
+        torch.default_generator.manual_seed(derive_seed(config.seed, "step", progress.step, *rank))
         in_epoch = progress.step % self.steps_per_epoch
         count = min(config.grad_accum, self.batches_per_epoch - in_epoch * config.grad_accum)
         step_batches = [next(loader)["input_ids"].to(engine.device) for _ in range(count)]
         predicted = [int((self.model.targets(ids) != -100).sum()) for ids in step_batches]
-        all_predicted, seen = engine.readers.sum(
+        all_predicted, seen = engine.data_group.all_reduce(
             sum(predicted), sum(ids.numel() for ids in step_batches)
         )
         loss = 0.0
         for i, (ids, tokens) in enumerate(zip(step_batches, predicted, strict=True), 1):
-            if self._asked.stopped_by and config.grad_accum > 1 and self.processes.count == 1:
+            if self._asked.stopped_by and config.grad_accum > 1 and self.group.size == 1:
                 # The step has changed nothing yet; a resumed run does it from its first batch.
                 engine.zero_grad()
                 self.stopped_by = self._asked.stopped_by
@@ -248,8 +250,8 @@ class Trainer:
                 # By its tokens, so that the sum is the gradient of one big batch.
                 loss += engine.backward(ids, tokens / all_predicted, last=i == count)
         came = self._asked.stopped_by
-        late = self.processes.is_first and time.monotonic() >= deadline
-        loss, stops, lates = self.processes.sum(loss, came is not None, late)
+        late = self.group.is_main and time.monotonic() >= deadline
+        loss, stops, lates = self.group.all_reduce(loss, came is not None, late)
         if stops:
             self.stopped_by = came or signal.SIGTERM
         self._check_finite("loss", loss)
@@ -292,7 +294,7 @@ class Trainer:
             self.config.seed,
             epoch,
             step_in_epoch * self.config.grad_accum,
-            self.engine.readers,
+            self.engine.data_group,
         )
         return iter(
             DataLoader(
@@ -343,7 +345,7 @@ class Trainer:
         progress = self.progress
         model, optimizers = self.engine.to_save()
         problem = next(filter(None, starmap(why_not_finite, model.named_parameters())), None)
-        (problems,) = self.processes.sum(problem is not None)
+        (problems,) = self.group.all_reduce(problem is not None)
         if problems:
             raise self._diverged(problem or "a weight in another process is no finite number")
         progress.loss_scale = self.engine.scaler.state_dict()
@@ -354,14 +356,14 @@ class Trainer:
             model,
             optimizers,
             progress,
-            self.processes,
+            self.group,
             keep=[progress.best_step] if progress.best_step else [],
             keep_newest=self.config.keep_checkpoints,
         )
         self._saved_step = progress.step
 
     def _profiler(self) -> Any:
-        if not self.config.profile or not self.processes.is_first:
+        if not self.config.profile or not self.group.is_main:
             return contextlib.nullcontext(_NoProfiler())
         return torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1),

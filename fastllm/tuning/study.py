@@ -10,9 +10,9 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-from fastllm.command import Stoppable, say
-from fastllm.training.loop import mix
-from fastllm.training.processes import ProcessError
+from fastllm.command import StopRequest, log
+from fastllm.training.distributed import ProcessError
+from fastllm.training.loop import derive_seed
 from fastllm.tuning.results import describe_settings, describe_trial, state_of, write_results
 from fastllm.tuning.search import Plan
 from fastllm.tuning.trial import RunningTrial, StartProcess, requeue
@@ -95,12 +95,12 @@ def next_trial(study: "optuna.Study", plan: Plan) -> "optuna.Trial":
         study.sampler = optuna.samplers.TPESampler(
             n_startup_trials=RANDOM_TRIALS,
             constant_liar=True,  # stay away from settings that other trials are trying
-            seed=mix(plan.config.seed, "trial", index) % 2**32,
+            seed=derive_seed(plan.config.seed, "trial", index) % 2**32,
         )
     return study.ask(plan.space)
 
 
-def run_trials(study: "optuna.Study", plan: Plan, start: StartProcess, search: Stoppable) -> None:
+def run_trials(study: "optuna.Study", plan: Plan, start: StartProcess, search: StopRequest) -> None:
     """Runs trials until there are enough, time is up, or `search` is stopped.
 
     Raises:
@@ -122,7 +122,7 @@ def run_trials(study: "optuna.Study", plan: Plan, start: StartProcess, search: S
                     each = RunningTrial(next_trial(study, plan), plan, start)
                     running.append(each)
                     settings = describe_settings(each.trial.params)
-                    say(f"trial {each.trial.number:<4} begins       {settings}")
+                    log(f"trial {each.trial.number:<4} begins       {settings}")
                     begun += 1
             if not running:
                 return
@@ -134,12 +134,12 @@ def run_trials(study: "optuna.Study", plan: Plan, start: StartProcess, search: S
                 number = each.trial.number
                 each.record(study)
                 running.remove(each)
-                say(describe_trial(study.trials[number]))
+                log(describe_trial(study.trials[number]))
                 write_results(study, plan)
                 if reason := each.process.lost:
                     begun -= 1
                     lost += 1
-                    say(f"trial {number:<4} was lost: {reason}")
+                    log(f"trial {number:<4} was lost: {reason}")
                     if lost > MAX_LOST:
                         raise ProcessError(f"{lost} trials were lost, the last one: {reason}")
             time.sleep(POLL_S)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fastllm.train import main
 from tests.conftest import REPOSITORY
-from tests.training.test_processes import SMALL, losses, start_and_wait
+from tests.training.test_distributed import SMALL, losses, start_and_wait
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
 

@@ -21,7 +21,7 @@ from fastllm import tune
 from fastllm.threads import available_cores
 from fastllm.train import main
 from tests.conftest import REPOSITORY
-from tests.training.test_processes import SMALL, losses
+from tests.training.test_distributed import SMALL, losses
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 pytestmark = pytest.mark.skipif(available_cores() < 2, reason="two processes need two cores")

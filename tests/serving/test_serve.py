@@ -18,8 +18,8 @@ openai = pytest.importorskip("openai", reason="pip install '.[test]' brings the 
 
 from fastllm.generation.text_stream import generate_text  # noqa: E402
 from fastllm.serve import listen, main  # noqa: E402
-from fastllm.train import prepare  # noqa: E402
 from fastllm.training.checkpoint import find_checkpoint, load_model  # noqa: E402
+from fastllm.training.run import prepare  # noqa: E402
 from tests.conftest import WORDS, make_config  # noqa: E402
 
 

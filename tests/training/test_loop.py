@@ -16,8 +16,9 @@ import fastllm
 from fastllm.training.checkpoint import find_checkpoint, load_model, load_training_state
 from fastllm.training.config import parse_train_config
 from fastllm.training.engine import make_optimizers
+from fastllm.training.evaluation import evaluate
 from fastllm.training.loop import Trainer, TrainingError, batches
-from fastllm.training.metrics import evaluate, read_metrics
+from fastllm.training.metrics import read_metrics
 from tests.conftest import MakeTrainer, make_config
 
 
@@ -103,7 +104,7 @@ def test_a_gradient_that_overflows_fp16_is_skipped_and_the_scale_is_saved(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the reference: the kernels of CPUs do not know fp16."""
-    monkeypatch.setattr("fastllm.train.choose_precision", lambda *arguments: "fp16")
+    monkeypatch.setattr("fastllm.training.run.choose_precision", lambda *arguments: "fp16")
     trainer = make_trainer("run", "--max_steps", "4")
     trainer.engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # which overflows
     before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -288,12 +289,12 @@ LONG_RUN = ["--max_steps", "100000", "--val_fraction", "0"]
 
 def train_slowly(run_dir: Path, text: Path, resume: bool) -> None:
     """In a child process: a run that saves after every step."""
-    from fastllm.train import prepare
+    from fastllm.training.run import prepare
 
     torch.set_num_threads(1)
     flags = ["--resume"] if resume else [*LONG_RUN, "--save_interval", "1"]
     config = make_config(run_dir, text, *flags)
-    prepare(config, run_dir, tell=lambda *parts: None).train()
+    prepare(config, run_dir, log=lambda *parts: None).train()
 
 
 def test_killed_a_hundred_times(tmp_path: Path, text: Path) -> None:
@@ -353,12 +354,12 @@ def test_metrics_after_a_step(tmp_path: Path) -> None:
 
 def run_to(run_dir: Path, text: Path, step: int) -> Trainer:
     """The run of `train_slowly`, stopped by a signal after a step."""
-    from fastllm.train import prepare
+    from fastllm.training.run import prepare
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     config = make_config(run_dir, text, *LONG_RUN, "--save_interval", "100000")
-    trainer = prepare(config, run_dir, tell=lambda *parts: None)
+    trainer = prepare(config, run_dir, log=lambda *parts: None)
     interrupt_before(trainer, step)
     trainer.train()
     torch.set_num_threads(threads)

@@ -7,8 +7,8 @@ from typing import Any
 import optuna
 import pytest
 
-from fastllm.command import Stoppable
-from fastllm.training.processes import ProcessError
+from fastllm.command import StopRequest
+from fastllm.training.distributed import ProcessError
 from fastllm.tuning.study import MAX_LOST, next_trial, open_study, run_trials
 from fastllm.tuning.trial import requeue
 from tests.tuning.test_search import plan_of
@@ -69,7 +69,7 @@ def test_lost_trials_are_tried_again_a_limited_number_of_times(
     plan = plan_of(f"--trials 2 --out_dir {tmp_path}")
     study = open_study(plan)
     with pytest.raises(ProcessError, match="6 trials were lost, the last one: its machine has bu"):
-        run_trials(study, plan, start, Stoppable())
+        run_trials(study, plan, start, StopRequest())
     assert len(started) == MAX_LOST + 1
     rows = list(csv.DictReader((tmp_path / "trials.csv").open(newline="")))
     assert {row["state"] for row in rows} == {"interrupted"}

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from fastllm.train import main
 from fastllm.training.checkpoint import find_checkpoint, load_model
+from fastllm.training.distributed import ProcessGroup
 from fastllm.training.loop import batches
 from fastllm.training.metrics import read_metrics
-from fastllm.training.processes import Processes
 
 SMALL = (
     "--max_seq_len 16 --batch_size 8 --hidden_size 32 --num_layers 3 --num_heads 2 --dropout 0 "
@@ -214,7 +214,7 @@ def test_refused(folder: Path, flags: str) -> None:
 def test_every_sequence_is_read_once_by_any_number(count: int) -> None:
     """Three epochs of 22 sequences in batches of 5: all processes together read what one does."""
     readers = [
-        batches(22, 5, seed=1, epoch=0, first_batch=0, readers=Processes(rank, count))
+        batches(22, 5, seed=1, epoch=0, first_batch=0, data_group=ProcessGroup(rank, count))
         for rank in range(count)
     ]
     alone = batches(22, 5, seed=1, epoch=0, first_batch=0)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 # The others wait while the first makes tokens of a text, which may be large.
-LONGEST_WAIT = timedelta(hours=6)
+TIMEOUT = timedelta(hours=6)
 
 
 class ProcessError(Exception):
@@ -28,46 +28,46 @@ class LostProcessError(ProcessError):
 
 
 @dataclass(frozen=True)
-class Processes:
+class ProcessGroup:
     """This process and the others of its run.
 
     Attributes:
-        rank: the number of this one; 0 is the first, which speaks and writes for all.
-        count: how many there are.
+        rank: the number of this one; rank 0, the main process, logs and writes for all.
+        size: how many there are.
     """
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def shard(self, items: Sequence[T]) -> list[T]:
         """This process's part of what all of them do: neighbours, none twice, none left out."""
-        first, end = (len(items) * (self.rank + i) // self.count for i in (0, 1))
+        first, end = (len(items) * (self.rank + i) // self.size for i in (0, 1))
         return list(items[first:end])
 
-    def sum(self, *numbers: float) -> list[float]:
+    def all_reduce(self, *numbers: float) -> list[float]:
         """Each number, added up over all processes in float64."""
-        if self.count == 1:
+        if self.size == 1:
             return list(numbers)
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         total = torch.tensor(numbers, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return total.tolist()
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast(self, make: Callable[[], T]) -> T:
         """What the first process makes, in every process.
 
         Raises:
             ProcessError: it could not; there, what `make` raised.
         """
-        if self.count == 1:
+        if self.size == 1:
             return make()
         made: list[Any] = [None]
         try:
-            if self.is_first:
+            if self.is_main:
                 made = [(make(),)]
         finally:  # also where that raised: the others wait for it
             dist.broadcast_object_list(made)
@@ -76,34 +76,34 @@ class Processes:
         return made[0][0]
 
     @contextmanager
-    def first_before_others(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         """What is inside runs in the first process, and where that succeeds in the others.
 
         Raises:
             ProcessError: in the others, where it failed in the first.
         """
-        if self.is_first:
+        if self.is_main:
             done = False
             try:
                 yield
                 done = True
             finally:
-                if self.count > 1:
+                if self.size > 1:
                     dist.broadcast_object_list([(None,) if done else None])
         else:
-            self.from_first(lambda: None)
+            self.broadcast(lambda: None)
             yield
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
-        if self.count > 1:
+        if self.size > 1:
             dist.barrier()
 
     def check_agreement(self, settings: Mapping[str, Any]) -> None:
         """Raises a `ProcessError` where a process has other settings than the first."""
-        if self.count == 1:
+        if self.size == 1:
             return
-        found: list[Any] = [None] * self.count
+        found: list[Any] = [None] * self.size
         dist.all_gather_object(found, dict(settings))
         for rank, theirs in enumerate(found):
             for name, value in found[0].items():
@@ -114,28 +114,28 @@ class Processes:
                     )
 
     @contextmanager
-    def noticing_lost_ones(self) -> Iterator[None]:
+    def reporting_peer_loss(self) -> Iterator[None]:
         """Says in one line that another process ended while this one waited for it."""
         try:
             yield
         except RuntimeError as error:
-            if self.count > 1 and re.search(r"(closed|reset) by peer|Broken pipe", str(error)):
+            if self.size > 1 and re.search(r"(closed|reset) by peer|Broken pipe", str(error)):
                 raise LostProcessError(
                     "another process of this run has ended; it was killed, or says why"
                 ) from error
             raise
 
 
-ALONE = Processes()
+SINGLE = ProcessGroup()
 
 
-def is_one_of_several() -> bool:
+def is_distributed() -> bool:
     """Whether torchrun, or another launcher, has started this process; its group may be of one."""
-    already_met = dist.is_available() and dist.is_initialized()
-    return already_met or ("RANK" in os.environ and "WORLD_SIZE" in os.environ)
+    initialized = dist.is_available() and dist.is_initialized()
+    return initialized or ("RANK" in os.environ and "WORLD_SIZE" in os.environ)
 
 
-def check_shares(batch_size: int, count: int) -> None:
+def check_batch_size(batch_size: int, count: int) -> None:
     """Raises a `ProcessError` where a batch has fewer sequences than there are processes."""
     if batch_size < count:
         raise ProcessError(
@@ -145,7 +145,7 @@ def check_shares(batch_size: int, count: int) -> None:
 
 
 @contextmanager
-def joined(device: str, even_alone: bool = False) -> Iterator[Processes]:
+def process_group(device: str, even_alone: bool = False) -> Iterator[ProcessGroup]:
     """This process with the others that torchrun, or another launcher, started; alone without one.
 
     Args:
@@ -154,30 +154,30 @@ def joined(device: str, even_alone: bool = False) -> Iterator[Processes]:
     Raises:
         ProcessError: they cannot meet.
     """
-    already_met = dist.is_available() and dist.is_initialized()  # a launcher such as Ray's does it
-    if device == "cuda" and is_one_of_several():
+    initialized = dist.is_available() and dist.is_initialized()  # a launcher such as Ray's does it
+    if device == "cuda" and is_distributed():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if not already_met:
-        if not is_one_of_several() or (os.environ["WORLD_SIZE"] == "1" and not even_alone):
-            yield ALONE
+    if not initialized:
+        if not is_distributed() or (os.environ["WORLD_SIZE"] == "1" and not even_alone):
+            yield SINGLE
             return
         try:
-            _meet("nccl" if device == "cuda" else "gloo")
+            _rendezvous("nccl" if device == "cuda" else "gloo")
         except (ValueError, RuntimeError) as error:
             raise ProcessError(_why_not_met(str(error))) from error
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size())
     finally:
-        if not already_met:
+        if not initialized:
             dist.destroy_process_group()
 
 
-def _meet(backend: str) -> None:
+def _rendezvous(backend: str) -> None:
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, count = next(rendezvous("env://"))
     store = dist.PrefixStore(_name_of_start(store, rank, count), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=LONGEST_WAIT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
 
 
 def _name_of_start(store: "dist.Store", rank: int, count: int) -> str:
