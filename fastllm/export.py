@@ -269,7 +269,7 @@ def card(
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     # Where files lay is nobody's business.
     private = {"file_path"} | ({"tokenizer"} if isinstance(settings.tokenizer, Path) else set())
-    kept = settings.model_dump(mode="json", exclude=settings.of_one_command | private)
+    kept = settings.model_dump(mode="json", exclude={*settings.of_one_command, *private})
     loading = LOADING[config.format] + ("" if config.format == "onnx" else WIDER)
     for word, value in (
         ("FILE", files.get(f"model.{config.format}", run_dir).name),

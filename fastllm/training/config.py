@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -11,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from fastllm.command import CommandSettings, describe_error, parse_settings, underscored
 from fastllm.device import Device, Precision
 from fastllm.models.decoder import DecoderModel
+from fastllm.version import __version__
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,13 +29,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class RunSettings(CommandSettings):
     """Base of the settings that a run keeps in its config.json, to be resumed with."""
 
-    of_one_command: ClassVar[set[str]]
-    """What is said of one command, not of the run."""
-    fixed: ClassVar[list[str]]
-    """What makes a run the run it is: a resumed run keeps these."""
+    of_one_command: ClassVar[Collection[str]]
+    """Settings of one command, not of the run: config.json leaves them out."""
+    fixed: ClassVar[Collection[str]]
+    """Settings that a resumed run must keep."""
 
     out_dir: Path | None = None
-    """Folder of the run; runs/NAME of what it starts from unless given."""
+    """Folder of the run; by default a new one, runs/NAME."""
     resume: bool = False
     """Continue the run in --out_dir, bit for bit."""
     config: Path | None = None
@@ -46,47 +48,94 @@ class RunSettings(CommandSettings):
         return self
 
     def to_json(self) -> str:
-        from fastllm import __version__
-
-        settings = self.model_dump(mode="json", exclude=self.of_one_command)
+        """The settings of the run, with the package's version: the text of config.json."""
+        settings = self.model_dump(mode="json", exclude=set(self.of_one_command))
         return json.dumps({"fastllm_version": __version__, **settings}, indent=2) + "\n"
 
 
-Run = TypeVar("Run", bound=RunSettings)
+AnyRun = TypeVar("AnyRun", bound=RunSettings)
 
 
-class TrainConfig(RunSettings):
+class OptimizationSettings(RunSettings):
+    """How a run optimizes, logs and saves: the settings that training and fine-tuning share."""
+
+    # Optimization
+    batch_size: Annotated[int, Field(ge=1, le=2**24)] = 16
+    """Sequences in a batch."""
+    grad_accum: Annotated[int, Field(ge=1, le=2**24)] = 1
+    """Batches whose gradients add up to one step; every token has the same weight."""
+    epochs: PositiveCount = 1
+    """Passes over the training data."""
+    max_steps: Count = 0
+    """Train up to this step, counted from the start of the run, instead of a number of epochs; 0 to
+    go by the epochs."""
+    lr: Positive = 1e-3
+    """Learning rate, after the warm-up."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate decays over the run; cosine helps long runs, with a higher --lr."""
+    warmup_steps: Count = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: NonNegative = 0
+    """Weight decay of the matrices; decoupled, except for adam."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip gradients to this norm; 0 for no clipping."""
+    seed: Count = 0
+    """Seed of every random number of the run."""
+
+    # Logging and saving
+    log_interval: PositiveCount = 10
+    """Steps between the lines of metrics.jsonl."""
+    eval_interval: Count = 0
+    """Steps between validations; 0 to validate after each epoch."""
+    patience: Count = 0
+    """Stop after this many validations without a new best loss; 0 to never stop early."""
+    save_interval: PositiveCount = 500
+    """Steps between checkpoints."""
+    quiet: bool = False
+    """Print only warnings and errors."""
+
+    # Machine
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
+    precision: Precision = "fp32"
+    """Type that matrix products round their operands to; weights and sums are always fp32. bf16 is
+    up to 1.8 times as fast on CPUs that support it; auto uses it there. fp16 is for GPUs."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, more time."""
+
+
+class TrainConfig(OptimizationSettings):
     """Train a small language model on a text file."""
 
-    of_one_command: ClassVar = {
-        *("config", "out_dir", "resume", "max_minutes", "profile", "quiet"),
-        *("launcher", "max_failures", "zero_stage", "offload", "deepspeed_config"),
-    }
-    fixed: ClassVar = [
-        *("max_seq_len", "overlap", "tokenizer", "vocab_size", "min_line_length", "dedup_lines"),
-        *("val_fraction", "hidden_size", "num_layers", "num_heads", "dropout", "norm_first"),
-        *("pos_encoding", "activation", "tie_word_embeddings", "batch_size", "grad_accum"),
-        *("optimizer", "seed"),
-    ]
+    of_one_command: ClassVar = (
+        "config", "out_dir", "resume", "max_minutes", "profile", "quiet", "launcher",
+        "max_failures", "zero_stage", "offload", "deepspeed_config",
+    )  # fmt: skip
+    fixed: ClassVar = (
+        "max_seq_len", "overlap", "tokenizer", "vocab_size", "min_line_length", "dedup_lines",
+        "val_fraction", "hidden_size", "num_layers", "num_heads", "dropout", "norm_first",
+        "pos_encoding", "activation", "tie_word_embeddings", "batch_size", "grad_accum",
+        "optimizer", "seed",
+    )  # fmt: skip
 
     # Data
     file_path: Path | None = None
-    """UTF-8 text to learn from; without it, Python's own documentation serves as a demo."""
+    """UTF-8 text to train on; by default a demo corpus, Python's own documentation."""
     max_seq_len: Annotated[int, Field(ge=2, le=2**24)] = 32
-    """Tokens in a training sequence, and the longest that the model can take."""
+    """Tokens in a training sequence, and the longest context of the model."""
     overlap: Count = 0
-    """Tokens that neighbouring sequences share."""
+    """Tokens shared by neighbouring sequences."""
     tokenizer: Literal["char", "bpe", "wordpiece"] | Path = "char"
-    """char, bpe or wordpiece, made from the text; or a tokenizer.json, or a folder with
+    """char, bpe or wordpiece, trained on the text; or a tokenizer.json, or a folder with
     tokenizer.json or GPT-2's vocab.json and merges.txt."""
     vocab_size: Annotated[int, Field(ge=1, le=2**24)] = 4096
-    """Vocabulary of a bpe or wordpiece tokenizer made from the text."""
+    """Vocabulary size of a bpe or wordpiece tokenizer trained on the text."""
     min_line_length: Count = 0
-    """Leave out lines of fewer characters; 0 keeps all."""
+    """Drop lines with fewer characters; 0 keeps all."""
     dedup_lines: bool = False
-    """Leave out lines that came before; blank ones stay."""
+    """Drop repeated lines; blank ones stay."""
     val_fraction: Probability = 0.1
-    """Part of the text, at its end, that is held out for validation; 0 for none."""
+    """Fraction of the text, at its end, held out for validation; 0 for no validation."""
 
     # Model
     hidden_size: Annotated[int, Field(ge=1, le=2**17)] = 64
@@ -94,102 +143,65 @@ class TrainConfig(RunSettings):
     num_layers: Annotated[int, Field(ge=1, le=2**10)] = 2
     """Transformer blocks."""
     num_heads: Annotated[int, Field(ge=1, le=2**12)] = 2
-    """Attention heads; a divisor of the width."""
+    """Attention heads; must divide the width."""
     dropout: Probability = 0.1
-    """Dropout probability everywhere."""
+    """Dropout probability throughout the model."""
     norm_first: bool = True
     """Pre-LN blocks; --post_norm for Post-LN."""
     pos_encoding: Literal["sinusoidal", "learned"] = "sinusoidal"
-    """How positions are encoded."""
+    """Positional encoding."""
     activation: Literal["gelu", "gelu_tanh", "relu", "silu", "swish", "leaky_relu"] = "gelu"
     """Activation of the MLPs."""
     tie_word_embeddings: bool = False
-    """One matrix for the embeddings and the head: fewer parameters with a large vocabulary."""
+    """Share one matrix between the embeddings and the head: fewer parameters when the vocabulary is
+    large."""
 
     # Optimization
-    batch_size: Annotated[int, Field(ge=1, le=2**24)] = 16
-    """Sequences in a batch."""
-    grad_accum: Annotated[int, Field(ge=1, le=2**24)] = 1
-    """Batches whose gradients make one step, each token weighted alike."""
-    epochs: PositiveCount = 1
-    """Passes over the text."""
-    max_steps: Count = 0
-    """Stop after this many steps from the run's beginning, however many epochs that takes; 0 goes
-    by the epochs."""
     max_minutes: NonNegative = 0
-    """Stop, and save, after this many minutes of this command; 0 for no limit."""
-    lr: Positive = 1e-3
-    """Learning rate, after the warm-up."""
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How the learning rate falls over the run: cosine helps long runs, at a higher --lr."""
+    """Save and stop after this many minutes of this command; 0 for no limit."""
     min_lr: NonNegative = 0
     """Learning rate at the end of the schedule."""
-    warmup_steps: Count = 0
-    """Steps over which the learning rate rises from 0."""
     optimizer: Literal["adam", "adamw", "muon"] = "adam"
-    """muon is for the blocks' matrices, with adamw for the rest."""
+    """muon updates the matrices of the blocks, and adamw everything else."""
     muon_lr: Positive = 0.02
-    """Learning rate of the matrices under muon; it follows the same schedule."""
-    weight_decay: NonNegative = 0
-    """Weight decay; decoupled, except for adam."""
+    """Learning rate of muon's matrices; it follows the same schedule."""
     beta1: Probability = 0.9
-    """Decay of Adam's first moment."""
+    """Decay rate of Adam's first moment."""
     beta2: Probability = 0.999
-    """Decay of Adam's second moment."""
-    max_grad_norm: NonNegative = 1.0
-    """Scale gradients down to this norm; 0 for no clipping."""
-    seed: Count = 0
-    """Fixes every random number of the run."""
+    """Decay rate of Adam's second moment."""
 
-    # Watching and saving
-    log_interval: PositiveCount = 10
-    """Steps between the lines of metrics.jsonl."""
-    eval_interval: Count = 0
-    """Steps between validations; 0 for one after each epoch and at the end."""
-    patience: Count = 0
-    """Stop after this many validations without a new best loss; 0 never does."""
+    # Logging and saving
     sample_interval: Count = 0
-    """Steps between samples of text; 0 for one at the end."""
-    save_interval: PositiveCount = 500
-    """Steps between checkpoints."""
+    """Steps between text samples; 0 for one at the end."""
     keep_checkpoints: PositiveCount = 1
-    """Newest checkpoints to keep; the one with the best validation loss stays as well."""
+    """Number of newest checkpoints to keep; the one with the best validation loss is kept too."""
     profile: bool = False
-    """Profile some steps into profile.json, for chrome://tracing or Perfetto."""
-    quiet: bool = False
-    """Print only warnings and errors."""
+    """Profile a few steps into profile.json, for chrome://tracing or Perfetto."""
 
     # Machine
     device: Device = "cpu"
-    """Where to train; the CPU serves where there is no CUDA."""
-    threads: Annotated[int, Field(ge=0, le=4096)] = 0
-    """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
+    """Device to train on; falls back to the CPU if CUDA is not available."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """ProcessGroup that load data; 0 loads it in the training process. Under a launcher, how many
-    training processes it starts; each of them loads its data itself."""
-    precision: Precision = "fp32"
-    """What matrix products round their operands to; weights and sums are fp32 always. bf16 is up to
-    1.8 times as fast on CPUs that have it; auto takes it there. fp16 is for GPUs."""
+    """Processes that load data; 0 to load it in the training process. With a launcher, the number
+    of training processes instead; each loads its own data."""
     impl: Literal["auto", "ref", "cpu", "triton"] = "auto"
-    """Implementation of the operations: auto takes the fastest that can serve."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, more time."""
+    """Implementation of the operations; auto uses the fastest that supports them."""
     parallel: Literal["ddp", "fsdp", "pipeline"] = "ddp"
-    """How the processes that torchrun starts divide a step: each has the whole model and some of
-    the sequences (ddp), a part of every weight (fsdp), or some of the layers (pipeline)."""
+    """How the processes started by torchrun share a step: each has the whole model and a shard of
+    the sequences (ddp), and of every weight as well (fsdp), or some of the layers (pipeline)."""
     launcher: Literal["ray", "deepspeed"] | None = None
-    """Starts num_workers training processes: ray, on the cluster of RAY_ADDRESS if that is set,
-    starts them again when one dies; deepspeed divides what they keep, and joins those that torchrun
-    has started."""
+    """Start num_workers training processes. ray: on the cluster of RAY_ADDRESS if set, with
+    restarts when a worker dies. deepspeed: with ZeRO sharding; also joins processes started by
+    torchrun."""
     max_failures: Count = 3
-    """Under ray: so often a run goes on from its last checkpoint after a process has died."""
+    """ray: maximum number of restarts from the last checkpoint after a worker dies."""
     zero_stage: Annotated[int, Field(ge=1, le=3)] | None = None
-    """Under deepspeed, each process keeps a part of the optimizer's moments (1, unless given), of
-    the gradients as well (2), of the weights as well (3)."""
+    """deepspeed: shard the optimizer's moments (1, the default), the gradients as well (2), or the
+    weights as well (3)."""
     offload: Literal["cpu"] | None = None
-    """Under deepspeed: where the optimizer works, and stage 3 keeps the weights."""
+    """deepspeed: where the optimizer runs, and where stage 3 keeps the weights."""
     deepspeed_config: Path | None = None
-    """Under deepspeed: its settings, instead of deepspeed.json in the run's folder."""
+    """deepspeed: a configuration file to use instead of deepspeed.json in the run's folder."""
 
     @model_validator(mode="after")
     def _check_together(self) -> "TrainConfig":
@@ -213,22 +225,22 @@ class TrainConfig(RunSettings):
         if self.launcher != "deepspeed":
             for name in ("zero_stage", "offload", "deepspeed_config"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is for --launcher deepspeed, which was not given")
+                    raise ValueError(f"{name} needs --launcher deepspeed")
             return
         refused = {
             f"parallel {self.parallel}": self.parallel != "ddp",
             "precision fp16": self.precision == "fp16",
             "optimizer muon": self.optimizer == "muon",
         }
-        for what, is_set in refused.items():
+        for setting, is_set in refused.items():
             if is_set:
-                raise ValueError(  # it may be the resumed run's, so that no flag says it
-                    f"{what} and the launcher deepspeed exclude each other; give another "
-                    f"--{what.split()[0]}"
+                raise ValueError(  # a resumed run may have it in its config.json, without a flag
+                    f"{setting} and the launcher deepspeed exclude each other; give another "
+                    f"--{setting.split()[0]}"
                 )
 
     def build_model(self, vocab_size: int, padding_idx: int | None) -> DecoderModel:
-        """An untrained model of these settings."""
+        """An untrained model with these settings."""
         model = DecoderModel(
             vocab_size,
             self.hidden_size,
@@ -249,20 +261,20 @@ class TrainConfig(RunSettings):
 
 
 def parse_train_config(arguments: list[str]) -> TrainConfig:
-    """As `parse_run_settings`, for `train`."""
+    """The settings of `train`; see `parse_run_settings`."""
     return parse_run_settings(TrainConfig, arguments)
 
 
-def parse_run_settings(settings_class: type[Run], arguments: list[str]) -> Run:
-    """Settings from defaults, the resumed run, the config file and the flags, later ones winning.
+def parse_run_settings(settings_class: type[AnyRun], arguments: list[str]) -> AnyRun:
+    """Settings from the defaults, the resumed run, the config file and the flags; later ones win.
 
-    Exits with a message where they are wrong.
+    Exits with a message if they are invalid.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    first.add_argument("--out_dir", type=Path)
-    first.add_argument("--resume", action="store_true")
-    flags, _ = first.parse_known_args(underscored(arguments))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--out_dir", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    flags, _ = parser.parse_known_args(underscored(arguments))
     given = read_toml(flags.config) if flags.config else {}
     run_dir = flags.out_dir or given.get("out_dir")
     if not run_dir or not (flags.resume or given.get("resume")):
@@ -271,7 +283,7 @@ def parse_run_settings(settings_class: type[Run], arguments: list[str]) -> Run:
         saved = read_config(Path(run_dir) / "config.json", settings_class)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: cannot resume: {error}") from None
-    kept = saved.model_dump(exclude=settings_class.of_one_command)
+    kept = saved.model_dump(exclude=set(settings_class.of_one_command))
     config = parse_settings(settings_class, arguments, **{**kept, **given})
     for name in settings_class.fixed:
         old, new = getattr(saved, name), getattr(config, name)
@@ -283,17 +295,17 @@ def parse_run_settings(settings_class: type[Run], arguments: list[str]) -> Run:
     return config
 
 
-def read_config(path: Path, settings_class: type[Run]) -> Run:
+def read_config(path: Path, settings_class: type[AnyRun]) -> AnyRun:
     """The settings in a run's config.json.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it does not hold settings; the message names the file and what is wrong.
+        ValueError: its content is not a run's settings; the message names the file and the problem.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
-            raise ValueError("it holds no settings")
+            raise ValueError("expected a JSON object")
         settings.pop("fastllm_version", None)
         return settings_class(**settings)
     except FileNotFoundError:
@@ -305,7 +317,7 @@ def read_config(path: Path, settings_class: type[Run]) -> Run:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings in a config file; exits with a message where it cannot be read."""
+    """The settings in a config file; exits with a message if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
