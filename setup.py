@@ -20,10 +20,8 @@ SANITIZE: list[str] = []
 if sanitizers := os.environ.get("FASTLLM_SANITIZE"):
     SANITIZE = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     FLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", "-DFASTLLM_POISON"]
-# Square roots need not set errno, and nothing of the exceptions' machinery may be exported. The
-# warnings are false alarms in GCC's own headers.
-KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-fno-exceptions"]
-KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# Square roots need not set errno. The warnings are false alarms in GCC's own headers.
+KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
 

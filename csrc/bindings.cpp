@@ -8,12 +8,13 @@
 #endif
 
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -45,7 +46,10 @@ std::vector<const Kernels*> runnable_tables() {
 }
 
 const std::vector<const Kernels*> tables = runnable_tables();
-const Kernels* kernels = tables.back();
+std::atomic<const Kernels*> table_in_use = tables.back();
+
+// The table in use. Every entry point asks once, so that set_isa may be called beside it.
+const Kernels& kernels() { return *table_in_use.load(); }
 
 std::vector<std::string> isas() {
     std::vector<std::string> names;
@@ -57,7 +61,7 @@ void set_isa(const std::string& isa) {
     std::string names;
     for (const Kernels* table : tables) {
         if (isa == table->isa) {
-            kernels = table;
+            table_in_use = table;
             return;
         }
         names += std::string(names.empty() ? "" : ", ") + table->isa;
@@ -66,24 +70,29 @@ void set_isa(const std::string& isa) {
                                 "'; it can run: " + names);
 }
 
-// Memory that stays with the process when it is given up, for the next who wants as much: fresh
-// pages of a large array cost more than filling them. Whoever finds none of his size gives the
-// rest back to the system, so that what lies idle is what the last step used.
+// A free list keyed by exact size, because fresh pages of a large array cost more than filling
+// them. A miss frees the whole list, so idle memory never exceeds one step's.
 class Memory {
 public:
     explicit Memory(size_t size) : size_(size), data_(take(size)) {
 #if defined(FASTLLM_POISON)
-        std::memset(data_, 0xFF, size);  // not a number: what is read unwritten shows
+        std::memset(data_, 0xFF, size);  // NaN: reads of unwritten memory show
 #endif
     }
     ~Memory() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        idle_.emplace(size_, data_);
+        try {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            idle_.emplace(size_, data_);
+        } catch (const std::exception&) {  // no memory for the list's entry
+            std::free(data_);
+        }
     }
     Memory(const Memory&) = delete;
 
     float* floats() { return static_cast<float*>(data_); }
-    py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), static_cast<ssize_t>(size_)}; }
+    py::buffer_info buffer() {
+        return {static_cast<uint8_t*>(data_), static_cast<py::ssize_t>(size_)};
+    }
 
 private:
     static inline std::mutex mutex_;
@@ -101,9 +110,9 @@ private:
         for (const auto& [idle_size, data] : idle_) std::free(data);
         idle_.clear();
         void* data = std::aligned_alloc(PAGE, (size + PAGE - 1) / PAGE * PAGE);
-        if (!data) throw std::bad_alloc();
+        if (!data) throw OutOfMemory{static_cast<int64_t>(size)};
 #if defined(__linux__)
-        madvise(data, size, MADV_HUGEPAGE);  // a wish: nothing is lost where it is not granted
+        madvise(data, size, MADV_HUGEPAGE);  // a hint; failure costs nothing
 #endif
         return data;
     }
@@ -166,8 +175,8 @@ double adam_step(const std::vector<AdamRow>& rows, const std::vector<AdamSetting
     }
     std::vector<double> block_sums(blocks);
     py::gil_scoped_release release;
-    return kernels->adam_step(tensors.data(), tensors.size(), block_sums.data(), blocks,
-                              decoupled_weight_decay, max_grad_norm, threads);
+    return kernels().adam_step(tensors.data(), tensors.size(), block_sums.data(), blocks,
+                               decoupled_weight_decay, max_grad_norm, threads);
 }
 
 // B, N, S, T, D; q, k, v; mask, causal, dropout
@@ -286,7 +295,7 @@ double decoder_loss(const PyEmbedding& embedding, const PyLayers& layers, const 
                 norm_grad_of(norm_pair), linear_grad_of(head_pair)};
     }
     py::gil_scoped_release release;
-    return kernels->decoder_loss(decoder, grads ? &grad : nullptr, threads);
+    return kernels().decoder_loss(decoder, grads ? &grad : nullptr, threads);
 }
 
 // kernels.h's Decoding with all that it needs, but for the embeddings, biases and norms: these are
@@ -296,7 +305,7 @@ public:
     PyDecoding(const PyEmbedding& embedding, const PyLayers& layers, const PyNorm& norm,
                const PyLinearCrossEntropy& head, int precision, int64_t B, int64_t capacity,
                int threads)
-        : kernels_(kernels), lengths_(B, 0) {
+        : kernels_(&kernels()), lengths_(B, 0) {
         for (const auto& [attention, mlp] : layers)
             layers_.push_back({multi_head_attention_of(attention), mlp_of(mlp)});
         model_ = {embedding_of(embedding), layers_.data(), static_cast<int64_t>(layers_.size()),
@@ -380,17 +389,32 @@ private:
     std::vector<int64_t> lengths_;
 };
 
+void translate_out_of_memory(std::exception_ptr error) {
+    try {
+        if (error) std::rethrow_exception(error);
+    } catch (const OutOfMemory& refused) {
+        const std::string message = "the system refused " + std::to_string(refused.bytes) +
+                                    " bytes of memory for the C++ kernels";
+        py::set_error(PyExc_MemoryError, message.c_str());
+    }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
     m.doc() = "fastllm's CPU kernels on raw addresses; see csrc/kernels.h.";
+    py::register_local_exception_translator(translate_out_of_memory);
     m.def("isas", isas, "The instruction sets with kernels that this CPU can run, slowest first.");
-    m.def("isa", [] { return kernels->isa; }, "The instruction set in use.");
+    m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
     m.def("set_isa", set_isa, py::arg("isa"));
-    m.def("native_bf16", [] { return kernels->native_bf16; },
+    m.def("native_bf16", [] { return kernels().native_bf16; },
           "Whether bf16 products are faster than fp32 ones with that instruction set.");
+    m.def("scratch_bytes", [] { return kernels().scratch_bytes(); },
+          "Bytes of working memory that all threads hold between calls.");
+    m.def("limit_scratch", [](int64_t bytes) { kernels().limit_scratch(bytes); }, py::arg("bytes"),
+          "For tests: refuse working memory beyond this.");
     py::class_<Memory>(m, "Memory", py::buffer_protocol(),
-                       "Bytes whose memory the next of the same size takes over.")
+                       "Bytes whose memory is reused for the next Memory of the same size.")
         .def(py::init<size_t>(), py::arg("size"))
         .def_buffer(&Memory::buffer);
     py::class_<PyDecoding>(m, "Decoding", "Sequences that a decoder model continues.")
@@ -411,7 +435,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.def(
         "attention_fwd",
         [](uint64_t out, const PyAttention& attention, int threads) {
-            kernels->attention_fwd(at<float>(out), attention_of(attention), threads);
+            kernels().attention_fwd(at<float>(out), attention_of(attention), threads);
         },
         py::arg("out"), py::arg("attention"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
@@ -419,7 +443,7 @@ PYBIND11_MODULE(_kernels, m) {
         "attention_bwd",
         [](const std::array<uint64_t, 3>& grads, uint64_t grad_out, const PyAttention& attention,
            int threads) {
-            kernels->attention_bwd(at<float>(grads[0]), at<float>(grads[1]), at<float>(grads[2]),
+            kernels().attention_bwd(at<float>(grads[0]), at<float>(grads[1]), at<float>(grads[2]),
                                    at<const float>(grad_out), attention_of(attention), threads);
         },
         py::arg("grads"), py::arg("grad_out"), py::arg("attention"), py::arg("threads"),
@@ -428,7 +452,7 @@ PYBIND11_MODULE(_kernels, m) {
         "multi_head_attention_fwd",
         [](uint64_t out, const PyMultiHeadAttentionSaved& saved, uint64_t x,
            const PyMultiHeadAttention& attention, int threads) {
-            kernels->multi_head_attention_fwd(at<float>(out), multi_head_attention_saved_of(saved),
+            kernels().multi_head_attention_fwd(at<float>(out), multi_head_attention_saved_of(saved),
                                               at<const float>(x),
                                               multi_head_attention_of(attention), threads);
         },
@@ -439,7 +463,7 @@ PYBIND11_MODULE(_kernels, m) {
         [](uint64_t grad_x, const std::array<PyPair, 3>& grads, uint64_t grad_out,
            const PyMultiHeadAttentionSaved& saved, uint64_t x, const PyMultiHeadAttention& attention,
            int threads) {
-            kernels->multi_head_attention_bwd(
+            kernels().multi_head_attention_bwd(
                 at<float>(grad_x),
                 {norm_grad_of(grads[0]), linear_grad_of(grads[1]), linear_grad_of(grads[2])},
                 at<const float>(grad_out), multi_head_attention_saved_of(saved), at<const float>(x),
@@ -450,7 +474,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.def(
         "mlp_fwd",
         [](uint64_t out, const PyMlpSaved& saved, uint64_t x, const PyMlp& mlp, int threads) {
-            kernels->mlp_fwd(at<float>(out), mlp_saved_of(saved), at<const float>(x), mlp_of(mlp),
+            kernels().mlp_fwd(at<float>(out), mlp_saved_of(saved), at<const float>(x), mlp_of(mlp),
                              threads);
         },
         py::arg("out"), py::arg("saved"), py::arg("x"), py::arg("mlp"), py::arg("threads"),
@@ -459,7 +483,7 @@ PYBIND11_MODULE(_kernels, m) {
         "mlp_bwd",
         [](uint64_t grad_x, const std::array<PyPair, 3>& grads, uint64_t grad_out,
            const PyMlpSaved& saved, uint64_t x, const PyMlp& mlp, int threads) {
-            kernels->mlp_bwd(
+            kernels().mlp_bwd(
                 at<float>(grad_x),
                 {norm_grad_of(grads[0]), linear_grad_of(grads[1]), linear_grad_of(grads[2])},
                 at<const float>(grad_out), mlp_saved_of(saved), at<const float>(x), mlp_of(mlp),
@@ -471,7 +495,7 @@ PYBIND11_MODULE(_kernels, m) {
         "layer_norm_fwd",
         [](uint64_t out, uint64_t stats, uint64_t sum, uint64_t x, uint64_t residual, int64_t rows,
            int64_t H, const PyNorm& norm, int threads) {
-            kernels->layer_norm_fwd(at<float>(out), at<float>(stats), at<float>(sum),
+            kernels().layer_norm_fwd(at<float>(out), at<float>(stats), at<float>(sum),
                                     at<const float>(x), at<const float>(residual), rows, H,
                                     norm_of(norm), threads);
         },
@@ -482,7 +506,7 @@ PYBIND11_MODULE(_kernels, m) {
         "layer_norm_bwd",
         [](uint64_t grad_x, const PyPair& grad, uint64_t grad_out, uint64_t sum, uint64_t stats,
            int64_t rows, int64_t H, const PyNorm& norm, int threads) {
-            kernels->layer_norm_bwd(at<float>(grad_x), norm_grad_of(grad),
+            kernels().layer_norm_bwd(at<float>(grad_x), norm_grad_of(grad),
                                     at<const float>(grad_out), at<const float>(sum),
                                     at<const float>(stats), rows, H, norm_of(norm), threads);
         },
@@ -492,7 +516,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.def(
         "embedding_fwd",
         [](uint64_t out, const PyEmbedding& embedding, int threads) {
-            kernels->embedding_fwd(at<float>(out), embedding_of(embedding), threads);
+            kernels().embedding_fwd(at<float>(out), embedding_of(embedding), threads);
         },
         py::arg("out"), py::arg("embedding"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
@@ -500,7 +524,7 @@ PYBIND11_MODULE(_kernels, m) {
         "embedding_bwd",
         [](uint64_t grad_weight, uint64_t grad_positions, uint64_t grad_out, int64_t padding_idx,
            const PyEmbedding& embedding, int threads) {
-            kernels->embedding_bwd(at<float>(grad_weight), at<float>(grad_positions),
+            kernels().embedding_bwd(at<float>(grad_weight), at<float>(grad_positions),
                                    at<const float>(grad_out), padding_idx,
                                    embedding_of(embedding), threads);
         },
@@ -511,7 +535,7 @@ PYBIND11_MODULE(_kernels, m) {
         "linear_cross_entropy",
         [](uint64_t grad_x, const PyPair& grad, uint64_t x, const PyLinearCrossEntropy& entropy,
            int threads) {
-            return kernels->linear_cross_entropy(at<float>(grad_x), linear_grad_of(grad),
+            return kernels().linear_cross_entropy(at<float>(grad_x), linear_grad_of(grad),
                                                  at<const float>(x),
                                                  linear_cross_entropy_of(entropy), threads);
         },
@@ -523,7 +547,7 @@ PYBIND11_MODULE(_kernels, m) {
         "dropout",
         [](uint64_t out, uint64_t in, int64_t size, double p, uint64_t seed, uint32_t stream,
            int threads) {
-            kernels->dropout(at<float>(out), at<const float>(in), size, p, {seed, stream}, threads);
+            kernels().dropout(at<float>(out), at<const float>(in), size, p, {seed, stream}, threads);
         },
         py::arg("out"), py::arg("in"), py::arg("size"), py::arg("p"), py::arg("seed"),
         py::arg("stream"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
@@ -536,7 +560,7 @@ PYBIND11_MODULE(_kernels, m) {
             std::vector<Sampling> each;
             for (const auto& [temperature, top_k, top_p, min_p, repetition_penalty] : settings)
                 each.push_back({temperature, top_k, top_p, min_p, repetition_penalty});
-            return kernels->sample(at<int64_t>(tokens), at<const float>(logits), sizes.first,
+            return kernels().sample(at<int64_t>(tokens), at<const float>(logits), sizes.first,
                                    sizes.second, each.data(), at<const uint8_t>(seen), seeds.data(),
                                    steps.data(), threads);
         },
@@ -546,20 +570,20 @@ PYBIND11_MODULE(_kernels, m) {
     m.def(
         "fma_loop",
         [](int64_t iterations, int precision, int threads) {
-            return kernels->fma_loop(iterations, static_cast<Precision>(precision), threads);
+            return kernels().fma_loop(iterations, static_cast<Precision>(precision), threads);
         },
         py::arg("iterations"), py::arg("precision"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     m.def(
         "memory_read",
         [](uint64_t data, int64_t size, int threads) {
-            return kernels->memory_read(at<const float>(data), size, threads);
+            return kernels().memory_read(at<const float>(data), size, threads);
         },
         py::arg("data"), py::arg("size"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "memory_update",
         [](uint64_t data, int64_t size, int threads) {
-            kernels->memory_update(at<float>(data), size, threads);
+            kernels().memory_update(at<float>(data), size, threads);
         },
         py::arg("data"), py::arg("size"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());

@@ -4,9 +4,10 @@
 // might run that lacks the instructions.
 #include "kernels.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
+
+#include <type_traits>
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/mman.h>
@@ -70,6 +71,8 @@ extern const Kernels FASTLLM_JOIN(kernels_, FASTLLM_ISA) = {
     .multi_head_attention_fwd = multi_head_attention_fwd,
     .multi_head_attention_bwd = multi_head_attention_bwd,
     .sample = sample,
+    .scratch_bytes = scratch_bytes,
+    .limit_scratch = limit_scratch,
     .fma_loop = fma_loop,
     .memory_read = memory_read,
     .memory_update = memory_update,

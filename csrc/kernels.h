@@ -12,6 +12,11 @@
 
 namespace fastllm {
 
+// Thrown by every kernel if the system refuses scratch memory. The outputs are then undefined.
+struct OutOfMemory {
+    int64_t bytes;  // that were asked for
+};
+
 // One parameter with its gradient, its optimizer state and its settings.
 struct AdamTensor {
     float* param;
@@ -279,6 +284,11 @@ struct Kernels {
     bool (*sample)(int64_t* tokens, const float* logits, int64_t B, int64_t V,
                    const Sampling* settings, const uint8_t* seen, const uint64_t* seeds,
                    const uint64_t* steps, int threads);
+
+    // scratch.inc: bytes of working memory that all threads hold between calls, and a limit on them,
+    // for tests.
+    int64_t (*scratch_bytes)();
+    void (*limit_scratch)(int64_t bytes);
 
     // machine.inc: what the processor and the memory can do at best. The first two return the
     // number of floating-point operations done and the sum of what was read.

@@ -428,12 +428,33 @@ void check_same(const char* name, const Outputs& actual, const Outputs& expected
 
 }  // namespace
 
+// Runs a case while the kernels get little memory or none. Threads of its parallel regions are new,
+// so each of them needs some. Returns whether it was refused.
+bool runs_out_of_memory(const Case& test, int64_t available, const Outputs& expected) {
+    k.limit_scratch(k.scratch_bytes() + available);
+    bool refused = false;
+    try {
+        check_same(test.name, test.run(4), expected);
+    } catch (const OutOfMemory&) {
+        refused = true;
+    }
+    k.limit_scratch(INT64_MAX);
+    return refused;
+}
+
 int main() {
     const std::vector<Case> all = cases();
     std::vector<Outputs> expected;
-    for (const auto& [name, run] : all) {
-        expected.push_back(run(1));
-        check_same(name, run(4), expected.back());
+    int refusals = 0;
+    for (const Case& test : all) {
+        expected.push_back(test.run(1));
+        check_same(test.name, test.run(4), expected.back());
+        for (const int64_t available : {0, 1 << 18, 1 << 19})
+            refusals += runs_out_of_memory(test, available, expected.back());
+    }
+    if (refusals == 0) {
+        std::fprintf(stderr, "no kernel ran out of memory\n");
+        return 1;
     }
     // Several callers at once, each at another case.
     constexpr size_t CALLERS = 3;
@@ -446,6 +467,7 @@ int main() {
             }
         });
     for (std::thread& caller : callers) caller.join();
-    std::printf("%zu cases: the same bits from 1 thread, 4 threads and %zu callers at once\n",
-                all.size(), CALLERS);
+    std::printf("%zu cases: the same bits from 1 thread, 4 threads and %zu callers at once; "
+                "memory refused %d times\n",
+                all.size(), CALLERS, refusals);
 }
