@@ -1,4 +1,4 @@
-"""What the commands share: settings from flags, and errors as one clear line."""
+"""Shared by the commands: settings from flags, errors in one line, logging and signals."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from pydantic_settings import (
 
 
 class CommandSettings(BaseSettings):
-    """Base of every command's settings: a field is a flag, its docstring the flag's help."""
+    """Base of every command's settings: a field is a flag, and its docstring the flag's help."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -28,7 +28,7 @@ class CommandSettings(BaseSettings):
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
-        cli_parse_none_str="",  # the default, "None", is a text that somebody may mean
+        cli_parse_none_str="",  # the default, "None", may be meant as a text
     )
 
     @classmethod
@@ -40,17 +40,17 @@ class CommandSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments and flags only: a stray environment variable must not change a run."""
+        """Reads arguments and flags only: a stray environment variable must not change a run."""
         return (init_settings,)
 
 
-Settings = TypeVar("Settings", bound=CommandSettings)
+AnySettings = TypeVar("AnySettings", bound=CommandSettings)
 
 
 def parse_settings(
-    settings_class: type[Settings], arguments: list[str], **defaults: Any
-) -> Settings:
-    """Settings from the command line, which overrides `defaults`; exits where they are wrong.
+    settings_class: type[AnySettings], arguments: list[str], **defaults: Any
+) -> AnySettings:
+    """Settings from the command line, which overrides `defaults`; exits if they are invalid.
 
     Flags may be written `--file_path` or `--file-path`.
     """
@@ -61,25 +61,25 @@ def parse_settings(
 
 
 def describe_error(error: Exception) -> str:
-    """One line for each wrong setting, naming it and what it must be."""
+    """One line for each invalid setting: its name, what it must be, and what was given."""
     if not isinstance(error, ValidationError):
         return str(error)
-    return "\n       ".join(map(_describe_one, error.errors(include_url=False)))
+    return "\n       ".join(map(_describe_setting, error.errors(include_url=False)))
 
 
-def _describe_one(error: Any) -> str:
+def _describe_setting(error: Any) -> str:
     name, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
-    if isinstance(error["input"], dict):  # all settings, of which several do not fit
+    if isinstance(error["input"], dict):  # all settings: several do not fit together
         return f"{name}: {message}" if name else message
     return f"{name + ': ' if name else ''}{message} (got {error['input']!r})"
 
 
 @contextmanager
 def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
-    """Turns exceptions that a command's user can mend into a message and exit status 1."""
+    """Turns exceptions that the user can fix into a message and exit status 1."""
     try:
         yield
-    except BrokenPipeError:  # the reader of our output went away: `| head`
+    except BrokenPipeError:  # the reader of our output is gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except types as error:
@@ -91,32 +91,43 @@ def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
 
 
 def log(*parts: Any) -> None:
-    """Prints for a person to read: on stderr, so that stdout holds only what was asked for."""
+    """Prints messages for people on stderr, which keeps stdout for results."""
     print(*parts, file=sys.stderr, flush=True)
 
 
 class StopRequest:
-    """What `stop_on_signals` asks to stop, by naming the signal that came."""
+    """Holds the signal that asked a run to stop."""
 
     stopped_by: signal.Signals | None = None
+    _announced = True
+
+    def set_by_signal(self, number: int) -> None:
+        """Notes a signal, for `poll` to announce; safe in a signal handler."""
+        self._announced = False
+        self.stopped_by = signal.Signals(number)
+
+    def poll(self) -> signal.Signals | None:
+        """The signal that asked to stop, if any; logs it when first called after it came."""
+        if self.stopped_by and not self._announced:
+            self._announced = True
+            log(f"\n{self.stopped_by.name}: saving and stopping; Ctrl-C again stops at once")
+        return self.stopped_by
 
 
 @contextmanager
-def stop_on_signals(run: StopRequest) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the run to save and stop; a second SIGINT ends it."""
+def stop_on_signals(request: StopRequest) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets `request`, which the run polls; a second SIGINT exits."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
 
-    def ask_to_stop(number: int, frame: FrameType | None) -> None:
-        if run.stopped_by and number == signal.SIGINT:
+    def handle(number: int, frame: FrameType | None) -> None:
+        # Prints nothing: it may have interrupted a write to stderr, which must not be reentered.
+        if request.stopped_by and number == signal.SIGINT:
             os._exit(128 + number)
-        run.stopped_by = signal.Signals(number)
-        log(f"\n{run.stopped_by.name}: saving and stopping; Ctrl-C again stops at once")
+        request.set_by_signal(number)
 
-    previous = {
-        number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -125,7 +136,7 @@ def stop_on_signals(run: StopRequest) -> Iterator[None]:
 
 
 def underscored(arguments: list[str]) -> list[str]:
-    """The arguments with flags as the settings spell them."""
+    """The arguments with flags in the spelling of the settings: `--file_path`."""
     result = []
     for argument in arguments:
         name, equals, value = argument.partition("=")

@@ -163,10 +163,10 @@ def launch(config: TrainConfig, run_dir: Path) -> None:
                     sys.stderr.write(said.read())
                     sys.stderr.flush()
                     begun = stop.exists()
-                    if asked.stopped_by and not begun:
-                        raise SystemExit(128 + asked.stopped_by)
-                    if asked.stopped_by:
-                        stop.write_text(str(int(asked.stopped_by)))
+                    if (number := asked.poll()) and not begun:
+                        raise SystemExit(128 + number)
+                    if number:
+                        stop.write_text(str(int(number)))
                     if time.monotonic() > patience and not begun:
                         patience = math.inf
                         log("ray         still waiting for workers: others may hold the cores")

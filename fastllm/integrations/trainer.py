@@ -71,13 +71,13 @@ class Watch(StopRequest, TrainerCallback):
         self.tokens = state.num_input_tokens_seen - self._first_tokens
         if state.global_step >= state.max_steps:
             control.should_log = True
-        if self.stopped_by:
+        if self.poll():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
         self._bar.update()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.stopped_by:  # all is saved
+        if self.poll():  # all is saved
             control.should_save = control.should_evaluate = False
 
     def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -214,7 +214,7 @@ class FinetuneTrainer(Trainer):
         model.eval()
         total, count = 0.0, 0
         for i, batch in enumerate(self.get_eval_dataloader()):
-            if self.watch.stopped_by:
+            if self.watch.poll():
                 self.control.should_save = self.control.should_training_stop = True
                 return {"eval_loss": math.inf}  # no new best
             batch = self._with_labels(batch, "evaluation", i * self.args.eval_batch_size)

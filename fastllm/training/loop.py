@@ -209,13 +209,13 @@ class Trainer:
                 if step % config.save_interval == 0 or progress.best_step == step:
                     self.save()
                 if self.group.size == 1:  # else all have agreed within the step
-                    self.stopped_by = self._asked.stopped_by
+                    self.stopped_by = self._asked.poll()
                 if self.stopped_by:
                     break
             if self._saved_step != progress.step:
                 self.save()
             if self.group.size == 1:
-                self.stopped_by = self._asked.stopped_by
+                self.stopped_by = self._asked.poll()
 
     def stop(self, number: signal.Signals) -> None:
         """Has `train` save and stop after the step at hand, as this signal to the process would."""
@@ -241,7 +241,7 @@ class Trainer:
         )
         loss = 0.0
         for i, (ids, tokens) in enumerate(zip(step_batches, predicted, strict=True), 1):
-            if self._asked.stopped_by and config.grad_accum > 1 and self.group.size == 1:
+            if self._asked.poll() and config.grad_accum > 1 and self.group.size == 1:
                 # The step has changed nothing yet; a resumed run does it from its first batch.
                 engine.zero_grad()
                 self.stopped_by = self._asked.stopped_by
@@ -249,7 +249,7 @@ class Trainer:
             if all_predicted:
                 # By its tokens, so that the sum is the gradient of one big batch.
                 loss += engine.backward(ids, tokens / all_predicted, last=i == count)
-        came = self._asked.stopped_by
+        came = self._asked.poll()
         late = self.group.is_main and time.monotonic() >= deadline
         loss, stops, lates = self.group.all_reduce(loss, came is not None, late)
         if stops:

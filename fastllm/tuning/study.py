@@ -114,7 +114,7 @@ def run_trials(study: "optuna.Study", plan: Plan, start: StartProcess, search: S
     running: list[RunningTrial] = []
     try:
         while True:
-            if search.stopped_by or time.monotonic() >= deadline:
+            if search.poll() or time.monotonic() >= deadline:
                 for each in running:
                     each.stop("interrupted")
             else:
