@@ -1,8 +1,12 @@
-"""The tests, and where the Triton kernels run in them."""
+"""The tests, how their threads wait, and where the Triton kernels run in them."""
 
 import os
 from importlib import import_module
 from importlib.util import find_spec
+
+# The tests' operations take microseconds. Threads that spin while they wait for the next one would
+# take a core from it, and from the tests beside: five times the CPU time in all.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # On a CPU that is Triton's interpreter, which must be asked for while they are imported; programs
 # that tests start are not to inherit it.
