@@ -11,19 +11,18 @@ from fastllm import bench
 from fastllm.benchmarking import steps
 from fastllm.benchmarking.stock import StockDecoder
 from fastllm.ops import dispatch
+from tests.commands import run_command
 from tests.conftest import REPOSITORY, needs_extension
 
 
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+@pytest.mark.command
+@needs_extension
+def test_json() -> None:
+    flags = "--config A --compare eager --seconds 1 --json".split()
+    result = subprocess.run(
         [sys.executable, "-m", "fastllm.bench", *flags],
         capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-
-
-@needs_extension
-def test_json() -> None:
-    result = run("--config", "A", "--compare", "eager", "--seconds", "1", "--json")
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
     assert set(values) == {"configs", "machine"}
@@ -57,7 +56,7 @@ def test_chunked_needs_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> N
 @needs_extension
 def test_bf16() -> None:
     flags = "--config A --precision bf16 --compare autocast --seconds 0.1 --json".split()
-    result = run(*flags)
+    result = run_command("bench", *flags, "--threads", "1")
     if reason := dispatch.why_not_autocast(torch.bfloat16):
         assert result.stderr == f"error: precision: bf16 cannot be measured: {reason}\n"
         return
@@ -116,8 +115,9 @@ def test_without_the_extension(
 
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
+@pytest.mark.command
 def test_memory() -> None:
-    result = run("--memory", "--config", "A", "--compare", "eager", "--json")
+    result = run_command("bench", *"--memory --config A --compare eager --threads 1 --json".split())
     assert result.returncode == 0, result.stderr
     (peaks,) = json.loads(result.stdout)["memory_mb"].values()
     assert 0 < peaks["fastllm"] < peaks["eager"] < 1000
@@ -140,11 +140,12 @@ def test_rows() -> None:
 def test_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA GPU")
-    result = run("--device", "cuda")
+    result = run_command("bench", "--device", "cuda")
     assert result.returncode == 1
     assert result.stderr.startswith("error: device: there is no CUDA GPU to measure")
 
 
+@pytest.mark.command
 def test_benchmarks_run() -> None:
     """Once each and untimed, at the smallest shape; they hold fastllm against PyTorch."""
     result = subprocess.run(

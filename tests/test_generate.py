@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_command
 from tests.conftest import MakeTrainer
 
 
-def run(module: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"fastllm.{module}", *flags],
-        capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def run(module: str, *flags: str) -> "subprocess.CompletedProcess[str]":
+    return run_command(module, "--threads", "1", *flags)
 
 
 @pytest.fixture
@@ -21,6 +19,22 @@ def run_dir(make_trainer: MakeTrainer) -> Path:
     trainer = make_trainer("run", "--max_steps", "3")
     trainer.train()
     return trainer.run_dir
+
+
+@pytest.mark.command
+@pytest.mark.parametrize(
+    ("module", "more"), [("generate", "--prompt the"), ("evaluate", "--json --file_path")]
+)
+def test_in_a_process_of_its_own(run_dir: Path, text: Path, module: str, more: str) -> None:
+    flags = ["--checkpoint", str(run_dir), *more.split()]
+    flags += [str(text)] if module == "evaluate" else []
+    result = subprocess.run(
+        [sys.executable, "-m", f"fastllm.{module}", *flags],
+        capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == run(module, *flags).stdout
+    assert result.stdout.startswith("the" if module == "generate" else "{")
 
 
 def test_generate_command(run_dir: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,22 +14,30 @@ from fastllm import integrations
 from fastllm.ops import dispatch
 from fastllm.train import main
 from fastllm.training.metrics import read_metrics
+from tests.commands import run_command
+from tests.conftest import isa_in_use
+
+SMALL = "--max_seq_len 16 --batch_size 4 --hidden_size 16 --num_layers 1 --max_steps 3".split()
 
 
-def train(folder: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    small = "--max_seq_len 16 --batch_size 4 --hidden_size 16 --num_layers 1 --max_steps 3"
+def train(folder: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+    return run_command("train", *SMALL, "--threads", "1", *flags, folder=folder)
+
+
+def train_in_a_process(folder: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "fastllm.train", *small.split(), *flags],
+        [sys.executable, "-m", "fastllm.train", *SMALL, *flags],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=100,
     )
 
 
+@pytest.mark.command
 def test_demo_corpus_when_no_file_is_given(tmp_path: Path) -> None:
-    result = train(tmp_path, "--eval_interval", "2", "--val_fraction", "0.01")
+    result = train_in_a_process(tmp_path, "--eval_interval", "2", "--val_fraction", "0.01")
     assert result.returncode == 0, result.stderr
     for expected in (
         "training on the demo corpus, Python's own documentation",
@@ -78,8 +87,8 @@ def test_precision(tmp_path: Path, text: Path, flags: str, native: str, expected
         reason = dispatch.why_not_autocast(torch.bfloat16)
         if reason:
             pytest.skip(reason)
-    isa = {"FASTLLM_CPU_ISA": "base"} if native == "base" else {}
-    result = train(tmp_path, "--file_path", str(text), *flags.split(), "--out_dir", "run", **isa)
+    with isa_in_use("base") if native == "base" else nullcontext():
+        result = train(tmp_path, "--file_path", str(text), *flags.split(), "--out_dir", "run")
     assert result.returncode == 0, result.stderr
     assert f"precision   {expected}\n" in result.stderr
     assert json.loads((tmp_path / "run/config.json").read_text())["precision"] == expected
@@ -108,7 +117,6 @@ def test_subword_tokenizers(tmp_path: Path, text: Path, tokenizer: str) -> None:
         (b"ab" * 99, "--val_fraction 0.999", "leaves 0 for training"),
         (b"ab" * 99, "--tokenizer bpe --vocab_size 9", "byte-level BPE needs at least 257"),
         (b"ab" * 99, "--tokenizer nowhere.json", "nowhere.json does not exist"),
-        (b"ab" * 99, "--impl triton", "this machine has no CUDA GPU"),
         (b"ab" * 99, "--hidden_size 65536 --num_layers 900", "MiB of memory and this machine has"),
         (b"ab" * 99, "--hidden_size 7", "hidden_size (7) must be divisible by num_heads (2)"),
     ],
@@ -121,6 +129,18 @@ def test_bad_input_is_named_before_anything_is_written(
     result = train(tmp_path, "--file_path", "text.txt", *flags.split())
     assert result.returncode == 1
     assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs/text/config.json").exists()
+
+
+@pytest.mark.command
+def test_an_error_ends_the_process_with_one_line(tmp_path: Path, text: Path) -> None:
+    """Here Triton is not interpreted, as it is in the process of the tests."""
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    result = train_in_a_process(tmp_path, "--file_path", str(text), "--impl", "triton")
+    assert result.returncode == 1
+    assert "this machine has no CUDA GPU" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs/text/config.json").exists()
 
