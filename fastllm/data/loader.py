@@ -1,4 +1,4 @@
-"""Chunks of a token array as training samples, and batches of them for PyTorch."""
+"""Datasets of token chunks, and batches of them for PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Sample = dict[str, Tensor]
 
 
 class Chunks(Sequence[list[int]]):
-    """The chunks of a token array, without padding, as lists of ints that are made on access."""
+    """The unpadded chunks of a token array: lists of ints, made on access."""
 
     def __init__(self, tokens: Tokens, max_seq_len: int, stride: int) -> None:
         self._tokens = tokens
@@ -73,7 +73,7 @@ class Batch(Sequence[Sample]):
 
 
 def _sample(input_ids: Tensor) -> Sample:
-    # Whoever masks labels in place must not change the inputs.
+    # A copy, so that masking labels in place leaves the inputs alone.
     return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
@@ -81,29 +81,29 @@ class TextDataset(Dataset[Sample]):
     """A text file as chunks of `max_seq_len` tokens.
 
     Chunks start every `max_seq_len - overlap` tokens; those that reach past the end are padded. A
-    sample is {"input_ids", "labels"}, two equal long tensors [max_seq_len] with memory of their own
-    (the loss does the shift to the next token). With `overlap=1` every token but the first is
-    predicted once in a pass; with 0 the first of each chunk is not.
+    sample is {"input_ids", "labels"}, two equal long tensors [max_seq_len] that share no memory
+    (the loss shifts the labels to the next token). With `overlap=1` every token except the first is
+    predicted once per pass; with 0 the first token of each chunk is never predicted.
 
     Args:
         file_path: a UTF-8 text file.
-        tokenizer: one of fastllm.tokenization, or any object with `encode(text) -> list[int]` and
+        tokenizer: one from fastllm.tokenization, or any object with `encode(text) -> list[int]` and
             `pad_token_id` (and `vocab_size`, which makes the array compact).
         max_seq_len: tokens in a chunk.
-        overlap: tokens that a chunk shares with the one before.
-        padding_value: fills up the last chunks; the tokenizer's `pad_token_id` unless given.
-        min_line_length: drops the lines with fewer characters.
-        dedup_lines: drops the later copies of a line.
-        token_file: the tokens go into this file, which is then mapped, instead of into memory: for
-            texts larger than memory. It is used again while text, cleaning and tokenizer stay the
-            same.
+        overlap: tokens that a chunk shares with the previous one.
+        padding_value: fills up the last chunks; by default the tokenizer's `pad_token_id`.
+        min_line_length: drop lines with fewer characters.
+        dedup_lines: drop repeated lines.
+        token_file: write the tokens to this file and map it instead of holding them in memory, for
+            texts larger than memory. The file is reused as long as text, cleaning and tokenizer
+            stay the same.
 
     Attributes:
         tokens: the token ids, an integer array [count].
-        text_sha256: the digest of the text file where a token file keeps it, else None.
+        text_sha256: the text file's digest, from the token file; None without one.
 
     Raises:
-        FileNotFoundError: there is no such text file.
+        FileNotFoundError: the text file does not exist.
         ValueError: an argument is out of range, or the file is not UTF-8.
         KeyError: the tokenizer lacks a character of the text.
         OSError: the token file cannot be written.
@@ -112,7 +112,7 @@ class TextDataset(Dataset[Sample]):
     tokens: Tokens
     text_sha256: str | None
     file_path: str | os.PathLike[str] | None
-    # Where the tokens are mapped from, and which token of that file is the first one here.
+    # The mapped token file, and the index in it of this dataset's first token.
     _mapped: tuple[str, TokenHeader] | None
     _first: int
 
@@ -148,7 +148,7 @@ class TextDataset(Dataset[Sample]):
         overlap: int = 0,
         padding_value: int | None = None,
     ) -> TextDataset:
-        """A dataset over token ids [count] that are there already; an array is not copied.
+        """A dataset over existing token ids [count]; an array is not copied.
 
         Raises:
             ValueError: `tokens` is not one-dimensional and integer, or an argument is out of range.
@@ -192,7 +192,7 @@ class TextDataset(Dataset[Sample]):
 
     @property
     def sequences(self) -> Chunks:
-        """The chunks without padding: a sequence of lists of ints, made on access."""
+        """The unpadded chunks: a sequence of lists of ints, made on access."""
         return Chunks(self.tokens, self.max_seq_len, self.max_seq_len - self.overlap)
 
     def __len__(self) -> int:
@@ -202,7 +202,7 @@ class TextDataset(Dataset[Sample]):
         return _sample(self._gather([operator.index(index)])[0])
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Sample]:
-        """The samples of a batch in one gather. PyTorch's DataLoader calls this where it exists."""
+        """The samples of a batch in one gather; PyTorch's DataLoader calls it instead of [i]."""
         if type(self).__getitem__ is not TextDataset.__getitem__:
             return [self[index] for index in indices]
         return Batch(self._gather(indices))
@@ -228,11 +228,11 @@ class TextDataset(Dataset[Sample]):
         """The first 1 - `val_fraction` of the tokens for training, the rest for validation.
 
         Both share this dataset's tokens. The validation chunks overlap by one, so that every token
-        but the first is predicted once.
+        except the first is predicted once.
 
         Raises:
-            ValueError: `val_fraction` is not between 0 and 1, a side would have fewer than the two
-                tokens that a prediction takes, or `max_seq_len` is 1.
+            ValueError: `val_fraction` is not between 0 and 1, one part would have fewer than the
+                two tokens that a prediction needs, or `max_seq_len` is 1.
         """
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {val_fraction}")
@@ -243,12 +243,12 @@ class TextDataset(Dataset[Sample]):
         for name, count in (("training", cut), ("validation", total - cut)):
             if count < 2:
                 raise ValueError(
-                    f"val_fraction {val_fraction} of {total} tokens leaves {count} for {name}, and "
+                    f"val_fraction {val_fraction} of {total} tokens leaves {count} for {name}, but "
                     "at least 2 are needed; use a longer text or another val_fraction"
                 )
-        return self._part(0, cut, self.overlap), self._part(cut, total, 1)
+        return self._slice(0, cut, self.overlap), self._slice(cut, total, 1)
 
-    def _part(self, start: int, stop: int, overlap: int) -> TextDataset:
+    def _slice(self, start: int, stop: int, overlap: int) -> TextDataset:
         part = type(self).__new__(type(self))
         part.__dict__.update(self.__dict__)
         part.tokens = self.tokens[start:stop]
@@ -257,7 +257,7 @@ class TextDataset(Dataset[Sample]):
         return part
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process maps the token file itself; pickled, the mapping would be a copy.
+        # Pickling would copy the mapped tokens; a worker process maps the token file itself.
         state = self.__dict__.copy()
         if self._mapped is not None:
             state["tokens"] = len(self.tokens)
@@ -298,7 +298,7 @@ def create_dataloader(
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        # PyTorch cannot shuffle nothing.
+        # PyTorch refuses to shuffle an empty dataset.
         shuffle=shuffle and len(dataset) > 0,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -1,4 +1,4 @@
-"""Text files as pieces: read, cleaned and re-cut without ever being in memory whole."""
+"""Text files as pieces: read, cleaned and cut without holding the whole text in memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PIECE_BYTES = 1 << 20
 
 
 def read_text(path: str | os.PathLike[str], piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
-    """The text of a UTF-8 file, in pieces of about `piece_bytes` bytes.
+    """Yields the text of a UTF-8 file in pieces of about `piece_bytes` bytes.
 
     A byte-order mark is dropped; CRLF and CR become LF, as in Python's text mode.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         IsADirectoryError: `path` is a folder.
         ValueError: the file is not UTF-8; the message gives the offset of the first bad byte.
     """
@@ -74,15 +74,16 @@ def _check_is_file(path: str | os.PathLike[str]) -> None:
 def clean_lines(
     pieces: Iterable[str], min_line_length: int = 0, dedup_lines: bool = False
 ) -> Iterator[str]:
-    """The text without short and without repeated lines.
+    """Yields the text without short or repeated lines.
 
-    With both settings off the pieces come through untouched. Otherwise a line is in memory whole.
+    With both settings off the pieces pass through untouched. Otherwise each line is held in memory
+    as a whole.
 
     Args:
         pieces: the text; lines end with LF and may run across pieces.
-        min_line_length: a line stays if it has at least this many characters, LF not counted.
-        dedup_lines: a line equal to an earlier one goes, unless it is blank. Costs about 120 bytes
-            of memory for each different line.
+        min_line_length: drop lines with fewer characters than this, not counting the LF.
+        dedup_lines: drop lines equal to an earlier one, except blank lines. Costs about 120 bytes
+            of memory for each distinct line.
 
     Raises:
         ValueError: `min_line_length` is negative.
@@ -91,13 +92,13 @@ def clean_lines(
         raise ValueError(f"min_line_length must be at least 0, not {min_line_length}")
     if min_line_length == 0 and not dedup_lines:
         return iter(pieces)
-    return _cleaned(pieces, min_line_length, dedup_lines)
+    return _clean_lines(pieces, min_line_length, dedup_lines)
 
 
-def _cleaned(pieces: Iterable[str], min_line_length: int, dedup_lines: bool) -> Iterator[str]:
+def _clean_lines(pieces: Iterable[str], min_line_length: int, dedup_lines: bool) -> Iterator[str]:
     seen: set[bytes] = set()
 
-    def stays(line: str) -> bool:
+    def keep(line: str) -> bool:
         if len(line) < min_line_length:
             return False
         if dedup_lines and line and not line.isspace():
@@ -116,24 +117,25 @@ def _cleaned(pieces: Iterable[str], min_line_length: int, dedup_lines: bool) -> 
             continue
         lines = ("".join(unfinished) + head).split("\n")
         unfinished = [tail]
-        kept = "".join([line + "\n" for line in lines if stays(line)])
+        kept = "".join([line + "\n" for line in lines if keep(line)])
         if kept:
             yield kept
     last = "".join(unfinished)
-    if last and stays(last):
+    if last and keep(last):
         yield last
 
 
 def cut_between_words(pieces: Iterable[str], most_chars: int = 4 * PIECE_BYTES) -> Iterator[str]:
-    """The same text with cuts only where they leave the tokens of a subword tokenizer as they are.
+    """Yields the same text, cut only at places that do not change a subword tokenizer's tokens.
 
-    Cuts come after a line end or before a space, between two words. A stretch without such a place
-    is cut when it reaches `most_chars`. A text that comes in one piece stays one piece.
+    Cuts are between two words: after a line end or before a space. A stretch of text without such a
+    place is cut when it reaches `most_chars`. A text that comes in one piece stays in one piece.
     """
     text = ""
     for piece in pieces:
         if text:
-            # The tail nearly always has a place; only a text without spaces is searched whole.
+            # The tail nearly always has a place to cut; only texts without spaces are searched
+            # as a whole.
             cut = BETWEEN_WORDS.search(text, max(0, len(text) - 4096)) or BETWEEN_WORDS.search(text)
             if cut is not None or len(text) >= most_chars:
                 end = len(text) if cut is None else cut.end()

@@ -1,8 +1,8 @@
 """The tokens of a text file as one compact integer array, in memory or in a mapped token file.
 
-A token file is a header of `HEADER_BYTES` bytes (a JSON object, filled up with spaces) and then the
-ids as little-endian integers. The header says what the tokens were made from, so that the file is
-used again as long as the text's content, the cleaning and the tokenizer are the same.
+A token file is a header of `HEADER_BYTES` bytes (a JSON object, padded with spaces) followed by the
+ids as little-endian integers. The header records what the tokens were made from: the file is reused
+as long as the text's content, the cleaning and the tokenizer are the same.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Tokens = npt.NDArray[Any]
 
 
 class TextTokenizer(Protocol):
-    """What a tokenizer must have to serve a dataset; `vocab_size` is used when it is there."""
+    """The interface that a dataset needs; `vocab_size` is used if the tokenizer has it."""
 
     def encode(self, text: str, /) -> list[int]: ...
 
 
 @dataclass(frozen=True)
 class TokenHeader:
-    """What a token file holds, and what it was made from."""
+    """A token file's contents, and the text, cleaning and tokenizer they were made with."""
 
     format: str
     dtype: str
@@ -56,7 +56,7 @@ def encode_file(
     min_line_length: int = 0,
     dedup_lines: bool = False,
 ) -> Tokens:
-    """The tokens of a text file, [count], in memory. Raises what `read_text` and encoding raise."""
+    """A text file's tokens [count], in memory; raises the errors of `read_text` and of encoding."""
     pieces = clean_lines(read_text(file_path), min_line_length, dedup_lines)
     ids = io.BytesIO()
     _write_ids(pieces, tokenizer, ids)
@@ -70,15 +70,15 @@ def map_file(
     min_line_length: int = 0,
     dedup_lines: bool = False,
 ) -> tuple[Tokens, TokenHeader]:
-    """The tokens of a text file, [count], mapped from `token_file`; and the file's header.
+    """A text file's tokens [count], mapped from `token_file`, and the token file's header.
 
-    `token_file` is written first unless it holds just these tokens already. It is replaced in one
-    step: whoever is stopped on the way leaves the old file. For a tokenizer that is not one of this
-    package, of which nobody can say whether it changed, it is written every time.
+    `token_file` is written first unless it already holds exactly these tokens. It is replaced
+    atomically: an interrupted process leaves the old file. Changes to a tokenizer from outside this
+    package cannot be detected, so for such a tokenizer the file is written every time.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: `token_file` is the text file itself. And what `read_text` and encoding raise.
+        ValueError: `token_file` is the text file itself; `read_text` and encoding raise as well.
     """
     token_file = Path(token_file)
     if token_file.exists() and os.path.samefile(file_path, token_file):
@@ -91,13 +91,13 @@ def map_file(
         text_sha256=content_digest(file_path),
         min_line_length=min_line_length,
         dedup_lines=dedup_lines,
-        tokenizer=tokenizer.fingerprint if _is_own(tokenizer) else "",
+        tokenizer=tokenizer.fingerprint if _is_builtin(tokenizer) else "",
     )
-    there = read_header(token_file)
-    if wanted.tokenizer and there is not None:
-        same = replace(wanted, count=there.count, ids_sha256=there.ids_sha256)
-        if there == same and _ids_digest(token_file) == there.ids_sha256:
-            return map_tokens(token_file, there), there
+    found = read_header(token_file)
+    if wanted.tokenizer and found is not None:
+        same = replace(wanted, count=found.count, ids_sha256=found.ids_sha256)
+        if found == same and _ids_digest(token_file) == found.ids_sha256:
+            return map_tokens(token_file, found), found
     pieces = clean_lines(read_text(file_path), min_line_length, dedup_lines)
     try:
         token_file.parent.mkdir(parents=True, exist_ok=True)
@@ -110,14 +110,14 @@ def map_file(
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot make the token file: {error.strerror}; free some space, or name another place",
+            f"cannot write the token file: {error.strerror}; free some space or use another place",
             os.fspath(token_file),
         ) from error
     return map_tokens(token_file, header), header
 
 
 def map_tokens(token_file: str | os.PathLike[str], header: TokenHeader) -> Tokens:
-    """The tokens, [count], of a token file whose header is known.
+    """Maps the tokens [count] of a token file whose header is known.
 
     Raises:
         ValueError: the file no longer has this header.
@@ -131,8 +131,8 @@ def map_tokens(token_file: str | os.PathLike[str], header: TokenHeader) -> Token
     )
 
 
-def _is_own(tokenizer: object) -> TypeGuard[SimpleCharacterTokenizer | SubwordTokenizer]:
-    # A subclass may encode differently, and then its parent's fast path would be wrong.
+def _is_builtin(tokenizer: object) -> TypeGuard[SimpleCharacterTokenizer | SubwordTokenizer]:
+    # A subclass may encode differently, which would make its parent's fast path wrong.
     return type(tokenizer) in (SimpleCharacterTokenizer, SubwordTokenizer)
 
 
@@ -147,7 +147,7 @@ def _token_dtype(tokenizer: TextTokenizer) -> np.dtype[Any]:
 
 
 def _encode(piece: str, tokenizer: TextTokenizer) -> Tokens:
-    if _is_own(tokenizer):
+    if _is_builtin(tokenizer):
         return tokenizer.encode_array(piece)
     ids = np.array(tokenizer.encode(piece), dtype=np.int64)
     vocab_size = _vocab_size(tokenizer)
@@ -161,12 +161,12 @@ def _encode(piece: str, tokenizer: TextTokenizer) -> Tokens:
 
 
 def _write_ids(pieces: Iterable[str], tokenizer: TextTokenizer, file: BinaryIO) -> tuple[int, str]:
-    """Writes the tokens of the whole text to `file`; returns their number and their SHA-256."""
+    """Writes the whole text's tokens to `file`; returns their number and SHA-256."""
     dtype = _token_dtype(tokenizer)
-    if _is_own(tokenizer) and tokenizer.may_be_cut:
+    if _is_builtin(tokenizer) and tokenizer.may_be_cut:
         pieces = cut_between_words(pieces)
     else:
-        pieces = ["".join(pieces)]  # what it makes of a piece may depend on the text around it
+        pieces = ["".join(pieces)]  # tokens may depend on the surrounding text
     count, digest = 0, hashlib.sha256()
     for piece in pieces:
         ids = _encode(piece, tokenizer).astype(dtype, copy=False)
@@ -186,12 +186,12 @@ def _ids_digest(token_file: Path) -> str:
 
 
 def read_header(token_file: str | os.PathLike[str]) -> TokenHeader | None:
-    """The header of a whole token file; None for anything else."""
+    """The header of a complete token file; None for any other file."""
     try:
         with open(token_file, "rb") as file:
             header = TokenHeader(**json.loads(file.read(HEADER_BYTES)))
             size = os.fstat(file.fileno()).st_size
-        whole = HEADER_BYTES + header.count * np.dtype(header.dtype).itemsize
+        complete_size = HEADER_BYTES + header.count * np.dtype(header.dtype).itemsize
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return header if size == whole else None
+    return header if size == complete_size else None

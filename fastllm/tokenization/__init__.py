@@ -1,4 +1,4 @@
-"""Text to token ids and back: characters, or subwords learnt from a text."""
+"""Text to token ids and back: by character, or by subwords learnt from a text."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Tokenizer: TypeAlias = SimpleCharacterTokenizer | SubwordTokenizer
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that a file or folder holds; its content decides which kind it is.
+    """Loads the tokenizer in a file or folder; the content decides which kind it is.
 
     Args:
         path: a file that `save` wrote, a tokenizer.json of the tokenizers library, or a folder with
-            `tokenizer.json`, with GPT-2's `vocab.json` and `merges.txt`, or with the same two
-            under their first names, `encoder.json` and `vocab.bpe`.
+            `tokenizer.json`, with GPT-2's `vocab.json` and `merges.txt`, or with these two under
+            their original names, `encoder.json` and `vocab.bpe`.
 
     Raises:
-        FileNotFoundError: there is no such file, or no tokenizer in the folder.
-        ValueError: the file is damaged, or not a tokenizer; the message says what is wrong.
+        FileNotFoundError: the file does not exist, or the folder holds no tokenizer.
+        ValueError: the file is damaged, or not a tokenizer; the message gives the reason.
         ImportError: it is a subword tokenizer and the tokenizers library is not installed.
     """
     path = Path(path)
@@ -45,5 +45,5 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return SubwordTokenizer.from_file(path)
     raise ValueError(
         f'{path} is not a tokenizer: it has neither "type": "character" nor a "model"; '
-        "for GPT-2's vocab.json and merges.txt name their folder"
+        "to load GPT-2's vocab.json and merges.txt, name their folder"
     )

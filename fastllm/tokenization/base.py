@@ -1,4 +1,4 @@
-"""What the tokenizers share: argument checks, the width of a token, places to cut text."""
+"""Shared by the tokenizers: argument checks, the width of a token, places to cut text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 
 PAD = "<PAD>"
 
-# Text may be cut at the end of either match without changing its tokens: between "\n" and a
-# non-space, or between a non-space and " x". Byte-level BPE (GPT-2's pattern and GPT-4's) and
-# BERT's pre-tokenizer all start a new word there.
+# Cutting a text at the end of a match does not change its tokens. A match ends between "\n" and a
+# non-space, or between a non-space and " x", where byte-level BPE (GPT-2's pattern and GPT-4's) and
+# BERT's pre-tokenizer all start a new word.
 BETWEEN_WORDS = re.compile(r"\S\n(?=\S)|\S(?= \S)")
 
 
@@ -26,13 +26,13 @@ def smallest_token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def check_text(text: object) -> None:
-    """Raises TypeError unless `text` is a string."""
+    """Raises a TypeError unless `text` is a string."""
     if not isinstance(text, str):
         raise TypeError(f"Input text must be a string, not {type(text).__name__}")
 
 
 def check_tokens(tokens: object) -> None:
-    """Raises TypeError unless `tokens` is a list of integers (Python's or numpy's)."""
+    """Raises a TypeError unless `tokens` is a list of integers (Python's or numpy's)."""
     if not isinstance(tokens, list):
         raise TypeError(
             f"Input tokens must be a list of integers, not {type(tokens).__name__}; "
@@ -46,7 +46,7 @@ def check_tokens(tokens: object) -> None:
 
 
 def read_text_file(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file. Raises FileNotFoundError, or ValueError when it is not UTF-8."""
+    """Reads a UTF-8 file. Raises FileNotFoundError, or ValueError if it is not UTF-8."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -56,9 +56,9 @@ def read_text_file(path: str | os.PathLike[str]) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value of a JSON file. Raises FileNotFoundError, or ValueError when it is not JSON."""
+    """Reads a JSON file. Raises FileNotFoundError, or ValueError if it is not JSON."""
     text = read_text_file(path)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON, or is cut off: {error}") from error
+        raise ValueError(f"{path} is not valid JSON, or is truncated: {error}") from error

@@ -1,4 +1,4 @@
-"""One token for each distinct character of a text, and one for padding."""
+"""A tokenizer with one token for each distinct character of a text, and one for padding."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ BLOCK = 1 << 16
 
 
 def _code_point_blocks(text: str) -> Iterator[npt.NDArray[np.uint32]]:
-    # "surrogatepass": half of a surrogate pair is a character like any other in a Python string.
+    # "surrogatepass": a Python string may hold a lone surrogate like any other character.
     for start in range(0, len(text), BLOCK):
         block = text[start : start + BLOCK].encode("utf-32-le", "surrogatepass")
         yield np.frombuffer(block, dtype="<u4")
 
 
 class SimpleCharacterTokenizer:
-    """Characters to ids and back; ids follow the sorted characters, padding is the last one.
+    """Characters to ids and back; ids follow the sorted characters, and padding comes last.
 
     Args:
-        corpus: strings whose distinct characters make the vocabulary.
+        corpus: strings whose distinct characters make up the vocabulary.
 
     Attributes:
         chars: the vocabulary, sorted, with "<PAD>" last.
         stoi, itos: character to id, id to character.
         vocab_size: the number of ids, padding included.
-        pad_char, pad_token_id: "<PAD>" and its id. Of all texts only "<PAD>" itself encodes to it.
+        pad_char, pad_token_id: "<PAD>" and its id, to which no text except "<PAD>" itself encodes.
         token_dtype: the smallest integer type that holds every id.
-        is_lossless: whether every text comes back from its ids.
-        may_be_cut: whether a text's ids are those of its pieces, cut between words.
+        is_lossless: whether decoding restores every text.
+        may_be_cut: whether a text cut between words encodes to the same ids, piece by piece.
 
     Raises:
         TypeError: `corpus` is not a list of strings.
@@ -77,26 +77,26 @@ class SimpleCharacterTokenizer:
         self.pad_char = PAD
         self.pad_token_id = self.vocab_size - 1
         self.token_dtype = smallest_token_dtype(self.vocab_size)
-        # Every code point that is not in the vocabulary gets the padding id, which no character
-        # has. The last entry is such a one, and stands for all code points beyond the table.
+        # Code points outside the vocabulary map to the padding id, which no character has. So does
+        # the last entry, which stands for all code points beyond the table.
         last_code = int(codes_in_use[-1]) if codes_in_use.size else -1
         self._id_of_code = np.full(last_code + 2, self.pad_token_id, dtype=self.token_dtype)
         self._id_of_code[codes_in_use] = np.arange(self.pad_token_id)
 
     @classmethod
     def from_pieces(cls, pieces: Iterable[str]) -> SimpleCharacterTokenizer:
-        """The tokenizer of a text that comes in pieces, which may be larger than memory."""
+        """Builds the tokenizer of a text in pieces, which may be larger than memory."""
         tokenizer = cls([])
         tokenizer._set_vocabulary(pieces)
         return tokenizer
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SimpleCharacterTokenizer:
-        """The tokenizer that `save` wrote.
+        """Loads a tokenizer that `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not one that `save` wrote, or is damaged.
+            FileNotFoundError: the file does not exist.
+            ValueError: `save` did not write the file, or it is damaged.
         """
         data = read_json(path)
         if not isinstance(data, dict) or data.get("type") != "character":
@@ -112,13 +112,13 @@ class SimpleCharacterTokenizer:
         for char, following in itertools.pairwise(chars[:-1]):
             if char >= following:
                 raise ValueError(
-                    f"{path} is damaged: {following!r} after {char!r}; the characters must be "
-                    "sorted, each there once"
+                    f"{path} is damaged: {following!r} follows {char!r}; the characters must be "
+                    "sorted and distinct"
                 )
         return cls(chars[:-1])
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the characters of `text`; the padding id alone if it is "<PAD>".
+        """The ids of the characters of `text`; "<PAD>" gives the padding id alone.
 
         Raises:
             TypeError: `text` is not a string.
@@ -128,7 +128,7 @@ class SimpleCharacterTokenizer:
         return ids
 
     def encode_array(self, text: str) -> npt.NDArray[Any]:
-        """As `encode`, as an array of `token_dtype`."""
+        """Like `encode`, but returns an array of `token_dtype`."""
         check_text(text)
         if text == PAD:
             return np.array([self.pad_token_id], dtype=self.token_dtype)
@@ -142,7 +142,7 @@ class SimpleCharacterTokenizer:
                 char = text[start + int(unknown.argmax())]
                 raise KeyError(
                     f"Character {char!r} not found in the vocabulary of {self.vocab_size} tokens; "
-                    "leave it out, or build the tokenizer from a text that has it"
+                    "leave it out, or build the tokenizer from a text that contains it"
                 )
             start += len(codes)
         return ids
@@ -159,7 +159,7 @@ class SimpleCharacterTokenizer:
             return "".join([self.itos[token] for token in tokens])
         except KeyError as error:
             raise KeyError(
-                f"Token ID '{error.args[0]}' not found; ids of this tokenizer are "
+                f"Token ID '{error.args[0]}' not found; the ids of this tokenizer are "
                 f"0 to {self.vocab_size - 1}"
             ) from None
 
@@ -168,10 +168,10 @@ class SimpleCharacterTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A digest that two tokenizers share only if they encode every text alike."""
+        """A digest that is equal only for tokenizers that encode every text alike."""
         return hashlib.sha256(self._to_json().encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the vocabulary as JSON; the file is replaced in one step."""
+        """Writes the vocabulary as JSON; an existing file is replaced atomically."""
         with replace_file(path) as file:
             file.write(self._to_json().encode())

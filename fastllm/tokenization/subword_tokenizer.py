@@ -1,4 +1,4 @@
-"""Subword tokens by the tokenizers library: BPE, WordPiece, whatever a tokenizer.json holds."""
+"""Subword tokenizers of the tokenizers library: BPE, WordPiece, or any other tokenizer.json."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 PAD_NAMES = (PAD, "[PAD]", "<pad>")
 WORDPIECE_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-# Characters. The library works on the segments of a batch in parallel; one this long occupies a
-# thread for some milliseconds, and its tokens cost little memory.
+# Characters per segment. The library encodes a batch's segments in parallel; one of this length
+# occupies a thread for some milliseconds, and its tokens need little memory.
 SEGMENT = 1 << 15
 
 
@@ -38,14 +38,14 @@ def _library() -> ModuleType:
         import tokenizers
     except ImportError as error:
         raise ImportError(
-            "subword tokenizers need the tokenizers library: pip install 'fastllm[hf]'"
+            "subword tokenizers need the tokenizers library: pip install tokenizers"
         ) from error
     return tokenizers
 
 
 @contextlib.contextmanager
-def _damage_is_value_error(path: object) -> Iterator[None]:
-    """Turns whatever the library raises over a bad file, Rust panics included, into ValueError."""
+def _damage_as_value_error(path: object) -> Iterator[None]:
+    """Turns the library's errors about a bad file, including Rust panics, into ValueError."""
     try:
         yield
     except BaseException as error:
@@ -58,21 +58,22 @@ def _damage_is_value_error(path: object) -> Iterator[None]:
 class SubwordTokenizer:
     """A tokenizer of the tokenizers library, with the interface of the character tokenizer.
 
-    Use `train`, `from_file` or `from_gpt2` to make one. Texts are never cut off or padded, whatever
-    the file asks for, and no special tokens are added around them. The spelling of a special token
-    inside a text ("<|endoftext|>") becomes that token. Byte-level BPE gives every text back
-    unchanged from `decode(encode(text))`; WordPiece does not: it forgets the white space.
+    Use `train`, `from_file` or `from_gpt2` to make one. Texts are never truncated or padded and get
+    no special tokens around them, even if the file asks for it. A special token spelt out in a text
+    ("<|endoftext|>") becomes that token. With byte-level BPE, `decode(encode(text))` returns every
+    text unchanged; WordPiece loses the white space.
 
     Attributes:
         vocab_size: the number of ids, padding included (one more than the largest id).
-        pad_token_id: the id of "<PAD>", "[PAD]" or "<pad>"; "<PAD>" is added if none is there.
+        pad_token_id: the id of "<PAD>", "[PAD]" or "<pad>"; "<PAD>" is added if
+            all are missing.
         token_dtype: the smallest integer type that holds every id.
-        is_lossless: whether texts come back from their ids, white space and all.
-        may_be_cut: whether a text's ids are those of its pieces, cut between words.
+        is_lossless: whether decoding restores texts, white space included.
+        may_be_cut: whether a text cut between words encodes to the same ids, piece by piece.
 
     Raises:
         ImportError: the tokenizers library is not installed.
-        ValueError: ids of the vocabulary are used twice, or lie far outside it.
+        ValueError: two tokens share an id, or an id is far larger than the vocabulary.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -87,13 +88,13 @@ class SubwordTokenizer:
         self.vocab_size = max(self._ids) + 1
         if len(self._ids) != len(vocabulary):
             raise ValueError("two tokens of the vocabulary have the same id")
-        # A few unused ids are harmless rows of an embedding; a stray huge one would make it huge.
+        # A few unused ids are harmless rows of an embedding; one stray huge id makes it huge.
         if self.vocab_size > 2 * len(vocabulary):
             raise ValueError(
                 f"token id {self.vocab_size - 1} in a vocabulary of {len(vocabulary)} tokens"
             )
         self.token_dtype = smallest_token_dtype(self.vocab_size)
-        # Some models put a mark before the first word of whatever they get: their texts stay whole.
+        # Some models mark the first word of every input, so their texts must stay whole.
         self.may_be_cut = all(
             self._encode_batch([a + b]) == self._encode_batch([a, b])
             for a, b in (("ab", " ab"), ("ab\n", "ab"))
@@ -107,15 +108,14 @@ class SubwordTokenizer:
     ) -> SubwordTokenizer:
         """Learns a vocabulary of at most `vocab_size` tokens, padding included.
 
-        "bpe" is GPT-2's kind: it works on bytes, and starts from all 256 of them, so that nothing
-        is unknown. "wordpiece" is BERT's kind, with upper and lower case kept and BERT's special
-        tokens.
+        "bpe" is GPT-2's kind: it works on bytes and starts from all 256 of them, so no text is
+        unknown. "wordpiece" is BERT's kind, with case preserved and BERT's special tokens.
 
         Args:
-            pieces: the text; each piece is let go before the next is taken.
+            pieces: the text; each piece is released before the next one is requested.
 
         Raises:
-            ValueError: `model` is neither, or `vocab_size` is too small for the single characters.
+            ValueError: `model` is unknown, or `vocab_size` is too small for the single characters.
         """
         library = _library()
         models, decoders = library.models, library.decoders
@@ -158,22 +158,22 @@ class SubwordTokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SubwordTokenizer:
-        """The tokenizer in the library's own format, tokenizer.json.
+        """Loads the library's own format, tokenizer.json.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: the file is not a tokenizer, or is damaged.
         """
         library = _library()
         text = read_text_file(path)
-        with _damage_is_value_error(path):
+        with _damage_as_value_error(path):
             return cls._checked(library.Tokenizer.from_str(text))
 
     @classmethod
     def from_gpt2(
         cls, vocab_path: str | os.PathLike[str], merges_path: str | os.PathLike[str]
     ) -> SubwordTokenizer:
-        """The tokenizer in GPT-2's format: a JSON of ids by token, and a text of merges.
+        """Loads GPT-2's format: a JSON file with the id of each token, and a text of merges.
 
         Raises:
             FileNotFoundError: one of the files is missing.
@@ -184,11 +184,11 @@ class SubwordTokenizer:
         if not isinstance(vocabulary, dict) or not all(
             type(i) is int and 0 <= i < 2**31 for i in vocabulary.values()
         ):
-            raise ValueError(f"{vocab_path} is not a GPT-2 vocabulary: not an id for each token")
+            raise ValueError(f"{vocab_path} is not a GPT-2 vocabulary: each token needs an id")
         missing = set(library.pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys()
         if missing:
             raise ValueError(
-                f"{vocab_path} is not a whole GPT-2 vocabulary: no token for {min(missing)!r}"
+                f"{vocab_path} is not a complete GPT-2 vocabulary: no token for {min(missing)!r}"
             )
         merges = []
         for number, line in enumerate(merges_text.split("\n"), start=1):
@@ -205,7 +205,7 @@ class SubwordTokenizer:
                         f"line {number} needs the token {token!r}, which has no id"
                     )
             merges.append((pair[0], pair[1]))
-        with _damage_is_value_error(vocab_path):
+        with _damage_as_value_error(vocab_path):
             tokenizer = library.Tokenizer(library.models.BPE(vocabulary, merges))
             tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.decoder = library.decoders.ByteLevel()
@@ -215,7 +215,7 @@ class SubwordTokenizer:
 
     @classmethod
     def _checked(cls, tokenizer: Tokenizer) -> SubwordTokenizer:
-        # Some damage shows only in use: an unknown token that is not in the vocabulary, say.
+        # Some damage shows only in use, such as an unknown token missing from the vocabulary.
         checked = cls(tokenizer)
         sample = "A word, 12 more;\n\tÜbung 世界 \U0001f600 \U0010fffd" + 300 * "x"
         checked.decode(checked.encode(sample))
@@ -226,7 +226,7 @@ class SubwordTokenizer:
 
         Raises:
             TypeError: `text` is not a string.
-            ValueError: `text` has half of a surrogate pair, which is no character.
+            ValueError: `text` has a lone surrogate, which is not a valid character.
         """
         check_text(text)
         segments = _segments(text) if self.may_be_cut else [text]
@@ -234,7 +234,7 @@ class SubwordTokenizer:
             return self._encode_batch(list(segments))
         except TypeError as error:
             raise ValueError(
-                "the text has half of a surrogate pair, which is no character; "
+                "the text has a lone surrogate, which is not a valid character; "
                 'text.encode("utf-8", "replace").decode() replaces it'
             ) from error
 
@@ -243,11 +243,11 @@ class SubwordTokenizer:
         return [i for encoding in encodings for i in encoding.ids]
 
     def encode_array(self, text: str) -> npt.NDArray[Any]:
-        """As `encode`, as an array [number of tokens] of `token_dtype`."""
+        """Like `encode`, but returns an array [number of tokens] of `token_dtype`."""
         return np.array(self.encode(text), dtype=self.token_dtype)
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of a list of ids, with special tokens spelt out.
+        """The text of a list of ids; special tokens are spelt out.
 
         Raises:
             TypeError: `tokens` is not a list of integers.
@@ -257,7 +257,7 @@ class SubwordTokenizer:
         unknown = set(tokens) - self._ids
         if unknown:
             raise KeyError(
-                f"Token ID '{min(unknown)}' not found; ids of this tokenizer are "
+                f"Token ID '{min(unknown)}' not found; the ids of this tokenizer are "
                 f"0 to {self.vocab_size - 1}"
             )
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
@@ -268,11 +268,11 @@ class SubwordTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A digest that two tokenizers share only if they encode every text alike."""
+        """A digest that is equal only for tokenizers that encode every text alike."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the library's own tokenizer.json; the file is replaced in one step."""
+        """Writes the library's own tokenizer.json; an existing file is replaced atomically."""
         with replace_file(path) as file:
             file.write(self._tokenizer.to_str(pretty=True).encode())
 

@@ -141,7 +141,7 @@ def test_empty_file(tmp_path):
         ({"max_seq_len": 4, "min_line_length": -1}, "min_line_length must be at least 0"),
     ],
 )
-def test_arguments(text_file, arguments, wrong):
+def test_invalid_arguments(text_file, arguments, wrong):
     with pytest.raises(ValueError, match=wrong):
         TextDataset(text_file, TOKENIZER, **arguments)
 
@@ -191,7 +191,7 @@ def test_dataloader(shuffle):
     assert sorted(rows) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, PAD, PAD]]
 
 
-def test_dataloader_gathers_once_a_batch(monkeypatch):
+def test_dataloader_gathers_once_per_batch(monkeypatch):
     dataset = dataset_of(40)
     gathered = []
     real = TextDataset._gather
@@ -202,7 +202,7 @@ def test_dataloader_gathers_once_a_batch(monkeypatch):
     assert gathered == [4, 4, 2]
 
 
-def test_plain_dataloader_gives_the_same():
+def test_plain_dataloader_yields_the_same_batches():
     dataset = dataset_of(10)
     ours = list(create_dataloader(dataset, 2, shuffle=False))
     for plain in (DataLoader(dataset, batch_size=2), DataLoader(Subset(dataset, [0, 1, 2]), 2)):
@@ -231,7 +231,7 @@ def test_overridden_getitem_is_honoured():
     assert isinstance(dataset.split(0.5)[1], Shifted)
 
 
-def test_dataloader_arguments():
+def test_invalid_dataloader_arguments():
     with pytest.raises(TypeError, match="dataset must be a TextDataset, not list"):
         create_dataloader([1, 2], 2)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
@@ -265,7 +265,7 @@ def test_split(fraction):
         (0, 4, 0.5, "leaves 0 for training"),
     ],
 )
-def test_split_arguments(count, max_seq_len, fraction, wrong):
+def test_invalid_split_arguments(count, max_seq_len, fraction, wrong):
     with pytest.raises(ValueError, match=wrong):
         dataset_of(count, max_seq_len).split(fraction)
 

@@ -45,7 +45,7 @@ def test_read_text(write, content, text, size):
 
 @quick
 @given(st.text(st.sampled_from("aé世\U0001f600\r\n \ufeff"), max_size=30), st.integers(1, 9))
-def test_read_text_as_python_does(tmp_path_factory, text, size):
+def test_read_text_agrees_with_python(tmp_path_factory, text, size):
     path = tmp_path_factory.getbasetemp() / "text.txt"
     path.write_bytes(text.encode())
     assert "".join(read_text(path, size)) == path.read_text(encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""Token arrays: in memory, in files, used again or made anew."""
+"""Token arrays: in memory, in files, reused or rewritten."""
 
 import json
 import resource
@@ -18,7 +18,7 @@ TEXT = "the cat sat on the mat\n" * 40
 
 
 class Duck:
-    """The least that a tokenizer may be."""
+    """A minimal tokenizer."""
 
     pad_token_id = 0
 
@@ -43,7 +43,7 @@ def tokenizer():
 
 @pytest.fixture
 def writes(monkeypatch):
-    """Counts how often a text is encoded."""
+    """One element for each time a text is encoded."""
     calls = []
     real = module._write_ids
     monkeypatch.setattr(module, "_write_ids", lambda *args: calls.append(1) or real(*args))
@@ -75,7 +75,7 @@ def test_empty_text(tmp_path, tokenizer):
         assert map_file(path, tokenizer, tmp_path / "tokens.bin")[0].shape == (0,)
 
 
-def test_many_pieces_equal_one(tmp_path, monkeypatch):
+def test_pieces_encode_like_the_whole_text(tmp_path, monkeypatch):
     bpe = SubwordTokenizer.train([TEXT], "bpe", 280)
     text = "the cat  sat\n\n  on\tthe mat, 12 é世\n" * 30
     path = tmp_path / "text.txt"
@@ -93,7 +93,7 @@ def test_cleaning_is_applied(tmp_path):
     assert encode_file(path, tokenizer, 2, True).tolist() == tokenizer.encode("ab\n")
 
 
-def test_used_again_when_nothing_changed(text_file, tokenizer, tmp_path, writes):
+def test_token_file_is_reused_without_a_change(text_file, tokenizer, tmp_path, writes):
     token_file = tmp_path / "tokens.bin"
     map_file(text_file, tokenizer, token_file)
     text_file.touch()
@@ -103,7 +103,7 @@ def test_used_again_when_nothing_changed(text_file, tokenizer, tmp_path, writes)
 
 
 @pytest.mark.parametrize("change", ["text", "tokenizer", "length", "dedup"])
-def test_made_anew_when_something_changed(text_file, tokenizer, tmp_path, writes, change):
+def test_token_file_is_rewritten_after_a_change(text_file, tokenizer, tmp_path, writes, change):
     token_file = tmp_path / "tokens.bin"
     old, _ = map_file(text_file, tokenizer, token_file)
     cleaning = {}
@@ -140,7 +140,7 @@ def test_made_anew_when_something_changed(text_file, tokenizer, tmp_path, writes
         *("version", "dtype", "count"),
     ],
 )
-def test_damaged_token_file_is_made_anew(text_file, tokenizer, tmp_path, writes, damage):
+def test_damaged_token_file_is_rewritten(text_file, tokenizer, tmp_path, writes, damage):
     token_file = tmp_path / "tokens.bin"
     map_file(text_file, tokenizer, token_file)
     token_file.write_bytes(damage(token_file.read_bytes()))
@@ -149,7 +149,7 @@ def test_damaged_token_file_is_made_anew(text_file, tokenizer, tmp_path, writes,
     assert ids.tolist() == tokenizer.encode(TEXT)
 
 
-def test_duck_typed_tokenizer_is_never_trusted_to_be_unchanged(text_file, tmp_path):
+def test_tokens_of_a_duck_typed_tokenizer_are_never_reused(text_file, tmp_path):
     token_file = tmp_path / "tokens.bin"
     for shift in (0, 1):
         ids, _ = map_file(text_file, Duck(shift), token_file)
@@ -180,7 +180,7 @@ def test_the_text_is_never_overwritten(text_file, tokenizer):
     assert text_file.read_text() == TEXT
 
 
-def test_changed_under_a_user(text_file, tokenizer, tmp_path):
+def test_token_file_changed_while_in_use(text_file, tokenizer, tmp_path):
     token_file = tmp_path / "tokens.bin"
     _, header = map_file(text_file, tokenizer, token_file)
     map_file(text_file, tokenizer, token_file, dedup_lines=True)
@@ -199,10 +199,10 @@ def test_failed_encoding_leaves_the_old_file(text_file, tokenizer, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["text.txt", "tokens.bin"]
 
 
-def test_place_that_cannot_be_written(text_file, tokenizer, tmp_path):
+def test_unwritable_place(text_file, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     token_file = tmp_path / "file" / "tokens.bin"
-    with pytest.raises(OSError, match="cannot make the token file") as error:
+    with pytest.raises(OSError, match="cannot write the token file") as error:
         map_file(text_file, tokenizer, token_file)
     assert error.value.filename == str(token_file)
 
@@ -213,7 +213,7 @@ def test_full_disk(text_file, tokenizer, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="cannot make the token file: File too large"):
+        with pytest.raises(OSError, match="cannot write the token file: File too large"):
             map_file(text_file, tokenizer, token_file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

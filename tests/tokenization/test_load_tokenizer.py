@@ -1,4 +1,4 @@
-"""Loading tokenizers of any kind, and surviving what may be in the file."""
+"""Loading tokenizers of any kind, and surviving damaged files."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def saved():
 
 
 @pytest.mark.parametrize("kind", ["character", "bpe", "wordpiece"])
-def test_the_content_decides_not_the_name(saved, kind, tmp_path):
+def test_the_content_decides_the_kind(saved, kind, tmp_path):
     saved[kind].save(tmp_path / "anything.txt")
     loaded = load_tokenizer(str(tmp_path / "anything.txt"))
     assert type(loaded) is type(saved[kind])
@@ -37,7 +37,7 @@ def test_saving_replaces_the_file(saved, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
-def test_missing(tmp_path):
+def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.json does not exist"):
         load_tokenizer(tmp_path / "no.json")
     with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
@@ -61,7 +61,7 @@ def test_missing(tmp_path):
     ],
     ids=["empty", "pickle", "deep", "long-number", "object", "list", "model", "merges"],
 )
-def test_foreign(tmp_path, content, wrong):
+def test_foreign_files(tmp_path, content, wrong):
     path = tmp_path / "foreign"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=wrong) as error:
@@ -85,7 +85,7 @@ def word_level(tmp_path, vocabulary):
     ],
     ids=["same-id", "stray-id", "no-unknown-token"],
 )
-def test_vocabulary_that_cannot_work(tmp_path, vocabulary, wrong):
+def test_unusable_vocabulary(tmp_path, vocabulary, wrong):
     with pytest.raises(ValueError, match=wrong):
         load_tokenizer(word_level(tmp_path, vocabulary))
 
@@ -118,7 +118,7 @@ def mutate(content, rng):
 
 
 @pytest.mark.parametrize(("kind", "times"), [("character", 800), ("bpe", 700), ("wordpiece", 500)])
-def test_mutated_files_load_or_say_what_is_wrong(saved, kind, times, tmp_path):
+def test_mutated_files_load_or_raise_with_their_name(saved, kind, times, tmp_path):
     path = tmp_path / "tokenizer.json"
     saved[kind].save(path)
     good = path.read_bytes()

@@ -168,7 +168,7 @@ def test_fingerprint_follows_the_vocabulary():
         ({"type": "character", "chars": ["ab", "<PAD>"]}, "'ab' is not one character"),
         ({"type": "character", "chars": ["", "<PAD>"]}, "'' is not one character"),
         ({"type": "character", "chars": ["<PAD>", "<PAD>"]}, "'<PAD>' is not one character"),
-        ({"type": "character", "chars": ["a", "a", "<PAD>"]}, "each there once"),
+        ({"type": "character", "chars": ["a", "a", "<PAD>"]}, "sorted and distinct"),
         ({"type": "character", "chars": ["b", "a", "<PAD>"]}, "sorted"),
         (["a"], '"type": "character"'),
     ],
@@ -181,7 +181,7 @@ def test_damaged_file(tmp_path, content, wrong):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"{SHAKESPEARE} is not there")
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"{SHAKESPEARE} does not exist")
 def test_tinyshakespeare():
     text = SHAKESPEARE.read_text()
     tokenizer = SimpleCharacterTokenizer([text])
