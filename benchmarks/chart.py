@@ -1,4 +1,4 @@
-"""The chart of the README: how much of the machine's peak a training step reaches.
+"""The chart of benchmarks/RESULTS.md: how much of the peak a training step reaches.
 
 python -m fastllm.bench --json > bench.json
 python benchmarks/chart.py bench.json docs/fraction-of-peak.png
