@@ -15,7 +15,7 @@ from tests.commands import run_command
 from tests.conftest import REPOSITORY, needs_extension
 
 
-@pytest.mark.command
+@pytest.mark.subprocess
 @needs_extension
 def test_json() -> None:
     flags = "--config A --compare eager --seconds 1 --json".split()
@@ -115,7 +115,7 @@ def test_without_the_extension(
 
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
-@pytest.mark.command
+@pytest.mark.subprocess
 def test_memory() -> None:
     result = run_command("bench", *"--memory --config A --compare eager --threads 1 --json".split())
     assert result.returncode == 0, result.stderr
@@ -145,7 +145,7 @@ def test_without_a_gpu() -> None:
     assert result.stderr.startswith("error: device: there is no CUDA GPU to measure")
 
 
-@pytest.mark.command
+@pytest.mark.subprocess
 def test_benchmarks_run() -> None:
     """Once each and untimed, at the smallest shape; they hold fastllm against PyTorch."""
     result = subprocess.run(

@@ -520,6 +520,7 @@ def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "nothing is no folder" in message
 
 
+@pytest.mark.subprocess
 def test_the_command(plain_run: Path, tmp_path: Path) -> None:
     """Nothing is said but what was written, and that on stderr."""
     flags = "--checkpoint run --format onnx --out book.onnx"

@@ -271,6 +271,7 @@ def test_bad_input_is_named(flags: str, message: str) -> None:
     assert Path("run").exists() == ("1e30" in flags)
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -295,6 +296,7 @@ def test_without_a_network_the_hub_is_not_waited_for(flags: str, message: str) -
     assert time.monotonic() - start < 20  # the retries alone would take 23 seconds
 
 
+@pytest.mark.subprocess
 def test_help_is_quick_and_needs_no_transformers() -> None:
     code = """
 import sys

@@ -21,7 +21,7 @@ def run_dir(make_trainer: MakeTrainer) -> Path:
     return trainer.run_dir
 
 
-@pytest.mark.command
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("module", "more"), [("generate", "--prompt the"), ("evaluate", "--json --file_path")]
 )

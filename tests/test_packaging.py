@@ -37,6 +37,7 @@ def build(sources: Path, *flags: str, **variables: str) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.compile
 def test_objects_export_only_their_table(sources: Path) -> None:
     """A template or inline function that the linker shares could run on a CPU that cannot.
 
@@ -59,6 +60,7 @@ def test_objects_export_only_their_table(sources: Path) -> None:
         assert names == [f"fastllm::kernels_{isa}"]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     "flags", [["--build-lib", "lib"], ["--inplace"]], ids=["wheel", "editable"]
 )
@@ -77,6 +79,7 @@ def test_one_version() -> None:
     assert project["version"] == __version__
 
 
+@pytest.mark.subprocess
 def test_the_page_is_in_the_wheel(sources: Path) -> None:
     subprocess.run(
         [sys.executable, "setup.py", "build_py", "--build-lib", "lib"],

@@ -92,6 +92,7 @@ print(len(os.listdir("/proc/self/task")) - before)
     return result.stdout.strip()
 
 
+@pytest.mark.subprocess
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
 def test_kernels_use_as_many_threads_as_they_are_told_or_given() -> None:

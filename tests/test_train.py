@@ -35,7 +35,7 @@ def train_in_a_process(folder: Path, *flags: str) -> "subprocess.CompletedProces
     )
 
 
-@pytest.mark.command
+@pytest.mark.subprocess
 def test_demo_corpus_when_no_file_is_given(tmp_path: Path) -> None:
     result = train_in_a_process(tmp_path, "--eval_interval", "2", "--val_fraction", "0.01")
     assert result.returncode == 0, result.stderr
@@ -133,7 +133,7 @@ def test_bad_input_is_named_before_anything_is_written(
     assert not (tmp_path / "runs/text/config.json").exists()
 
 
-@pytest.mark.command
+@pytest.mark.subprocess
 def test_an_error_ends_the_process_with_one_line(tmp_path: Path, text: Path) -> None:
     """Here Triton is not interpreted, as it is in the process of the tests."""
     if torch.cuda.is_available():

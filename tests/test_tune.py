@@ -15,6 +15,7 @@ import pytest
 
 from fastllm.training.metrics import read_metrics
 from fastllm.tune import main
+from tests.commands import run_command
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,7 +30,12 @@ def command(*flags: str, small: str, text: Path) -> list[str]:
     return [sys.executable, "-m", "fastllm.tune", *flags, *small.split()]
 
 
-def tune(folder: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def tune(folder: Path, arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    """The process of the tests keeps the study to itself until it ends."""
+    return run_command("tune", *arguments[3:], folder=folder)
+
+
+def tune_in_a_process(folder: Path, arguments: list[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=100)
 
 
@@ -48,12 +54,13 @@ def started(folder: Path, arguments: list[str]) -> Iterator["subprocess.Popen[st
             process.kill()
 
 
+@pytest.mark.subprocess
 def test_a_study(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # With this seed, four trials with the good learning rate precede the one with the hopeless one.
     search = "--search lr=1e-2,1e-9 --trials 5 --jobs 2 --seed 5".split()
     training = "--batch_size 4 --max_steps 1200 --eval_interval 200"
     arguments = command(*search, small=training, text=text)
-    result = tune(tmp_path, arguments)
+    result = tune_in_a_process(tmp_path, arguments)
     assert result.returncode == 0, result.stderr
     study = tmp_path / "study"
 
@@ -95,7 +102,7 @@ def test_a_study(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert same == losses
 
     # The same command has nothing left to do; other settings need another folder.
-    result = tune(tmp_path, arguments)
+    result = tune_in_a_process(tmp_path, arguments)
     assert result.returncode == 0 and "\ntrial " not in result.stderr
     assert rows(tmp_path) == trials
     monkeypatch.chdir(tmp_path)
@@ -103,6 +110,7 @@ def test_a_study(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) ->
         main([*arguments[3:], "--dropout", "0"])
 
 
+@pytest.mark.kill
 def test_a_killed_study_continues(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +140,7 @@ def test_a_killed_study_continues(
     assert tried[:2] == tried[2:] and tried[0] != tried[1]
 
 
+@pytest.mark.kill
 def test_a_signal_stops_the_study_with_the_best_trial_so_far(tmp_path: Path, text: Path) -> None:
     # With this seed, the first trial is short and the second endless.
     search = "--search max_steps=10,100000000 --jobs 2 --trials 2 --seed 10".split()
@@ -152,6 +161,7 @@ def test_a_signal_stops_the_study_with_the_best_trial_so_far(tmp_path: Path, tex
     assert len(trials) == 1 and not trials[0].is_running()
 
 
+@pytest.mark.subprocess
 def test_timeout(tmp_path: Path, text: Path) -> None:
     training = "--max_steps 100000000 --eval_interval 100"
     start = time.monotonic()
@@ -162,6 +172,7 @@ def test_timeout(tmp_path: Path, text: Path) -> None:
     assert [trial["state"] for trial in rows(tmp_path)] == ["interrupted"]
 
 
+@pytest.mark.subprocess
 def test_failing_trials(tmp_path: Path, text: Path) -> None:
     # With this seed, the first learning rate is absurd.
     search = "--search lr=1e-3,1e30 --trials 2 --jobs 2 --seed 2".split()

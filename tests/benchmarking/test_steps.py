@@ -79,6 +79,7 @@ def test_failing_compiler_is_reported_and_left_out(
     assert "torch.compile cannot run: RuntimeError: no C++ compiler" in capsys.readouterr().err
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
 def test_memory_is_measured_with_the_implementation_that_is_asked_for() -> None:
     """An implementation that does not exist reaches the process that measures."""

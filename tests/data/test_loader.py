@@ -293,6 +293,7 @@ def test_pickled_dataset_in_memory():
     assert again.sequences == dataset_of(10).sequences
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers(text_file, tmp_path, start):
     dataset = TextDataset(text_file, TOKENIZER, 4, token_file=tmp_path / "tokens.bin")

@@ -237,6 +237,7 @@ map_file(sys.argv[1], SimpleCharacterTokenizer([open(sys.argv[1]).read()]), sys.
 """
 
 
+@pytest.mark.kill
 def test_kill_leaves_the_old_file(text_file, tokenizer, tmp_path):
     token_file = tmp_path / "tokens.bin"
     map_file(text_file, tokenizer, token_file)
@@ -258,6 +259,7 @@ def test_kill_leaves_the_old_file(text_file, tokenizer, tmp_path):
     assert list(tmp_path.glob("*.partial")) == []
 
 
+@pytest.mark.subprocess
 def test_memory_stays_bounded(tmp_path):
     path = tmp_path / "text.txt"
     with open(path, "w") as file:

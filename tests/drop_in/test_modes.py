@@ -143,6 +143,7 @@ def test_state_dict_does_not_depend_on_what_ran(kind: str) -> None:
     assert torch.equal(by_reference.loss(), case.loss())
 
 
+@pytest.mark.compile
 @pytest.mark.filterwarnings("ignore")  # of what Dynamo cannot trace, which is as it should be
 def test_compiled_block() -> None:
     """With dropout, by PyTorch's default compiler, which takes about ten seconds for it."""

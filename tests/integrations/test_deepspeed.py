@@ -20,6 +20,7 @@ from tests.conftest import REPOSITORY
 from tests.training.test_distributed import SMALL, losses, start_and_wait
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
+pytestmark = pytest.mark.deepspeed
 
 ODD = "--file_path {short} --max_seq_len 9 --val_fraction 0.03 --batch_size 5 --max_steps 12"
 DEEPSPEED = "--launcher deepspeed"

@@ -24,7 +24,10 @@ from tests.conftest import REPOSITORY
 from tests.training.test_distributed import SMALL, losses
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
-pytestmark = pytest.mark.skipif(available_cores() < 2, reason="two processes need two cores")
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(available_cores() < 2, reason="two processes need two cores"),
+]
 
 STEPS = 120
 

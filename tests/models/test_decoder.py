@@ -365,6 +365,7 @@ def test_tied_padding_row_starts_at_zero_and_is_trained_by_the_head(sequences: i
     assert grads[0][10].any()
 
 
+@pytest.mark.compile
 def test_compiled_model_gives_the_same_loss_and_gradients(ids: Tensor) -> None:
     losses, grads = [], []
     for compile_ in (False, True):

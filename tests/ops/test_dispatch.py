@@ -135,6 +135,7 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 WITHOUT_EXTENSION = "import sys; sys.modules['fastllm._kernels'] = None\n"
 
 
+@pytest.mark.subprocess
 def test_without_extension_everything_runs_and_says_so_once() -> None:
     result = run_python(
         WITHOUT_EXTENSION
@@ -162,6 +163,7 @@ except RuntimeError as error:
     assert "'cpu' was asked for and cannot run 'adam'" in result.stdout
 
 
+@pytest.mark.subprocess
 @needs_extension
 @pytest.mark.parametrize("isa", dispatch.kernels.isas() if dispatch.kernels else [])
 def test_variable_caps_the_instruction_set(isa: str) -> None:
@@ -171,6 +173,7 @@ def test_variable_caps_the_instruction_set(isa: str) -> None:
     assert result.stdout.strip() == isa
 
 
+@pytest.mark.subprocess
 @needs_extension
 def test_unknown_instruction_set_is_refused_with_the_known_ones() -> None:
     result = run_python("import fastllm", FASTLLM_CPU_ISA="sse9")
@@ -183,6 +186,7 @@ def test_a_cap_above_the_cpu_is_what_the_cpu_can_do() -> None:
     assert dispatch.best_isa("avx512", ["base"]) == "base"
 
 
+@pytest.mark.subprocess
 def test_import_is_light() -> None:
     result = run_python(
         "import sys, fastllm; print([m for m in sys.modules if m in "

@@ -29,9 +29,12 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no browser: apt-get install --no-install-recommends chromium"
-)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no browser: apt-get install --no-install-recommends chromium"
+    ),
+]
 
 Model = tuple[DecoderModel, Tokenizer]
 Open = Callable[..., Any]

@@ -52,6 +52,7 @@ def serving(run_dir: Path, *flags: str) -> Iterator[tuple[str, "subprocess.Popen
         process.wait()
 
 
+@pytest.mark.subprocess
 def test_a_process_serves_and_sigterm_lets_it_finish(run_dir: Path) -> None:
     with serving(run_dir, "--drain-seconds", "60") as (url, process):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
@@ -82,6 +83,7 @@ def test_a_process_serves_and_sigterm_lets_it_finish(run_dir: Path) -> None:
         assert "stopping when what runs is done" in process.stderr.read()
 
 
+@pytest.mark.slow
 def test_a_minute_of_64_streams(run_dir: Path) -> None:
     """Three of ten hang up on the way; the others get what they would alone; memory stays."""
     model, tokenizer, _ = load_model(find_checkpoint(run_dir))

@@ -151,6 +151,7 @@ def losses(run_dir: Path, keys: str = "loss val_loss lr tokens grad_norm") -> to
     return torch.tensor(values, dtype=torch.float64)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(folder: Path, name: str) -> None:
     """Losses, logged after every step, to 1e-6; and the whole checkpoint is there."""
@@ -177,6 +178,7 @@ def test_two_processes_train_as_one(folder: Path, name: str) -> None:
     assert progress[0]["tokens"] == progress[1]["tokens"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "pipeline"])
 def test_a_run_goes_on_in_another_way(folder: Path, kind: str) -> None:
     found = losses(folder / "resumed" / kind, "loss lr tokens")
@@ -185,6 +187,7 @@ def test_a_run_goes_on_in_another_way(folder: Path, kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.processes
 def test_dropout_is_drawn_anew_in_a_resumed_run(folder: Path) -> None:
     whole, parts = (folder / "resumed" / f"dropout-{name}" for name in ("whole", "parts"))
     assert torch.equal(losses(whole, "loss lr tokens"), losses(parts, "loss lr tokens"))
@@ -193,6 +196,7 @@ def test_dropout_is_drawn_anew_in_a_resumed_run(folder: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.processes
 def test_one_process_goes_on_with_the_run_of_two(folder: Path) -> None:
     run_dir = folder / "two" / "fsdp-accumulation"
     main(["--resume", "--out_dir", str(run_dir), "--max_steps", "14", "--quiet"])
@@ -201,6 +205,7 @@ def test_one_process_goes_on_with_the_run_of_two(folder: Path) -> None:
     torch.testing.assert_close(losses(run_dir), losses(longer), rtol=1e-6, atol=0)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("flags", REFUSED)
 def test_refused(folder: Path, flags: str) -> None:
     for rank in (0, 1):

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from fastllm.training.metrics import read_metrics
+
+pytestmark = [pytest.mark.processes, pytest.mark.kill]
 
 FLAGS = (
     "--max_seq_len 16 --batch_size 4 --hidden_size 16 --num_layers 1 --val_fraction 0 --quiet "

@@ -19,6 +19,7 @@ from fastllm.training.engine import make_optimizers
 from fastllm.training.evaluation import evaluate
 from fastllm.training.loop import Trainer, TrainingError, batches
 from fastllm.training.metrics import read_metrics
+from tests.commands import run_command
 from tests.conftest import MakeTrainer, make_config
 
 
@@ -168,12 +169,9 @@ def test_the_text_cannot_change_on_the_way(make_trainer: MakeTrainer, text: Path
 
 
 def test_a_new_run_does_not_overwrite_one(tmp_path: Path, text: Path) -> None:
-    command = [sys.executable, "-m", "fastllm.train", "--file_path", str(text), "--max_steps", "1"]
+    flags = f"--file_path {text} --max_steps 1 --out_dir {tmp_path / 'run'} --quiet".split()
     for expected in (0, 1):
-        result = subprocess.run(
-            [*command, "--out_dir", str(tmp_path / "run"), "--quiet"],
-            capture_output=True, text=True, timeout=100,
-        )  # fmt: skip
+        result = run_command("train", *flags)
         assert result.returncode == expected, result.stderr
     assert "holds a run already; --resume continues it" in result.stderr
 
@@ -297,6 +295,7 @@ def train_slowly(run_dir: Path, text: Path, resume: bool) -> None:
     prepare(config, run_dir, log=lambda *parts: None).train()
 
 
+@pytest.mark.kill
 def test_killed_a_hundred_times(tmp_path: Path, text: Path) -> None:
     """After SIGKILL at any instant a whole checkpoint is there, at most one interval old."""
     # A server that has imported everything, from which each run is forked: seconds, not minutes.
@@ -366,6 +365,7 @@ def run_to(run_dir: Path, text: Path, step: int) -> Trainer:
     return trainer
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("workers", [0, 1], ids=["alone", "worker"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_signals_save_and_exit_with_a_clear_line(

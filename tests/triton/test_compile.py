@@ -11,7 +11,10 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+]
 
 KERNELS = {
     *("attention_fwd", "attention_bwd_q", "attention_bwd_kv", "mlp_product", "mlp_elements"),
