@@ -11,13 +11,13 @@ from fastllm.benchmarking.steps import build_fastllm
 from fastllm.optim import Adam
 
 MODELS = {
-    "A": CONFIGS["A"],  # 0.1M parameters: what a call costs
-    "50M": CONFIGS["E"]._replace(V=4900),  # what the memory costs
+    "A": CONFIGS["A"],  # 0.1M parameters: dominated by the cost of a call
+    "50M": CONFIGS["E"]._replace(V=4900),  # dominated by memory traffic
 }
 
 
 def make_params(model: str) -> list[Tensor]:
-    """Parameters with gradients, alike at every call."""
+    """Parameters with gradients, equal in every call."""
     torch.manual_seed(0)
     params = [p.detach().requires_grad_() for p in build_fastllm(MODELS[model]).parameters()]
     for p in params:
@@ -54,6 +54,6 @@ def test_adam(race: Callable[..., None], model: str, clip: bool) -> None:
         f"adam {model} {'with' if clip else 'without'} clipping",
         step,
         {"call": their_step},
-        # Four arrays are read and three written; clipping reads the gradients once more.
+        # Four arrays are read and three written; clipping reads the gradients again.
         bytes_moved=size * (32 if clip else 28),
     )

@@ -1,4 +1,4 @@
-"""Causal attention of all heads, and multi-head attention as a whole."""
+"""Causal attention of all heads, and whole multi-head attention."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from fastllm.ops.parameters import Linear
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Attention as somebody without a fused call writes it."""
+    """Attention written without a fused call."""
     S = q.size(2)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     hidden = torch.ones(S, S, dtype=torch.bool).triu(1)

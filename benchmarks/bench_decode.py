@@ -16,7 +16,7 @@ from fastllm.ops.decode import Decoding
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("letter", CONFIGS)
 def test_decode(race: Callable[..., None], letter: Letter, precision: str, B: int) -> None:
-    """Half of the window and a token more, against the modules with their caches."""
+    """Half of the window, then one token at a time, against the modules with their caches."""
     c = CONFIGS[letter]
     model = build_fastllm(c).eval()
     decoder = model.fused(torch.empty(1, c.S), None)

@@ -33,5 +33,5 @@ def test_embedding(race_operation: Callable[..., None], letter: Letter) -> None:
         {"eager": eager},
         (weight, positions),
         c.dropout,
-        bytes_moved=2 * 4 * ids.numel() * c.H,  # a row of the table read, a row written
+        bytes_moved=2 * 4 * ids.numel() * c.H,  # a row of the table is read and a row written
     )

@@ -24,5 +24,5 @@ def test_layer_norm(race_operation: Callable[..., None], letter: Letter) -> None
         lambda p: layer_norm(x, Norm(weight, bias, 1e-5), residual),
         {"eager": lambda p: F.layer_norm(x + residual, (c.H,), weight, bias)},
         (x, residual, weight, bias),
-        bytes_moved=3 * x.nbytes,  # two arrays read and one written
+        bytes_moved=3 * x.nbytes,  # two arrays are read and one written
     )

@@ -25,7 +25,7 @@ def test_linear_cross_entropy(race_operation: Callable[..., None], letter: Lette
 
     rivals = {"eager": eager}
     if hasattr(nn, "LinearCrossEntropyOptions"):  # PyTorch 2.13
-        options = nn.LinearCrossEntropyOptions()  # without, it would be the same as eager
+        options = nn.LinearCrossEntropyOptions()  # without them it is the same as eager
         rivals["call"] = lambda p: F.linear_cross_entropy(x, weight, targets, options=options)
     race_operation(
         f"linear_cross_entropy {letter}",

@@ -1,4 +1,4 @@
-"""The next token from its logits."""
+"""Drawing the next token from its logits."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from fastllm.ops.sampling import Sampling, sample
 
 
 def by_sorting(logits: Tensor, s: Sampling) -> Tensor:
-    """The steps as they are usually written."""
+    """Sampling as it is usually written."""
     scores = logits / s.temperature
     if s.top_k:
         scores[scores < scores.topk(s.top_k).values[:, -1:]] = -torch.inf

@@ -1,4 +1,4 @@
-"""Whole training steps; `python -m fastllm.bench` has all configurations against more of PyTorch.
+"""Whole training steps; `python -m fastllm.bench` times all configurations against more rivals.
 
 The growth benchmarks vary one size of config B at a time: tokens/s should hardly depend on it.
 """

@@ -1,10 +1,9 @@
-"""What the benchmarks share: contestants timed in turns, and the table of what they took.
+"""Shared by the benchmarks: contestants timed in turns, and the table of their times.
 
-The machine's speed drifts, so the rivals run between the rounds of fastllm's own timing: ratios are
-of the same seconds. `pytest benchmarks --benchmark-only` ends with the table.
+The machine's speed drifts, so the rivals run between the rounds of fastllm's own timing, and ratios
+compare the same seconds. `pytest benchmarks --benchmark-only` ends with the table.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -15,10 +14,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from fastllm.benchmarking.machine import measure_bandwidth, measure_peak
+from fastllm.benchmarking.timing import time_call
 from fastllm.ops import dispatch
 from fastllm.threads import set_threads
 
-SECONDS = 0.6  # for all contestants of one line together
+SECONDS = 0.6  # for all contestants of one line of the table
 RIVALS = ("eager", "call", "compile")
 
 
@@ -27,7 +27,7 @@ class Result(NamedTuple):
 
     name: str
     milliseconds: float
-    limit: float | None  # part of the machine's peak or bandwidth that was reached
+    limit: float | None  # fraction of the machine's peak or bandwidth
     ratios: dict[str, float]
 
 
@@ -36,7 +36,7 @@ RESULTS: list[Result] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--compile", action="store_true", help="race torch.compile too: a minute for each shape"
+        "--compile", action="store_true", help="also time torch.compile: a minute for each shape"
     )
 
 
@@ -46,8 +46,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     write = terminalreporter.write_line
     write("")
     write(
-        "Medians of fastllm, its part of the limit (FMA peak, or bandwidth where bytes are given), "
-        "and how many times as long PyTorch takes: operation by operation (eager), by its fused "
+        "Medians of fastllm, its fraction of the limit (FMA peak, or bandwidth if bytes are given),"
+        " and how many times as long PyTorch takes: operation by operation (eager), by its fused "
         "call, and compiled."
     )
     write("")
@@ -66,10 +66,10 @@ def threads() -> int:
 
 @pytest.fixture
 def race(benchmark: BenchmarkFixture, threads: int) -> Callable[..., None]:
-    """Times fastllm, and rivals between its rounds.
+    """Times fastllm, and the rivals between its rounds.
 
-    The work is given as `flops`, or as `bytes_moved` between processor and memory: the limit is
-    then the bandwidth of updating an array that takes as many bytes.
+    The work is given as `flops`, or as `bytes_moved` between processor and memory; the limit is
+    then the bandwidth of updating an array that moves as many bytes.
     """
 
     def race(
@@ -83,13 +83,13 @@ def race(benchmark: BenchmarkFixture, threads: int) -> Callable[..., None]:
 
         def run_rivals() -> None:
             for rival, run in rivals.items():
-                times[rival].append(_seconds(run))
+                times[rival].append(time_call(run))
 
-        once = _seconds(ours) + sum(_seconds(run) for run in rivals.values())
+        once = time_call(ours) + sum(time_call(run) for run in rivals.values())
         benchmark.group = name.split()[0]
         rounds = min(max(int(SECONDS / once), 5), 1000)
         benchmark.pedantic(ours, setup=run_rivals, rounds=rounds, warmup_rounds=2)
-        if benchmark.stats is None:  # --benchmark-disable: ours() was called once, untimed
+        if benchmark.stats is None:  # --benchmark-disable called ours() once, untimed
             return
         seconds = benchmark.stats["median"]
         limit = None
@@ -105,12 +105,6 @@ def race(benchmark: BenchmarkFixture, threads: int) -> Callable[..., None]:
     return race
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 Operation = Callable[[float], Tensor]
 
 
@@ -118,10 +112,10 @@ Operation = Callable[[float], Tensor]
 def race_operation(
     request: pytest.FixtureRequest, race: Callable[..., None]
 ) -> Callable[..., None]:
-    """Times an operation alone, or with its backward, against PyTorch's for the same work.
+    """Times an operation, with or without its backward, against PyTorch's for the same work.
 
-    Each contestant takes the dropout probability. Before anything is timed, outputs and gradients
-    without dropout must agree.
+    Each contestant takes the dropout probability. Outputs and gradients without dropout must agree
+    before anything is timed.
     """
     backward = request.param == "backward"
 
@@ -166,6 +160,6 @@ def race_operation(
 
 
 @pytest.fixture(autouse=True)
-def same_numbers() -> Iterator[None]:
+def fixed_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield

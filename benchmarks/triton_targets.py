@@ -1,11 +1,10 @@
-"""Compiles every Triton kernel for GPUs that need not be there, and tells what it takes of them.
+"""Compiles every Triton kernel for GPUs that this machine may lack, and shows its resource usage.
 
     python benchmarks/triton_targets.py
 
-What an operation launches is compiled instead of run, with every configuration of tiles that it
-would measure. Nothing here is a timing: the floor is the larger of operations / peak and bytes /
-bandwidth, at the shapes of `fastllm.bench`'s configurations D and E (Williams et al., "Roofline",
-2009).
+The kernels that an operation launches are compiled instead of run, with every tile configuration
+that autotuning tries. Nothing here is timed: the floor is the larger of operations / peak and bytes
+/ bandwidth, at the shapes of configurations D and E (Williams et al., "Roofline", 2009).
 """
 
 import argparse
@@ -42,7 +41,7 @@ MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 
 
 class Gpu(NamedTuple):
-    """What a multiprocessor has, and the data sheet's limits."""
+    """A multiprocessor's shared memory, and the limits in the data sheet."""
 
     name: str
     shared: int  # bytes of shared memory
@@ -55,7 +54,8 @@ GPUS = {
     90: Gpu("H100", 228 << 10, {"fp32": 67, "tf32": 495, "fp16": 990, "bf16": 990}, 3.35),
     100: Gpu("B200", 228 << 10, {"fp32": 80, "tf32": 1100, "fp16": 2250, "bf16": 2250}, 8.0),
 }
-REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024  # of a multiprocessor; shared, of a block
+# Of a multiprocessor; RESERVED is shared memory that each block loses, in bytes.
+REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 
 
 class Case(NamedTuple):
@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A kernel as it is for one GPU."""
+    """A kernel compiled for one GPU."""
 
     kernel: str
     case: str
@@ -75,14 +75,14 @@ class Compiled(NamedTuple):
     capability: int
     tiles: dict[str, int]
     warps: int
-    registers: int  # of a thread
-    spilled: int  # bytes of a thread
-    shared: int  # bytes of a block
+    registers: int  # per thread
+    spilled: int  # bytes per thread
+    shared: int  # bytes per block
     matrix_instruction: str | None
 
     @property
     def occupancy(self) -> float:
-        """The part of a multiprocessor's warps that can be there at a time."""
+        """The fraction of a multiprocessor's warps that can be resident at once."""
         by_registers = REGISTERS // (32 * self.warps * -(-self.registers // 8) * 8)
         by_shared = GPUS[self.capability].shared // (self.shared + RESERVED)
         blocks = min(by_registers, by_shared, BLOCKS, WARPS // self.warps)
@@ -95,9 +95,9 @@ TYPES = {
 
 
 def cases() -> Iterator[Case]:
-    """Every operation, in every type; few rows, as nothing is computed.
+    """Every operation, in every type; few rows suffice, because nothing is computed.
 
-    What fp16 and bf16 differ by is the name of an instruction, so fp16 has fewer cases.
+    fp16 differs from bf16 only in the name of an instruction, so it has fewer cases.
     """
 
     def random(dtype: str, *shape: int) -> Tensor:
@@ -105,7 +105,7 @@ def cases() -> Iterator[Case]:
 
     def attention(dtype: str, D: int, dropout_p: float, masked: bool) -> None:
         attention_triton.dot_precision = lambda x: "tf32" if dtype == "tf32" else "ieee"
-        # As projected together: a head's rows lie apart.
+        # Strided like the output of one qkv projection.
         qkv = random(dtype, 1, 128, 3, 2, D).permute(2, 0, 3, 1, 4)
         mask = torch.zeros(128, 128, dtype=torch.bool) if masked else None
         attention_triton.attention_triton(*qkv, mask, True, dropout_p, 5).sum().backward()
@@ -166,7 +166,7 @@ def cases() -> Iterator[Case]:
 
 
 class Driver:
-    """Stands for a GPU that Triton compiles for."""
+    """Stands in for the GPU that Triton compiles for."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -182,7 +182,7 @@ class Driver:
 
 
 def compile_all(capability: int) -> list[Compiled]:
-    """Every kernel and configuration of `cases` for one GPU. Changes Triton for this process."""
+    """Compiles every kernel and configuration of `cases` for one GPU. Patches Triton globally."""
     triton.runtime.driver.set_active(Driver(capability))
     results: list[Compiled] = []
     current = Case("", "", lambda: None)
@@ -220,7 +220,7 @@ def compile_all(capability: int) -> list[Compiled]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes that it keeps in memory for want of registers."""
+    """Registers per thread, and bytes per thread that spill to memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -232,13 +232,13 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def floors(kernel: str, dtype: str) -> tuple[float, float]:
-    """Operations and bytes at configuration D; E for the cross-entropy, DistilGPT-2 for Adam.
+    """Operations and bytes at configuration D; E for cross-entropy, DistilGPT-2 for Adam.
 
-    Attention is causal: half of the products.
+    Attention is causal, which halves its products.
     """
     size = 4 if dtype in ("fp32", "tf32") else 2
     B, N, S, D, H, I, R, V = 8, 6, 256, 64, 384, 1536, 2048, 50257
-    score = B * N * S * S * D  # operations of a product, causal
+    score = B * N * S * S * D  # operations of one causal product
     row, hidden, parameters = R * H * size, R * I * size, 82_000_000
     return {
         "attention_fwd": (2 * score, 4 * row),
@@ -257,9 +257,9 @@ def floors(kernel: str, dtype: str) -> tuple[float, float]:
 
 
 def table(compiled: list[Compiled]) -> Iterator[str]:
-    """Markdown: of each kernel and type, the most that any case and tile takes on each GPU."""
+    """A Markdown table: for each kernel and type, the maximum over cases and tiles on each GPU."""
     names = ", ".join(gpu.name for gpu in GPUS.values())
-    yield f"{len(compiled)} compiled. Where a cell has three numbers, they are for {names}.\n"
+    yield f"{len(compiled)} compiled. Three numbers in a cell are for {names}.\n"
     yield (
         "| kernel | type | compiled for each | registers | spilled | shared KiB | occupancy, % | "
         "matrix instructions | floor, µs |"
@@ -288,7 +288,7 @@ def _range(numbers: list[int]) -> str:
 
 
 def _instruction(group: list[Compiled]) -> str:
-    """The newest that any of them has: small tiles may have an older one."""
+    """The newest instruction in the group: small tiles may use an older one."""
     found = {each.matrix_instruction for each in group}
     return next((name for name in MATRIX_INSTRUCTIONS if name in found), "-")
 
@@ -299,11 +299,11 @@ def _floor(kernel: str, dtype: str, gpu: Gpu) -> str:
 
 
 def main() -> None:
-    """Prints the table, or with --json every kernel."""
+    """Prints the table, or every kernel with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one object for each kernel")
     arguments = parser.parse_args()
-    # A process for each target: a kernel is compiled for one, once.
+    # One process per target: within a process Triton compiles a kernel only once.
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as processes:
         compiled = [each for part in processes.map(compile_all, GPUS) for each in part]
     if arguments.json:

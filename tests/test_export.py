@@ -1,4 +1,4 @@
-"""The export command, and what other programs make of its files."""
+"""The export command, its formats, and other programs that read its files."""
 
 import itertools
 import json
@@ -17,8 +17,8 @@ import yaml
 from torch import Tensor
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer, export
-from fastllm.integrations import gguf, hf_tokenizer, onnx
-from fastllm.models import gpt2
+from fastllm.integrations import formats, gguf, hf_tokenizer, onnx
+from fastllm.models.gpt2 import convert_to_gpt2, tensor_names
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
 from fastllm.training.checkpoint import find_checkpoint, load_model
 from fastllm.training.run import prepare
@@ -27,7 +27,7 @@ from tests.conftest import make_config
 for module in ("onnx", "onnxscript", "onnxruntime", "gguf", "tokenizers", "transformers"):
     pytest.importorskip(module, reason=f"{module} is not installed: pip install '.[test]'")
 
-# Characters of one to four bytes, some of which begin or end alike; a mark that combines.
+# Characters of one to four bytes, some with equal first or last bytes; a combining mark.
 CHARACTERS = "abc <PAD>.,!'\n\t\r0129\x00\x7féèéÄßæ—“”…世界丁一😀😁"
 TEXT = "He said: “Über 12 cafés — don't!”\n\n\tThe  世界, 😀 and so on... <PAD> ends.\n" * 40
 
@@ -43,7 +43,7 @@ def train(run_dir: Path, flags: str) -> Path:
     """The folder of a short run; its text has characters of several bytes."""
     text = run_dir.with_name("text.txt")
     text.write_text(TEXT, encoding="utf-8")
-    # A rate that gives every bias a size that counts.
+    # A learning rate that gives every bias a noticeable size.
     config = make_config(run_dir, text, "--max_steps", "12", "--lr", "0.03", *flags.split())
     prepare(config, run_dir, log=lambda *parts: None).train()
     return run_dir
@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(params=FLAGS)
 def run(request: pytest.FixtureRequest, trained: dict[str, Path], tmp_path: Path) -> Path:
-    """Each of the runs, to be written into."""
+    """A copy of each run, to write into."""
     return shutil.copytree(trained[request.param], tmp_path / "run", symlinks=True)
 
 
@@ -68,13 +68,13 @@ def plain_run(trained: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def run_export(run: Path, format: str, *flags: str) -> Path:
-    """Exports it; the folder that it went to."""
+    """Exports the run, and returns the folder written."""
     export.main(["--checkpoint", str(run), "--format", format, *flags])
     return run / format
 
 
 def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """The message of an export that is refused."""
+    """The message of an export that fails."""
     with pytest.raises(SystemExit) as stop:
         export.main(list(flags))
     assert str(stop.value.code).startswith("error: ")
@@ -125,7 +125,7 @@ def test_transformers_loads_model_and_tokenizer(run: Path) -> None:
 def auto_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    hf_tokenizer.save(tokenizer, folder, 16)
+    hf_tokenizer.save_hf_tokenizer(tokenizer, folder, 16)
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     return AutoTokenizer.from_pretrained(folder)
 
@@ -140,7 +140,7 @@ def test_characters_in_transformers(tmp_path: Path) -> None:
     everything = list(range(ours.vocab_size))
     assert theirs.decode(everything) == ours.decode(everything)
     assert theirs.decode(everything, skip_special_tokens=True) == ours.decode(everything[:-1])
-    with pytest.raises(Exception, match="Missing"):  # as ours raises a KeyError
+    with pytest.raises(Exception, match="Missing"):  # like the KeyError of fastllm's
         theirs("z")
     batch = theirs(["a", "abc"], padding=True).input_ids
     assert batch[0][1:] == [ours.pad_token_id] * 2
@@ -156,8 +156,8 @@ def test_subwords_in_transformers(tmp_path: Path, model: Any) -> None:
         assert theirs.decode(ids) == ours.decode(ids)
 
 
-def test_no_special_tokens_come_around_a_text(tmp_path: Path) -> None:
-    """A tokenizer.json that adds some, such as BERT's, is used without them here and there."""
+def test_no_special_tokens_around_a_text(tmp_path: Path) -> None:
+    """fastllm and transformers ignore the special tokens that a tokenizer.json adds."""
     trained = SubwordTokenizer.train([TEXT], "wordpiece", 400)
     data = json.loads(trained.to_json())
     special = {"Special": {"tokens": "[CLS]", "id": "[CLS]", "ids": [2]}}
@@ -189,13 +189,13 @@ def test_onnx_of_any_batch_and_length(tmp_path: Path, settings: dict[str, Any]) 
     model = DecoderModel(13, 12, 1, 3, 9, **settings)
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter) / 4
-    onnx.save(model, tmp_path / "model.onnx")
+    onnx.save_onnx(model, tmp_path / "model.onnx")
     checker.check_model(tmp_path / "model.onnx", full_check=True)
     assert model.training  # as it was
     model.eval()
     for shape in ((1, 1), (1, 9), (3, 2), (2, 9), (5, 1), (12, 7)):
         ids = random_ids(model, *shape)
-        assert_close(onnx.logits(tmp_path / "model.onnx", ids), logits(model, ids), 1e-4)
+        assert_close(onnx.onnx_logits(tmp_path / "model.onnx", ids), logits(model, ids), 1e-4)
 
 
 def test_onnx_export(plain_run: Path) -> None:
@@ -208,16 +208,16 @@ def test_onnx_export(plain_run: Path) -> None:
     assert [(i.name, i.type) for i in session.get_inputs()] == [("input_ids", "tensor(int64)")]
     assert [(o.name, o.type) for o in session.get_outputs()] == [("logits", "tensor(float)")]
     ids = random_ids(model, 2, 5)
-    assert_close(onnx.logits(folder / "model.onnx", ids), logits(model, ids), 1e-4)
+    assert_close(onnx.onnx_logits(folder / "model.onnx", ids), logits(model, ids), 1e-4)
     reader = LibraryTokenizer.from_file(str(folder / "tokenizer.json"))
     reader.encode_special_tokens = True
     assert reader.encode(TEXT).ids == tokenizer.encode(TEXT)
-    with pytest.raises(Exception, match="broadcast"):  # no positions there
-        onnx.logits(folder / "model.onnx", random_ids(model, 1, model.max_seq_len + 1))
+    with pytest.raises(Exception, match="broadcast"):  # it has no more positions
+        onnx.onnx_logits(folder / "model.onnx", random_ids(model, 1, model.max_seq_len + 1))
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Settings and tensors."""
+    """The file's settings and tensors."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
@@ -228,7 +228,7 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def test_gguf_read_back(run: Path) -> None:
-    """The file's numbers, put into a model of its settings, give the logits of the run's."""
+    """A model built from the file's settings and tensors has the logits of the run's model."""
     settings, tensors = read_gguf(run_export(run, "gguf") / "model.gguf")
     ours, tokenizer = loaded(run)
     assert settings["general.architecture"] == "gpt2"
@@ -241,13 +241,13 @@ def test_gguf_read_back(run: Path) -> None:
         settings["gpt2.context_length"],
         settings["gpt2.feed_forward_length"],
         pos_encoding_learned=True,
-        # In a run's own file it is the exact one; GPT-2's there is the approximation.
+        # GGUF does not record which GELU it is; the run's config.json does.
         mlp_activation="gelu_tanh" if "gelu_tanh" in (run / "config.json").read_text() else "gelu",
         norm_eps=settings["gpt2.attention.layer_norm_epsilon"],
         lm_head_bias=False,
         scale_embeddings=False,
     ).eval()
-    names = gguf.tensor_names(settings["gpt2.block_count"])
+    names = tensor_names(gguf.TENSORS, settings["gpt2.block_count"])
     assert sorted(names.values()) == sorted(tensors)
     theirs.load_state_dict({ours: torch.tensor(tensors[name]) for ours, name in names.items()})
     ids = random_ids(ours, 3, ours.max_seq_len)
@@ -273,7 +273,7 @@ def test_llama_cpp_computes_the_same(run: Path) -> None:
     expected = logits(ours, torch.tensor([ids]))[0]
     actual = torch.tensor(theirs.scores[: len(ids)])
     assert_close(actual, expected, 2e-2)
-    # Ours takes the spelling of a special token for the token itself, but among characters.
+    # Subword tokenizers take a special token spelt out in a text for the token itself.
     special = isinstance(tokenizer, SubwordTokenizer)
     spelt = theirs.tokenize(TEXT.encode(), add_bos=False, special=special)
     assert spelt == tokenizer.encode(TEXT)
@@ -282,7 +282,7 @@ def test_llama_cpp_computes_the_same(run: Path) -> None:
 
 
 def bpe(vocabulary: gguf.Vocabulary, word: str) -> list[int]:
-    """Tokens of a word spelt in bytes by llama.cpp's rule: the earliest merge first."""
+    """Ids of a word given as bytes, by llama.cpp's rule: the earliest merge first."""
     ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(vocabulary.merges)}
     symbols = list(word)
     while True:
@@ -298,17 +298,17 @@ def test_characters_in_gguf_are_joined_bytes() -> None:
     from tokenizers.pre_tokenizers import ByteLevel
 
     ours = SimpleCharacterTokenizer([CHARACTERS])
-    vocabulary = gguf.vocabulary(ours)
+    vocabulary = gguf.gguf_vocabulary(ours)
     assert len(vocabulary.tokens) == len(set(vocabulary.tokens)) == ours.vocab_size
     as_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
     ((spelt, _),) = as_bytes.pre_tokenize_str(CHARACTERS)
     assert bpe(vocabulary, spelt) == ours.encode(CHARACTERS)
-    # llama.cpp reads no file without a merge; the one of plain ASCII never happens.
-    assert gguf.vocabulary(SimpleCharacterTokenizer(["abc"])).merges == ["<PAD> <PAD>"]
+    # llama.cpp reads no file without a merge; that of plain ASCII never applies.
+    assert gguf.gguf_vocabulary(SimpleCharacterTokenizer(["abc"])).merges == ["<PAD> <PAD>"]
 
 
 def edited(tokenizer: SubwordTokenizer, folder: Path, **changes: Any) -> SubwordTokenizer:
-    """With other parts in its tokenizer.json; those of the model go into it."""
+    """The tokenizer with parts of its tokenizer.json, or of the model in it, replaced."""
     data = json.loads(tokenizer.to_json())
     for name, value in changes.items():
         (data if name in data else data["model"])[name] = value
@@ -328,20 +328,20 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
             {"pre_tokenizer": {**BYTE_LEVEL, "use_regex": True, "add_prefix_space": True}},
             "puts a space before every text",
         ),
-        ({"normalizer": {"type": "NFC"}}, "changes a text before"),
+        ({"normalizer": {"type": "NFC"}}, "normalizes texts first"),
         ({"ignore_merges": True}, "no ignore_merges"),
     ],
     ids=["no-regex", "none", "prefix", "normalizer", "ignore-merges"],
 )
-def test_tokenizers_that_llama_cpp_lacks(
+def test_tokenizers_that_llama_cpp_cannot_reproduce(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     tokenizer = edited(SubwordTokenizer.train([TEXT], "bpe", 300), tmp_path, **changes)
-    with pytest.raises(ValueError, match=f"llama.cpp cannot tokenise .*{message}"):
-        gguf.vocabulary(tokenizer)
+    with pytest.raises(ValueError, match=f"llama.cpp cannot reproduce this tokenizer: .*{message}"):
+        gguf.gguf_vocabulary(tokenizer)
 
 
-def test_ids_that_no_token_has_are_unused_in_gguf(tmp_path: Path) -> None:
+def test_ids_without_a_token_are_unused_in_gguf(tmp_path: Path) -> None:
     trained = SubwordTokenizer.train([TEXT], "bpe", 300)
     data = json.loads(trained.to_json())
     vocab, (pad,) = data["model"]["vocab"], data["added_tokens"]
@@ -349,7 +349,7 @@ def test_ids_that_no_token_has_are_unused_in_gguf(tmp_path: Path) -> None:
     vocab[last] += 10
     more = {**pad, "id": vocab[last] + 1, "content": "<|more|>", "special": False}
     tokenizer = edited(trained, tmp_path, vocab=vocab, added_tokens=[pad, more])
-    tokens, types, _ = gguf.vocabulary(tokenizer)
+    tokens, types, _ = gguf.gguf_vocabulary(tokenizer)
     assert len(tokens) == len(set(tokens)) == tokenizer.vocab_size
     for id, text in ((tokenizer.pad_token_id, "<PAD>"), *((i, t) for t, i in vocab.items())):
         assert tokens[id] == text
@@ -357,10 +357,10 @@ def test_ids_that_no_token_has_are_unused_in_gguf(tmp_path: Path) -> None:
     assert types.count(5) == tokenizer.vocab_size - len(vocab) - 1 == 9
 
 
-def test_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
     tokenizer = SimpleCharacterTokenizer(["a\ud83d"])
-    for refuse in (gguf.vocabulary, hf_tokenizer.describe):
-        with pytest.raises(ValueError, match="half of a surrogate pair"):
+    for refuse in (gguf.gguf_vocabulary, hf_tokenizer.tokenizer_json):
+        with pytest.raises(ValueError, match="lone surrogate"):
             refuse(tokenizer)
 
 
@@ -371,11 +371,11 @@ def test_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
         ("--post_norm", "gguf", "GPT-2's format cannot express this model: it is Post-LN"),
         ("--activation leaky_relu", "hf", "its activation is leaky_relu"),
         ("--activation leaky_relu", "gguf", "its activation is leaky_relu"),
-        ("--activation silu", "gguf", "no activation but GELU, and this is silu"),
-        ("--tokenizer wordpiece --vocab_size 300", "gguf", "WordPiece is there for BERT"),
+        ("--activation silu", "gguf", "supports only GELU, not silu"),
+        ("--tokenizer wordpiece --vocab_size 300", "gguf", "it has WordPiece only for BERT"),
     ],
 )
-def test_what_a_format_cannot_express_is_refused_before_anything_is_written(
+def test_models_that_a_format_cannot_express_are_refused_before_writing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, format: str, message: str
 ) -> None:
     run = train(tmp_path / "run", flags)
@@ -388,36 +388,34 @@ def test_nothing_is_overwritten(plain_run: Path, capsys: pytest.CaptureFixture[s
     folder = run_export(plain_run, "gguf")
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", "model.gguf"]
     before = (folder / "model.gguf").read_bytes()
-    assert f"{folder}/model.gguf is there already" in fails(capsys, *flags)
-    # A name of one's own, beside what is there; but for a card that is there already.
+    assert f"{folder}/model.gguf exists already" in fails(capsys, *flags)
+    # Another name beside the existing file works, unless its card exists.
     out = ("--out", str(folder / "other.gguf"))
     (folder / "other.md").touch()
-    assert f"{folder}/other.md is there already" in fails(capsys, *flags, *out)
+    assert f"{folder}/other.md exists already" in fails(capsys, *flags, *out)
     wrong = ("--checkpoint", str(plain_run), "--format", "hf", *out)
-    assert "other.gguf is no name for what --format hf writes" in fails(capsys, *wrong)
+    assert f"--format hf does not write .gguf: {folder}/other.gguf" in fails(capsys, *wrong)
     (folder / "other.md").unlink()
     export.main([*flags, *out])
     assert "other.gguf" in (folder / "other.md").read_text()
     assert (folder / "other.gguf").read_bytes() == before == (folder / "model.gguf").read_bytes()
 
 
-def test_what_goes_wrong_on_the_way_leaves_nothing(
+def test_a_failed_export_leaves_no_files(
     plain_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert_to_gpt2 = gpt2.convert_to_gpt2
-
     def slightly_wrong(model: DecoderModel) -> DecoderModel:
         result = convert_to_gpt2(model)
         result.lm_head.weight.data *= 1.001
         return result
 
-    monkeypatch.setattr(gpt2, "convert_to_gpt2", slightly_wrong)
+    monkeypatch.setattr(formats, "convert_to_gpt2", slightly_wrong)
     message = fails(capsys, "--checkpoint", str(plain_run), "--format", "gguf")
-    assert "what was written is not this model: a logit differs by " in message
+    assert "the written files do not compute what this model does: a logit differs by " in message
     assert list((plain_run / "gguf").iterdir()) == []
 
 
-def test_a_model_of_transformers_is_there_already(
+def test_a_model_of_transformers_is_not_exported(
     plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tuned/model").mkdir(parents=True)
@@ -425,16 +423,18 @@ def test_a_model_of_transformers_is_there_already(
     (tmp_path / "tuned/model/config.json").write_text('{"model_type": "bert"}')
     for folder, found in (("tuned", "tuned/model"), ("tuned/model", "tuned/model")):
         message = fails(capsys, "--checkpoint", str(tmp_path / folder), "--format", "onnx")
-        assert f"{tmp_path / found} is a folder of Hugging Face's transformers already" in message
+        assert (
+            f"{tmp_path / found} is already in the format of Hugging Face's transformers" in message
+        )
     hf = run_export(plain_run, "hf")
     message = fails(capsys, "--checkpoint", str(hf), "--format", "gguf")
-    assert f"{hf} is a folder of Hugging Face's transformers already" in message
+    assert f"{hf} is already in the format of Hugging Face's transformers" in message
 
 
 def test_missing_packages_are_named(
     plain_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "find_spec", lambda name: None if "onnx" in name else name)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if "onnx" in name else name)
     message = fails(capsys, "--checkpoint", str(plain_run), "--format", "onnx")
     assert message == "error: onnx, onnxscript, onnxruntime missing: pip install '.[export]'"
     assert run_export(plain_run, "gguf").exists()
@@ -444,10 +444,10 @@ def test_onnx_holds_less_than_2_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     model = DecoderModel(100, 8, 1, 1, 4, tie_word_embeddings=True)
     size = sum(p.nbytes for p in model.parameters())
     monkeypatch.setattr(onnx, "LARGEST_FILE", size + 1)
-    onnx.check(model)
+    onnx.check_onnx(model)
     monkeypatch.setattr(onnx, "LARGEST_FILE", size)
     with pytest.raises(ValueError, match="an ONNX file holds less than 2 GiB"):
-        onnx.check(model)
+        onnx.check_onnx(model)
 
 
 def card(folder: Path) -> tuple[dict[str, Any], str]:
@@ -456,7 +456,7 @@ def card(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def test_the_card(run: Path) -> None:
-    """Its head is what Hugging Face reads, its body what is known of the run."""
+    """Its head is for Hugging Face; its body says what the run recorded."""
     export.main(["--checkpoint", str(run), "--format", "hf", "--license", "cc-by-4.0"])
     head, text = card(run / "hf")
     assert head == {
@@ -476,16 +476,16 @@ def test_the_card(run: Path) -> None:
         f"| training | 12 steps, over {lines[-1]['tokens']:,} tokens |",
         f"| training loss | {lines[-1]['loss']:.4f} ",
         f"| validation loss | {lines[-1]['val_loss']:.4f} ",
-        "`cc-by-4.0`, says whoever exported it",
+        "`cc-by-4.0`, according to whoever exported it",
         '"hidden_size": 16',
     ):
         assert expected in text
     assert str(run.parent) not in text
-    assert not any(word in text for word in ("FILE", "LENGTH", "HALF"))
+    assert not any(word in text for word in ("$file", "$length", "$half"))
 
 
 def test_the_card_of_an_earlier_checkpoint(tmp_path: Path) -> None:
-    """It tells what that one was like; the licence is unknown and said to be so."""
+    """It describes that checkpoint, and says that the licence is unknown."""
     run = train(tmp_path / "run", "--max_steps 4 --save_interval 2 --keep_checkpoints 2")
     first = run / "checkpoints/step-00000002"
     export.main(["--checkpoint", str(first), "--format", "gguf"])
@@ -497,7 +497,7 @@ def test_the_card_of_an_earlier_checkpoint(tmp_path: Path) -> None:
     assert "Unknown: whoever trained or exported this model did not say." in text
 
 
-def test_a_folder_with_a_model_alone(plain_run: Path, tmp_path: Path) -> None:
+def test_a_folder_with_only_a_model(plain_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
@@ -512,7 +512,7 @@ def test_a_licence_is_spelt_as_hugging_face_does(
     capsys: pytest.CaptureFixture[str], license: str
 ) -> None:
     flags = ("--checkpoint", "run", "--format", "hf", "--license", license)
-    assert "license: it must be spelt as Hugging Face does" in fails(capsys, *flags)
+    assert "license: must be spelt as Hugging Face does" in fails(capsys, *flags)
 
 
 def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -522,7 +522,7 @@ def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.subprocess
 def test_the_command(plain_run: Path, tmp_path: Path) -> None:
-    """Nothing is said but what was written, and that on stderr."""
+    """It logs only the files it wrote, to stderr."""
     flags = "--checkpoint run --format onnx --out book.onnx"
     result = subprocess.run(
         [sys.executable, "-m", "fastllm.export", *flags.split()],

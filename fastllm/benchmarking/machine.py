@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-import fastllm
 from fastllm.benchmarking.shapes import MeasuredPrecision
 from fastllm.benchmarking.timing import time_call, time_in_turns
 from fastllm.device import TYPES
 from fastllm.ops import dispatch
+from fastllm.version import __version__
 
 
 def describe_machine(threads: int, precision: MeasuredPrecision = "fp32") -> dict[str, Any]:
@@ -25,7 +25,7 @@ def describe_machine(threads: int, precision: MeasuredPrecision = "fp32") -> dic
         "peak_gflops": measure_peak(threads, precision) if kernels else None,
         "bandwidth_gbs": measure_bandwidth(threads) if kernels else None,
         "torch": torch.__version__,
-        "fastllm": fastllm.__version__,
+        "fastllm": __version__,
     }
 
 
@@ -87,7 +87,7 @@ def describe_gpu(precision: MeasuredPrecision) -> dict[str, Any]:
         "bandwidth_gbs": 2 * size / milliseconds["copy"] / 1e6,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "torch": torch.__version__,
-        "fastllm": fastllm.__version__,
+        "fastllm": __version__,
     }
 
 

@@ -1,4 +1,4 @@
-"""Models as ONNX graphs, for onnxruntime and whatever else reads them."""
+"""Models as ONNX graphs, for onnxruntime and other programs."""
 
 import logging
 import os
@@ -14,12 +14,12 @@ from fastllm.models.decoder import DecoderModel
 from fastllm.ops.dispatch import use
 from fastllm.ops.embedding import Settings, embedding_ref
 
-# What protobuf allows a file.
+# protobuf's limit.
 LARGEST_FILE = 2**31
 
 
-def check(model: DecoderModel) -> None:
-    """Raises a `ValueError` with the reason where the model does not fit into a file."""
+def check_onnx(model: DecoderModel) -> None:
+    """Raises a `ValueError` with the reason if the model does not fit into a file."""
     size = sum(tensor.nbytes for tensor in {id(t): t for t in model.parameters()}.values())
     if size >= LARGEST_FILE:
         raise ValueError(
@@ -27,11 +27,11 @@ def check(model: DecoderModel) -> None:
         )
 
 
-def save(model: DecoderModel, path: str | os.PathLike[str]) -> None:
-    """Writes the model as one ONNX file.
+def save_onnx(model: DecoderModel, path: str | os.PathLike[str]) -> None:
+    """Writes the model as one ONNX file, without dropout.
 
     Its input is `input_ids` [B, S], int64, its output `logits` [B, S, V], float32, for any B and
-    any S up to `max_seq_len`. There is no dropout in it.
+    any S up to `max_seq_len`.
 
     Args:
         model: with float32 parameters on the CPU.
@@ -40,13 +40,13 @@ def save(model: DecoderModel, path: str | os.PathLike[str]) -> None:
         ValueError: the weights are too large for the format.
         ImportError: onnx or onnxscript is not installed.
     """
-    check(model)
+    check_onnx(model)
     was_training = model.training
-    # No two sizes alike: what is equal in an example may be taken for equal always.
+    # Two different sizes: the exporter may assume that sizes equal in the example always are.
     example = torch.zeros(3, 2, dtype=torch.int64)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=model.max_seq_len)}
     try:
-        with use("ref"), torch.no_grad(), _quietly():
+        with use("ref"), torch.no_grad(), _silent_exporter():
             program = torch.onnx.export(
                 _Logits(model).eval(),
                 (example,),
@@ -57,12 +57,12 @@ def save(model: DecoderModel, path: str | os.PathLike[str]) -> None:
             )
     finally:
         model.train(was_training)
-    assert program is not None  # it is None for the older exporter alone
+    assert program is not None  # only the older exporter returns None
     program.save(path, external_data=False)
 
 
-def logits(path: Path, input_ids: Tensor) -> Tensor:
-    """What onnxruntime computes on one thread: [B, S, V] for `input_ids` [B, S]."""
+def onnx_logits(path: Path, input_ids: Tensor) -> Tensor:
+    """The logits [B, S, V] for `input_ids` [B, S] by onnxruntime on one thread."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -73,8 +73,8 @@ def logits(path: Path, input_ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what PyTorch's exporter has to say of packages and calls that are none of ours."""
+def _silent_exporter() -> Iterator[None]:
+    """Suppresses the PyTorch exporter's messages about packages and calls outside fastllm."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -87,7 +87,7 @@ def _quietly() -> Iterator[None]:
 
 
 class _Logits(nn.Module):
-    """The model without its check of the ids, whose values a graph cannot look at."""
+    """The model without its check of the ids, because a graph cannot inspect their values."""
 
     def __init__(self, model: DecoderModel) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """GPT-2 in Hugging Face's format: a folder with config.json and model.safetensors.
 
 GPT-2 (Radford et al. 2019) is a Pre-LN decoder with learned positions, unscaled embeddings that the
-head shares, and the tanh approximation of GELU. Its linear layers in the blocks keep their weights
-as [inputs, outputs], and c_attn gives q, k and v side by side, each by head, as `qkv_proj` does.
+head shares, and the tanh approximation of GELU. The linear layers in its blocks store weights as
+[inputs, outputs], and c_attn returns q, k and v side by side, each by head, as `qkv_proj` does.
 """
 
 import json
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 Size = Annotated[int, Field(ge=1, le=2**24)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
-# Ours for each of GPT-2's names. The first three compute the same up to rounding; the first that
-# stands for one of ours is the one that is written.
+# fastllm's activation for each of GPT-2's names. The first three compute the same up to rounding.
+# Files are written with the first name of an activation.
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -51,42 +51,46 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 
-# What transformers can vary and `DecoderModel` cannot: the only value, and why.
+# Settings that transformers can vary and `DecoderModel` cannot: the only value, and why.
 FIXED = {
     "scale_attn_weights": (True, "attention scores are always divided by sqrt(D)"),
     "scale_attn_by_inverse_layer_idx": (False, "attention scores are scaled alike in all layers"),
     "add_cross_attention": (False, "there is no encoder to attend to"),
 }
 
-# In a block: GPT-2's name of each of our layers.
-LAYERS = {
-    "norm1": "ln_1",
-    "self_attn.qkv_proj": "attn.c_attn",
-    "self_attn.out_proj": "attn.c_proj",
-    "norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
+# GPT-2's name for each of fastllm's tensors; {i} is the layer, {kind} is weight and bias.
+TENSORS = {
+    "embedding_layer.token_embeddings.weight": "wte.weight",
+    "embedding_layer.positional_encoding.pos_embedding.weight": "wpe.weight",
+    "lm_head.weight": "lm_head.weight",
+    "final_norm.{kind}": "ln_f.{kind}",
+    "transformer_blocks.{i}.norm1.{kind}": "h.{i}.ln_1.{kind}",
+    "transformer_blocks.{i}.self_attn.qkv_proj.{kind}": "h.{i}.attn.c_attn.{kind}",
+    "transformer_blocks.{i}.self_attn.out_proj.{kind}": "h.{i}.attn.c_proj.{kind}",
+    "transformer_blocks.{i}.norm2.{kind}": "h.{i}.ln_2.{kind}",
+    "transformer_blocks.{i}.mlp.fc1.{kind}": "h.{i}.mlp.c_fc.{kind}",
+    "transformer_blocks.{i}.mlp.fc2.{kind}": "h.{i}.mlp.c_proj.{kind}",
 }
 # Causal masks that older versions of transformers saved among the weights.
 MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 
 
-def either(name: str, alias: str) -> Any:
-    """A field that transformers knows under two names."""
+def either_name(name: str, alias: str) -> Any:
+    """A field with two names in transformers."""
     return Field(validation_alias=AliasChoices(name, alias))
 
 
 class GPT2Config(BaseModel):
-    """What counts in config.json, with the names and defaults of transformers' `GPT2Config`."""
+    """The relevant part of config.json, with names and defaults of transformers' `GPT2Config`."""
 
     model_config = ConfigDict(strict=True, validate_default=True)
 
     model_type: Literal["gpt2"]
     vocab_size: Size = 50257
-    n_positions: Annotated[Size, either("n_positions", "max_position_embeddings")] = 1024
-    n_embd: Annotated[Size, either("n_embd", "hidden_size")] = 768
-    n_layer: Annotated[int, either("n_layer", "num_hidden_layers"), Field(ge=1, le=2**10)] = 12
-    n_head: Annotated[Size, either("n_head", "num_attention_heads")] = 12
+    n_positions: Annotated[Size, either_name("n_positions", "max_position_embeddings")] = 1024
+    n_embd: Annotated[Size, either_name("n_embd", "hidden_size")] = 768
+    n_layer: Annotated[int, either_name("n_layer", "num_hidden_layers"), Field(ge=1, le=2**10)] = 12
+    n_head: Annotated[Size, either_name("n_head", "num_attention_heads")] = 12
     n_inner: Size | None = None
     activation_function: str = "gelu_new"
     embd_pdrop: Probability = 0.1
@@ -104,26 +108,26 @@ class GPT2Config(BaseModel):
     def _check_fixed(cls, value: bool, info: ValidationInfo) -> bool:
         only, reason = FIXED[info.field_name or ""]
         if value is not only:
-            raise ValueError(f"it must be {only}, since {reason} in fastllm")
+            raise ValueError(f"must be {only}, because {reason} in fastllm")
         return value
 
     @field_validator("activation_function")
     @classmethod
     def _check_activation(cls, name: str) -> str:
         if name not in ACTIVATIONS:
-            raise ValueError(f"fastllm has {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"fastllm supports {', '.join(ACTIVATIONS)}")
         return name
 
     @field_validator("n_head")
     @classmethod
     def _check_heads(cls, n_head: int, info: ValidationInfo) -> int:
-        n_embd = info.data.get("n_embd", n_head)  # it is not there if it was wrong itself
+        n_embd = info.data.get("n_embd", n_head)  # missing if it was invalid itself
         if n_embd % n_head:
-            raise ValueError(f"n_embd ({n_embd}) must be divisible by it")
+            raise ValueError(f"n_embd ({n_embd}) must be divisible by n_head")
         return n_head
 
-    def arguments(self) -> dict[str, Any]:
-        """Those of `DecoderModel`."""
+    def decoder_arguments(self) -> dict[str, Any]:
+        """The arguments of `DecoderModel`."""
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.n_embd,
@@ -152,14 +156,14 @@ def load_gpt2(
 ) -> "DecoderModel":
     """See `DecoderModel.from_gpt2`."""
     folder, config = _read_config(source)
-    settings = {**config.arguments(), "padding_idx": padding_idx, "dtype": dtype}
+    arguments = {**config.decoder_arguments(), "padding_idx": padding_idx, "dtype": dtype}
     if folder is None:
-        model = model_class(**settings, device=device)
+        model = model_class(**arguments, device=device)
         _initialise(model, config.initializer_range)
         return model
-    # Shapes first, without memory: a config.json of other weights must not allocate.
-    model = model_class(**settings, device="meta")
-    weights = _fitting(_read_tensors(folder), model, folder)
+    # Compare shapes before allocating: a config.json of other weights may ask for terabytes.
+    model = model_class(**arguments, device="meta")
+    weights = _to_state_dict(_read_tensors(folder), model, folder)
     model.to_empty(device=torch.get_default_device() if device is None else device)
     model.load_state_dict(weights)
     return model
@@ -171,16 +175,16 @@ def save_gpt2(model: "DecoderModel", directory: str | os.PathLike[str]) -> None:
     weights = model.state_dict()
     if model.tie_word_embeddings:
         del weights["lm_head.weight"]
-    names = _names(len(model.transformer_blocks))
+    names = tensor_names(TENSORS, len(model.transformer_blocks))
     tensors = {}
     for ours, tensor in weights.items():
         name = names[ours]
         prefix = "" if name.startswith("lm_head") else "transformer."
-        tensors[prefix + name] = _turned(name, tensor.detach().cpu()).contiguous()
+        tensors[prefix + name] = _transposed(name, tensor.detach().cpu()).contiguous()
     text = json.dumps(config_json(model), indent=2, sort_keys=True) + "\n"
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    # Both are written before either takes its place.
+    # Both files are complete before either replaces its predecessor.
     with (
         replace_file(folder / "config.json") as config_file,
         replace_file(folder / "model.safetensors") as weights_file,
@@ -188,14 +192,14 @@ def save_gpt2(model: "DecoderModel", directory: str | os.PathLike[str]) -> None:
         config_file.write(text.encode())
         mode = os.fstat(weights_file.fileno()).st_mode
         save_file(tensors, weights_file.name, metadata={"format": "pt"})
-        os.chmod(weights_file.name, mode)  # safetensors lets nobody else read what it writes
+        os.chmod(weights_file.name, mode)  # safetensors writes files that only the owner can read
 
 
 def check_gpt2(model: "DecoderModel", convertible: bool = False) -> None:
-    """Raises a `ValueError` with the reason where GPT-2's format cannot express the model.
+    """Raises a `ValueError` with the reason if GPT-2's format cannot express the model.
 
     Args:
-        convertible: let pass what `convert_to_gpt2` can do something about.
+        convertible: accept obstacles that `convert_to_gpt2` removes.
     """
     reason = next(_obstacles(model, convertible), None)
     if reason is not None:
@@ -204,17 +208,17 @@ def check_gpt2(model: "DecoderModel", convertible: bool = False) -> None:
 
 @torch.no_grad()
 def convert_to_gpt2(model: "DecoderModel") -> "DecoderModel":
-    """A new model of GPT-2's architecture with the same logits up to rounding.
+    """Returns a new model of GPT-2's architecture with the same logits up to rounding.
 
-    The factor of the token embeddings is multiplied into them; a head that they were tied to gets
-    a matrix of its own. Sinusoidal positions become a table of positions.
+    The token embeddings are multiplied by their scale; a head tied to them gets a matrix of its
+    own. Sinusoidal positions become a table of positions.
 
-    GPT-2's head has no bias. One that is not 0 becomes a column of the head's matrix, for a channel
-    in which the last layer norm gives 1 whatever comes in. The model gets wider for it, by one
-    channel for each attention head, and the residual stream is 0 in all of these. The layer norms
-    give in the others what they gave before: whatever is added to the residual stream loses its
-    mean over the channels, which no layer norm looks at, so that the new mean is 0 as well; and
-    their weights and epsilons make up for a variance over more channels.
+    GPT-2's head has no bias. A nonzero bias becomes a column of the head's matrix, for a channel in
+    which the last layer norm always returns 1. This widens the model by one channel for each
+    attention head, and the residual stream is 0 in all of the new channels. In the old channels the
+    layer norms return the same as before: everything added to the residual stream loses its mean
+    over the channels, which layer norms ignore, so the mean over more channels is 0 as well; and
+    the layer norms' weights and epsilons compensate for a variance over more channels.
 
     Raises:
         ValueError: GPT-2's format cannot express the model even so; the message says why.
@@ -223,7 +227,7 @@ def convert_to_gpt2(model: "DecoderModel") -> "DecoderModel":
     table, block = model.embedding_layer, cast(TransformerBlock, model.transformer_blocks[0])
     layer = cast(Layer, block.fused())
     V, H = table.token_embeddings.weight.shape
-    N, D = layer.num_heads, H // layer.num_heads
+    N = layer.num_heads
     extra = 0 if model.lm_head.bias is None or not model.lm_head.bias.any() else 1
     wide = H + N * extra
     result = type(model)(
@@ -244,16 +248,31 @@ def convert_to_gpt2(model: "DecoderModel") -> "DecoderModel":
         dtype=table.token_embeddings.weight.dtype,
         scale_embeddings=False,
     )
+    result.load_state_dict(_converted_weights(model, layer, wide, extra))
+    return result.train(model.training)
+
+
+def _converted_weights(
+    model: "DecoderModel", layer: Layer, wide: int, extra: int
+) -> dict[str, Tensor]:
+    """The state dict of `convert_to_gpt2`'s result, in float64.
+
+    Args:
+        wide: its hidden size.
+        extra: new channels for each attention head, 0 or 1.
+    """
+    table, H = model.embedding_layer, model.hidden_size
+    N, D = layer.num_heads, H // layer.num_heads
 
     def channels(tensor: Tensor, dim: int = -1) -> Tensor:
         return _padded(tensor, dim, 1, wide - H)
 
-    def added(tensor: Tensor, dim: int = -1) -> Tensor:
-        """What is added to the residual stream."""
+    def residual(tensor: Tensor, dim: int = -1) -> Tensor:
+        """For parameters whose output is added to the residual stream."""
         return channels(tensor - tensor.mean(dim, keepdim=True) if extra else tensor, dim)
 
     def projections(tensor: Tensor) -> Tensor:
-        """Of q, k and v; scores are divided by the root of a larger number."""
+        """For q, k and v; q makes up for scores divided by the root of a larger head_dim."""
         factors = torch.tensor([math.sqrt((D + extra) / D), 1, 1], dtype=tensor.dtype)
         scaled = tensor.unflatten(0, (3, H)) * factors.view(3, *[1] * tensor.ndim)
         return _padded(scaled.flatten(0, 1), 0, 3 * N, extra)
@@ -270,28 +289,27 @@ def convert_to_gpt2(model: "DecoderModel") -> "DecoderModel":
                 channels(old[f"{attention}qkv_proj.weight"])
             ),
             f"{attention}qkv_proj.bias": projections(old[f"{attention}qkv_proj.bias"]),
-            f"{attention}out_proj.weight": added(
+            f"{attention}out_proj.weight": residual(
                 _padded(old[f"{attention}out_proj.weight"], 1, N, extra), 0
             ),
-            f"{attention}out_proj.bias": added(old[f"{attention}out_proj.bias"]),
+            f"{attention}out_proj.bias": residual(old[f"{attention}out_proj.bias"]),
             f"{mlp}fc1.weight": channels(old[f"{mlp}fc1.weight"]),
             f"{mlp}fc1.bias": old[f"{mlp}fc1.bias"],
-            f"{mlp}fc2.weight": added(old[f"{mlp}fc2.weight"], 0),
-            f"{mlp}fc2.bias": added(old[f"{mlp}fc2.bias"]),
+            f"{mlp}fc2.weight": residual(old[f"{mlp}fc2.weight"], 0),
+            f"{mlp}fc2.bias": residual(old[f"{mlp}fc2.bias"]),
         }
     tokens, positions = "embedding_layer.token_embeddings", "embedding_layer.positional_encoding"
-    new[f"{tokens}.weight"] = added(old[f"{tokens}.weight"] * table.scale)
-    new[f"{positions}.pos_embedding.weight"] = added(table.position_table().double().cpu())
+    new[f"{tokens}.weight"] = residual(old[f"{tokens}.weight"] * table.scale)
+    new[f"{positions}.pos_embedding.weight"] = residual(table.position_table().double().cpu())
     new["lm_head.weight"] = channels(old["lm_head.weight"])
     if extra:
         new["final_norm.bias"][H] = 1
         new["lm_head.weight"][:, H] = old["lm_head.bias"]
-    result.load_state_dict(new)
-    return result.train(model.training)
+    return new
 
 
 def _padded(tensor: Tensor, dim: int, parts: int, extra: int) -> Tensor:
-    """Each of so many equal parts along a dimension, and `extra` zeros after it."""
+    """Appends `extra` zeros to each of `parts` equal parts along a dimension."""
     dim %= tensor.ndim
     split = tensor.unflatten(dim, (parts, -1))
     shape = list(split.shape)
@@ -300,7 +318,7 @@ def _padded(tensor: Tensor, dim: int, parts: int, extra: int) -> Tensor:
 
 
 def _read_config(source: Any) -> tuple[Path | None, GPT2Config]:
-    """The folder that weights are in, if any, and the settings."""
+    """The folder of the weights, if there is one, and the configuration."""
     folder, name = None, "the configuration"
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
@@ -309,11 +327,11 @@ def _read_config(source: Any) -> tuple[Path | None, GPT2Config]:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist; give a folder with config.json and model.safetensors, "
-                "such as `hf download distilbert/distilgpt2 --local-dir distilgpt2` makes"
+                "such as `hf download distilbert/distilgpt2 --local-dir distilgpt2` creates"
             )
         name, settings = str(path), _read_json(path)
     else:
-        # A configuration that somebody wrote for this function need not say that it is GPT-2's.
+        # A configuration in memory may leave out the model_type.
         given = source.to_dict() if hasattr(source, "to_dict") else source
         settings = {"model_type": "gpt2", **given}
     try:
@@ -330,45 +348,51 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor under the name that GPT-2 gives it in itself, the masks left out."""
+    """Every tensor but the masks, by its name without the prefix `transformer.`."""
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not files[0].exists():
         if not index.exists():
             raise FileNotFoundError(
-                f"{folder} has neither model.safetensors nor {index.name}; weights in "
-                "pytorch_model.bin become that by save_pretrained of transformers"
+                f"{folder} has neither model.safetensors nor {index.name}; transformers' "
+                "save_pretrained converts a pytorch_model.bin"
             )
         try:
             shards = set(_read_json(index)["weight_map"].values())
             files = [folder / shard for shard in sorted(shards)]
         except (LookupError, TypeError, AttributeError):
-            raise ValueError(f"{index} has no weight_map of names and files") from None
+            raise ValueError(f"{index} has no weight_map from names to files") from None
     tensors = {}
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f"{file} does not exist, but {index.name} names it; fetch it")
+            raise FileNotFoundError(
+                f"{file} does not exist, but {index.name} lists it; download it"
+            )
         try:
             tensors.update(load_file(file))
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-    # The original upload was saved without the head, and so without the prefix.
-    inner = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in inner.items() if not MASKS.fullmatch(name)}
+    # The original upload was saved without the head, and therefore without the prefix.
+    named = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if not MASKS.fullmatch(name)}
 
 
-def _fitting(tensors: dict[str, Tensor], model: "DecoderModel", folder: Path) -> dict[str, Tensor]:
-    """A state dict for the model, which may be on the meta device."""
-    names = _names(len(model.transformer_blocks))
+def _to_state_dict(
+    tensors: dict[str, Tensor], model: "DecoderModel", folder: Path
+) -> dict[str, Tensor]:
+    """The tensors as a state dict for the model, which may be on the meta device."""
+    names = tensor_names(TENSORS, len(model.transformer_blocks))
     if model.tie_word_embeddings:
         del names["lm_head.weight"]
         head = tensors.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
             raise ValueError(
-                f"{folder}: 'lm_head.weight' differs from 'wte.weight', and config.json says "
+                f"{folder}: 'lm_head.weight' differs from 'wte.weight', but config.json says "
                 "tie_word_embeddings; set it to false there to keep both"
             )
     state = model.state_dict()
-    expected = {theirs: list(_turned(theirs, state[ours]).shape) for ours, theirs in names.items()}
+    expected = {
+        theirs: list(_transposed(theirs, state[ours]).shape) for ours, theirs in names.items()
+    }
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     for name in [*expected, *sorted(found)]:
         if found.get(name) != expected.get(name):
@@ -376,54 +400,51 @@ def _fitting(tensors: dict[str, Tensor], model: "DecoderModel", folder: Path) ->
                 f"{folder}: the weights do not fit config.json: '{name}' is "
                 f"{found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
             )
-    return {ours: _turned(theirs, tensors[theirs]) for ours, theirs in names.items()}
+    return {ours: _transposed(theirs, tensors[theirs]) for ours, theirs in names.items()}
 
 
-def _names(num_layers: int) -> dict[str, str]:
-    """GPT-2's name of each of our tensors."""
-    names = {
-        "embedding_layer.token_embeddings.weight": "wte.weight",
-        "embedding_layer.positional_encoding.pos_embedding.weight": "wpe.weight",
-        "lm_head.weight": "lm_head.weight",
+def tensor_names(table: dict[str, str], num_layers: int) -> dict[str, str]:
+    """A table such as `TENSORS` with {i} and {kind} filled in, for a model with layers."""
+    return {
+        ours.format(i=i, kind=kind): theirs.format(i=i, kind=kind)
+        for ours, theirs in table.items()
+        for i in range(num_layers)
+        for kind in ("weight", "bias")
     }
-    layers = {"final_norm": "ln_f"}
-    for i in range(num_layers):
-        layers |= {f"transformer_blocks.{i}.{o}": f"h.{i}.{t}" for o, t in LAYERS.items()}
-    for ours, theirs in layers.items():
-        names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
-    return names
 
 
-def _turned(name: str, tensor: Tensor) -> Tensor:
-    """From one order of a weight's dimensions to the other's."""
+def _transposed(name: str, tensor: Tensor) -> Tensor:
+    """Transposes weights of linear layers in blocks: GPT-2 stores them as [inputs, outputs]."""
     return tensor.mT if name.startswith("h.") and tensor.ndim == 2 else tensor
 
 
 @torch.no_grad()
 def _initialise(model: "DecoderModel", std: float) -> None:
-    """GPT-2's start (Radford et al. 2019, section 2.3), as transformers has it."""
+    """GPT-2's initial weights (Radford et al. 2019, section 2.3), as in transformers."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
     for name, weight in model.named_parameters():
-        if name.endswith(("out_proj.weight", "fc2.weight")):  # they add to the residual stream
+        if name.endswith(("out_proj.weight", "fc2.weight")):  # added to the residual stream
             nn.init.normal_(weight, std=std / math.sqrt(2 * len(model.transformer_blocks)))
     if model.padding_idx is not None:
         model.embedding_layer.token_embeddings.weight[model.padding_idx].zero_()
 
 
 def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str]:
-    """What GPT-2's format cannot express; later ones rely on there being no earlier one.
+    """Reasons why GPT-2's format cannot express the model.
+
+    Take only the first: the code after a reason relies on its absence.
 
     Args:
-        convertible: without those that `convert_to_gpt2` can do something about.
+        convertible: leave out the reasons that `convert_to_gpt2` removes.
     """
     if not plain(model):
         yield (
-            f"the model is a {type(model).__name__}: a subclass of DecoderModel, or a hook, a "
-            "patched forward or the like is attached to it"
+            f"the model, a {type(model).__name__}, is not a plain DecoderModel: it is a subclass, "
+            "or a hook, a patched forward or the like is attached to it"
         )
     sketch = type(model)(
         1, 1, len(model.transformer_blocks), 1, 1, pos_encoding_learned=True, device="meta"
@@ -437,28 +458,28 @@ def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str
             yield f"{name} is a {type(module).__name__}, not a {kind.__name__}"
         if not plain(module) and type(module) is not nn.ModuleList:
             yield (
-                f"{name}, a {type(module).__name__}, is of a kind that GPT-2 lacks, "
-                "or a hook, a patched forward or the like is attached to it"
+                f"{name}, a {type(module).__name__}, has no counterpart in GPT-2, or a hook, "
+                "a patched forward or the like is attached to it"
             )
     if not convertible and not model.embedding_layer.positional_encoding.learned:
         yield "its positions are sinusoidal, not learned (pos_encoding_learned=True)"
     decoder = model.fused(torch.empty(1, model.max_seq_len, device="meta"), None)
     if decoder is None or not decoder.layers:
-        yield "it has no blocks, or its parts are not put together as DecoderModel does it"
+        yield "it has no blocks, or they are not assembled as DecoderModel does it"
         return
     layers, norm, head = decoder.layers, decoder.norm, decoder.head
     if norm is None or not all(layer.norm_first for layer in layers):
         yield "it is Post-LN, not Pre-LN (norm_first=True)"
         return
     if not convertible and decoder.scale != 1:
-        yield "its token embeddings are multiplied by sqrt(H) (scale_embeddings=False lets them be)"
+        yield "its token embeddings are multiplied by sqrt(H) (scale_embeddings=False prevents it)"
     if not all(layer.is_causal for layer in layers):
         yield "it is not causal"
     if not convertible and head.bias is not None:
-        yield "its head has a bias (lm_head_bias=False has none)"
+        yield "its head has a bias (lm_head_bias=False leaves it out)"
     linears = [linear for l in layers for linear in (l.qkv, l.out, l.fc1, l.fc2)]
     if any(linear.bias is None for linear in linears):
-        yield "a linear layer in its blocks has no bias (qkv_bias=True, mlp_bias=True)"
+        yield "a linear layer in its blocks lacks a bias (qkv_bias=True, mlp_bias=True)"
     for activation in {layer.activation for layer in layers}.difference(ACTIVATIONS.values()):
         yield f"its activation is {activation}"
     if len({eps for l in layers for eps in (l.norm1.eps, l.norm2.eps, norm.eps)}) > 1:
@@ -466,18 +487,18 @@ def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str
     if len({(l.num_heads, l.fc1.weight.size(0), l.activation) for l in layers}) > 1:
         yield "its blocks differ in heads, MLP width or activation"
     if not decoder.fits(model.max_seq_len) or head.weight.shape != decoder.tokens.shape:
-        yield "the sizes of its layers do not fit each other"
+        yield "the sizes of its layers do not match each other"
     if len(dtypes := {str(tensor.dtype) for tensor in model.state_dict().values()}) > 1:
         yield f"its parameters differ in type: {', '.join(sorted(dtypes))}"
-    placeless = set(model.state_dict()).difference(_names(len(layers)))
+    unnamed = set(model.state_dict()).difference(tensor_names(TENSORS, len(layers)))
     if convertible:
-        placeless -= {"lm_head.bias", "embedding_layer.positional_encoding.pe"}
-    for name in placeless:
-        yield f"there is no place for '{name}'"
+        unnamed -= {"lm_head.bias", "embedding_layer.positional_encoding.pe"}
+    for name in unnamed:
+        yield f"the format has no name for '{name}'"
 
 
 def config_json(model: "DecoderModel") -> dict[str, Any]:
-    """The content of config.json for a model that `check_gpt2` lets pass."""
+    """The content of config.json for a model that `check_gpt2` accepts."""
     table, block = model.embedding_layer, cast(TransformerBlock, model.transformer_blocks[0])
     V, H = table.token_embeddings.weight.shape
     layer = cast(Layer, block.fused())
@@ -497,7 +518,7 @@ def config_json(model: "DecoderModel") -> dict[str, Any]:
         layer_norm_epsilon=layer.norm1.eps,
         tie_word_embeddings=model.tie_word_embeddings,
     )
-    # GPT-2's own vocabulary ends with <|endoftext|>; what another's tokens mean is not known here.
+    # GPT-2's own vocabulary ends with <|endoftext|>; the tokens of others are not known here.
     end = 50256 if V == 50257 else None
     return {
         **config.model_dump(),

@@ -31,7 +31,7 @@ DISTILGPT2 = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer"
 def reference(**changes: Any) -> Any:
     """A `GPT2LMHeadModel` of transformers with random weights, biases and norms included.
 
-    They are so large that activations tell each other apart.
+    They are large enough to tell activations apart.
     """
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
@@ -42,8 +42,8 @@ def reference(**changes: Any) -> Any:
     return model
 
 
-def reopened(folder: Path) -> Any:
-    """What transformers makes of the folder; every tensor is there and none too many."""
+def load_in_transformers(folder: Path) -> Any:
+    """The model that transformers loads from the folder, without missing or unexpected tensors."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model, info = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -59,7 +59,7 @@ def assert_same_logits(ours: DecoderModel, theirs: Any) -> None:
 
 
 def make_model(**changes: Any) -> DecoderModel:
-    """One that GPT-2's format can express, with `changes` to its arguments."""
+    """A model that GPT-2's format can express, with `changes` to its arguments."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "pos_encoding_learned": True,
@@ -84,7 +84,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    """`edit` changes the tensors, or gives new ones."""
+    """`edit` changes the tensors, or returns new ones."""
     tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
     save_file(edit(tensors) or tensors, folder / "model.safetensors")
 
@@ -104,9 +104,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_transformers_and_we_give_the_same_logits_both_ways(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_same_logits_as_transformers_both_ways(tmp_path: Path, changes: dict[str, Any]) -> None:
     theirs = reference(**changes)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = DecoderModel.from_gpt2(tmp_path / "theirs")
@@ -115,11 +113,11 @@ def test_transformers_and_we_give_the_same_logits_both_ways(
     assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
     assert_same_logits(ours, theirs)
     ours.save_gpt2(tmp_path / "ours")
-    assert_same_logits(ours, reopened(tmp_path / "ours"))
+    assert_same_logits(ours, load_in_transformers(tmp_path / "ours"))
 
 
 def test_fine_tuning_as_transformers_does(tmp_path: Path) -> None:
-    """Loss and gradients, a tied weight's included, and what comes out after some steps."""
+    """Same loss, gradients (a tied weight's included), and model after some steps."""
     theirs = reference(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).train()
     theirs.save_pretrained(tmp_path)
     ours = DecoderModel.from_gpt2(tmp_path)
@@ -139,8 +137,8 @@ def test_fine_tuning_as_transformers_does(tmp_path: Path) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    ours.save_gpt2(tmp_path)  # over what was there
-    again = reopened(tmp_path)
+    ours.save_gpt2(tmp_path)  # over the existing files
+    again = load_in_transformers(tmp_path)
     assert again(ids, labels=ids).loss.item() == pytest.approx(ours.loss(ids, ids).item(), rel=1e-5)
     assert again(ids, labels=ids).loss < 0.8 * theirs(ids, labels=ids).loss
 
@@ -165,7 +163,7 @@ def test_names_and_masks_of_the_original_upload(folder: Path) -> None:
     def as_uploaded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 20, 20) for i in range(2)}
         masks["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
-        head = {"lm_head.weight": tensors["transformer.wte.weight"].clone()}  # equal, so no matter
+        head = {"lm_head.weight": tensors["transformer.wte.weight"].clone()}  # equal, so accepted
         return {n.removeprefix("transformer."): t for n, t in (tensors | masks | head).items()}
 
     edit_tensors(folder, as_uploaded)
@@ -174,7 +172,7 @@ def test_names_and_masks_of_the_original_upload(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["dict", "file", "object", "aliases"])
-def test_a_configuration_gives_random_weights_as_gpt2_starts(form: str, tmp_path: Path) -> None:
+def test_a_configuration_gives_gpt2s_initial_weights(form: str, tmp_path: Path) -> None:
     given = {**CONFIG, "n_embd": 64, "n_layer": 8, "embd_pdrop": 0.3, "attn_pdrop": 0.2}
     source: Any = {key: value for key, value in given.items() if key != "model_type"}
     if form == "file":
@@ -218,7 +216,7 @@ def test_dtypes_and_devices(tmp_path: Path) -> None:
     assert double.lm_head.weight is double.embedding_layer.token_embeddings.weight
 
 
-def test_what_is_written(tmp_path: Path) -> None:
+def test_saved_files(tmp_path: Path) -> None:
     model = make_model(
         tie_word_embeddings=True,
         mlp_intermediate_size=30,
@@ -258,12 +256,12 @@ def test_what_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scale_attn_weights": False}, "scale_attn_weights: .*must be True, since .*sqrt"),
+        ({"scale_attn_weights": False}, "scale_attn_weights: .*must be True, because .*sqrt"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: .*alike in"),
         ({"add_cross_attention": True}, "add_cross_attention: .*there is no encoder"),
         ({"activation_function": "quick_gelu"}, "activation_function: .*gelu_new.*'quick_gelu'"),
         ({"model_type": "gpt_neo"}, "model_type: .*'gpt2' .*'gpt_neo'"),
-        ({"n_head": 5}, r"n_head: .*n_embd \(24\) must be divisible by it \(got 5\)"),
+        ({"n_head": 5}, r"n_head: .*n_embd \(24\) must be divisible by n_head \(got 5\)"),
         ({"n_layer": 0}, "n_layer: "),
         ({"n_layer": 10**9}, "n_layer: "),
         ({"n_embd": "24"}, "n_embd: .*integer"),
@@ -273,9 +271,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_configurations_that_we_cannot_compute(
-    folder: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_unsupported_configurations(folder: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(folder, **changes)
     for source in (folder, folder / "config.json", {**CONFIG, **changes}):
         with pytest.raises(ValueError, match=message):
@@ -284,8 +280,8 @@ def test_configurations_that_we_cannot_compute(
         DecoderModel.from_gpt2(str(folder))
 
 
-def test_a_file_must_say_that_it_is_gpt2s(folder: Path) -> None:
-    """Such as a run's config.json, none of whose keys is GPT-2's."""
+def test_a_file_must_have_gpt2s_model_type(folder: Path) -> None:
+    """A run's config.json, for example, has none of GPT-2's keys."""
     (folder / "config.json").write_text('{"file_path": "book.txt"}')
     with pytest.raises(ValueError, match=r"config.json: model_type: Field required"):
         DecoderModel.from_gpt2(folder)
@@ -334,12 +330,12 @@ BLOCK = "transformer.h.1.mlp.c_fc.weight"
         ),
         (
             lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}),
-            "'lm_head.weight' differs from 'wte.weight', and config.json says tie_word_embeddings",
+            "'lm_head.weight' differs from 'wte.weight', but config.json says tie_word_embeddings",
         ),
     ],
     ids="missing turned layer unexpected head".split(),
 )
-def test_tensors_that_do_not_fit(folder: Path, edit: Callable[..., Any], message: str) -> None:
+def test_tensors_that_do_not_match(folder: Path, edit: Callable[..., Any], message: str) -> None:
     edit_tensors(folder, edit)
     with pytest.raises(ValueError, match=message):
         DecoderModel.from_gpt2(folder)
@@ -349,7 +345,7 @@ def test_tensors_that_do_not_fit(folder: Path, edit: Callable[..., Any], message
 def test_a_configuration_of_other_weights_allocates_nothing(
     folder: Path, changes: dict[str, int]
 ) -> None:
-    """n_embd is given as well, so that it would be terabytes."""
+    """With the n_embd given here, allocating would take terabytes."""
     edit_config(folder, **changes, n_embd=2**20)
     with pytest.raises(ValueError, match=r"'wte.weight' is \[61, 24\], expected \["):
         DecoderModel.from_gpt2(folder)
@@ -368,16 +364,16 @@ def test_an_untied_model_needs_its_head(folder: Path) -> None:
         ({"pos_encoding_learned": False}, "positions are sinusoidal"),
         ({"scale_embeddings": True}, r"multiplied by sqrt\(H\)"),
         ({"lm_head_bias": True}, "head has a bias"),
-        ({"qkv_bias": False}, "in its blocks has no bias"),
-        ({"mlp_bias": False}, "in its blocks has no bias"),
+        ({"qkv_bias": False}, "in its blocks lacks a bias"),
+        ({"mlp_bias": False}, "in its blocks lacks a bias"),
         ({"mlp_activation": "leaky_relu"}, "its activation is leaky_relu"),
         ({"mlp_activation": nn.Tanh()}, "transformer_blocks.0.mlp.activation, a Tanh"),
-        ({"mlp_activation": nn.LeakyReLU(0.3)}, "not put together"),
+        ({"mlp_activation": nn.LeakyReLU(0.3)}, "not assembled"),
         ({"is_causal": False}, "not causal"),
     ],
     ids=str,
 )
-def test_models_that_the_format_cannot_express(
+def test_models_that_gpt2s_format_cannot_express(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"cannot express this model: .*{message}"):
@@ -446,18 +442,18 @@ def no_norm(model: DecoderModel) -> None:
         (replace_linear, "transformer_blocks.1.mlp.fc1 is a Scaled, not a Linear"),
         (replace_mlp, "transformer_blocks.0.mlp is a Linear, not a MLP"),
         (hook, "transformer_blocks.1, a TransformerBlock, .*a hook"),
-        (patch, "the model is a DecoderModel: .*a patched forward"),
-        (subclass, "the model is a Mine: a subclass of DecoderModel"),
+        (patch, "the model, a DecoderModel, .*a patched forward"),
+        (subclass, "the model, a Mine, is not a plain DecoderModel: it is a subclass"),
         (other_width, "blocks differ in heads, MLP width"),
-        (other_vocabulary, "sizes of its layers do not fit"),
-        (add, "no place for 'extra"),
+        (other_vocabulary, "sizes of its layers do not match"),
+        (add, "no name for 'extra"),
         (half, "parameters differ in type: torch.bfloat16, torch.float32"),
         (no_blocks, "no blocks"),
         (no_norm, "Post-LN"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_changed_models_that_the_format_cannot_express(
+def test_modified_models_that_gpt2s_format_cannot_express(
     tmp_path: Path, change: Callable[[DecoderModel], None], message: str
 ) -> None:
     model = make_model()
@@ -469,7 +465,7 @@ def test_changed_models_that_the_format_cannot_express(
 
 
 @pytest.mark.parametrize("fail_at", ["save_file", "flush"])
-def test_a_failing_disk_leaves_what_was_there(
+def test_a_failing_disk_leaves_the_existing_files(
     folder: Path, fail_at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -486,7 +482,7 @@ def test_a_failing_disk_leaves_what_was_there(
 
 @torch.no_grad()
 def assert_converted(model: DecoderModel) -> DecoderModel:
-    """Makes a GPT-2 of the model, in which errors are those of rounding alone."""
+    """Converts the model in float64, where any error beyond rounding shows."""
     for parameter in model.parameters():
         parameter += torch.randn_like(parameter) / 4
     model.double().eval()
@@ -502,8 +498,8 @@ def assert_converted(model: DecoderModel) -> DecoderModel:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
-def test_models_of_our_own_become_gpt2(activation: str, tied: bool) -> None:
-    """With a factor for the embeddings, sinusoidal positions and a bias of the head."""
+def test_models_with_fastllms_defaults_become_gpt2(activation: str, tied: bool) -> None:
+    """Scaled embeddings, sinusoidal positions and a head with a bias."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"mlp_activation": activation, "tie_word_embeddings": tied}
     model = DecoderModel(61, 24, 2, 4, 20, norm_eps=1e-2, padding_idx=60, **settings)
@@ -521,12 +517,12 @@ def test_models_of_our_own_become_gpt2(activation: str, tied: bool) -> None:
     ],
     ids=["none", "scale", "sinusoids", "bias", "several"],
 )
-def test_conversion_changes_no_more_than_it_must(changes: dict[str, Any]) -> None:
+def test_conversion_widens_only_for_a_bias_of_the_head(changes: dict[str, Any]) -> None:
     result = assert_converted(make_model(**changes))
     assert result.hidden_size == (28 if changes.get("lm_head_bias") else 24)
 
 
-def test_a_bias_of_zeros_takes_no_width() -> None:
+def test_a_bias_of_zeros_does_not_widen() -> None:
     model = make_model(lm_head_bias=True)
     nn.init.zeros_(model.lm_head.bias)
     assert gpt2.convert_to_gpt2(model).hidden_size == 24
@@ -538,16 +534,16 @@ def test_a_bias_of_zeros_takes_no_width() -> None:
         ({"norm_first": False, "pos_encoding_learned": False}, "Post-LN"),
         ({"mlp_activation": "leaky_relu"}, "its activation is leaky_relu"),
         ({"is_causal": False}, "not causal"),
-        ({"qkv_bias": False}, "in its blocks has no bias"),
+        ({"qkv_bias": False}, "in its blocks lacks a bias"),
     ],
     ids=str,
 )
-def test_what_cannot_be_converted(changes: dict[str, Any], message: str) -> None:
+def test_models_that_cannot_be_converted(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"cannot express this model: .*{message}"):
         gpt2.convert_to_gpt2(make_model(**changes))
 
 
-def test_what_is_attached_is_not_lost_in_the_conversion() -> None:
+def test_a_model_with_a_hook_is_not_converted() -> None:
     model = make_model(scale_embeddings=True)
     model.transformer_blocks[0].register_forward_hook(lambda *arguments: None)
     with pytest.raises(ValueError, match="a hook, a patched forward or the like"):
