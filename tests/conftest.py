@@ -1,4 +1,4 @@
-"""What the tests share: the parity rule, instruction sets, texts, and a small run to start from."""
+"""Shared by the tests: the parity rule, instruction sets, texts, and a small run."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +27,11 @@ needs_extension = pytest.mark.skipif(
 def assert_as_accurate(actual: Tensor, plain: Tensor, oracle: Tensor, name: str = "") -> None:
     """The error of `actual` is at most twice that of plain PyTorch plus 1e-6 of the scale.
 
-    `oracle` is the reference in float64. Where it is not a number or infinite, so must `actual` be.
+    `oracle` is the reference in float64. Its NaNs and infinities must be in `actual` too.
     """
     assert actual.shape == oracle.shape
     finite = oracle.isfinite()
-    # Infinities with their signs, and numbers that are none: nan_to_num tells them apart.
+    # nan_to_num tells NaN and the two infinities apart.
     special = actual.double()[~finite].nan_to_num(nan=0.0), oracle[~finite].nan_to_num(nan=0.0)
     assert torch.equal(*special), f"{name} differs where the oracle is not finite"
     error = (actual.double() - oracle)[finite].abs().max().item() if finite.any() else 0.0
@@ -43,7 +43,7 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, oracle: Tensor, name: str 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Whatever the operations allocate is not a number until somebody writes it."""
+    """Memory that the operations allocate is NaN until it is written."""
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*arguments: Any, **keywords: Any) -> Tensor:
@@ -64,16 +64,16 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def factors() -> list[float]:
-    """What to multiply the inputs of a parity test by, one after the other.
+    """Factors for the inputs of a parity test, one for each run.
 
-    The few digits of bf16 may be right by luck, above all those of a single number such as a loss.
-    So errors there are the largest of several runs, each rounded in another way.
+    The few digits of bf16 may be right by luck, above all in a single number such as a loss. So
+    errors in bf16 are the largest of several runs, which round differently.
     """
     return [1 + i / 50 for i in range(8)] if torch.is_autocast_enabled("cpu") else [1.0]
 
 
 def stacked(runs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """What several runs gave, each result side by side."""
+    """The results of several runs, stacked one by one."""
     return [torch.stack(results) for results in zip(*runs, strict=True)]
 
 
@@ -82,9 +82,9 @@ def assert_parity(
 ) -> None:
     """The C++ kernel's output and every gradient are as accurate as plain PyTorch's.
 
-    An element that the kernel does not write fails as well. Infinite inputs make a gradient a sum
-    of infinities, which is one of them or not a number by the order in which it is taken: without
-    `kinds_of_gradients` one may stand for the other, but for nothing finite.
+    An element that the kernel does not write fails as well. With infinite inputs a gradient is a
+    sum of infinities: infinite or NaN, depending on the order. Without `kinds_of_gradients` either
+    may replace the other, but not a finite number.
     """
 
     def run(implementation: str, dtype: torch.dtype, factor: float) -> list[Tensor]:
@@ -96,7 +96,7 @@ def assert_parity(
             return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
     kinds = (("cpu", torch.float32), ("ref", torch.float32), ("ref", torch.float64))
-    # An infinity times a number that rounding brings to the other side of 0 changes its sign.
+    # An infinity changes its sign if rounding moves its factor across 0.
     all_factors = factors() if kinds_of_gradients else [1.0]
     results = (stacked([run(*kind, factor) for factor in all_factors]) for kind in kinds)
     for i, (actual, plain, oracle) in enumerate(zip(*results, strict=True)):
@@ -110,7 +110,7 @@ def assert_parity(
 def with_others_fixed(
     function: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: int
 ) -> Callable[[Tensor], Tensor]:
-    """A function of one of its tensors, while no gradient by the others is wanted."""
+    """A function of one of its tensors; the others get no gradient."""
 
     def run(alone: Tensor) -> Tensor:
         return function(
@@ -121,7 +121,7 @@ def with_others_fixed(
 
 
 def assert_same_bits(run: Callable[[], Sequence[Tensor]]) -> None:
-    """`run` gives the same bits for any number of threads, and whenever it is repeated."""
+    """`run` gives the same bits for any number of threads and on every repeat."""
     expected = None
     for count in (1, 2, 3, 4, 8):
         torch.set_num_threads(count)
@@ -140,49 +140,49 @@ def bits(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], Sequ
     def run() -> Sequence[Tensor]:
         with use("cpu"):
             out = function(*inputs)
-            # Not the same for all elements, and a function of the bits alone.
+            # Differs between elements and depends only on the bits of the output.
             return [out, *torch.autograd.grad(out, inputs, out.detach().cos())]
 
     return run
 
 
-# What no computation should turn into a number.
+# Values that no computation may turn into a finite number.
 BAD = (math.nan, math.inf, -math.inf)
 
-# Ways in which the elements of a tensor can lie in memory.
+# Memory layouts of a tensor.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
     "stepped": lambda t: torch.stack((t, torch.zeros_like(t)), -1).flatten(-2)[..., ::2],
     "sliced": lambda t: torch.cat((t, t), -1)[..., t.size(-1) :],
-    # In the middle of a storage, at an address that is no multiple of anything but 4.
+    # In the middle of a storage, at an address aligned to 4 bytes only.
     "offset": lambda t: torch.cat((torch.zeros(5), t.flatten()))[5:].view(t.shape),
 }
 
 
-# Shapes of masks that can be broadcast to [B, N, S, T].
+# Shapes of masks that broadcast to [B, N, S, T].
 MASKS = "T ST 1T S1 NST 1ST N11 BNST B11T B1ST 1NST 11ST BN1T BNS1 1111".split()
 
 
 def named_sizes(letters: str, **sizes: int) -> list[int]:
-    """The shape that `letters` stand for, each a size of that name, or 1."""
+    """The shape spelt by `letters`: each is the size of that name, or 1."""
     return [1 if letter == "1" else sizes[letter] for letter in letters]
 
 
 def shape_name(letters: str) -> Callable[[tuple[int, ...]], str]:
-    """Makes a test's id of the sizes it is run with: `B1-N2-S63-D64`."""
+    """A function from sizes to a test's id: `B1-N2-S63-D64`."""
     return lambda sizes: "-".join(f"{l}{size}" for l, size in zip(letters, sizes, strict=True))
 
 
 @pytest.fixture(params=dispatch.kernels.isas() if dispatch.kernels else ["none"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with the kernels of every instruction set that this CPU has."""
+    """Runs the test once for every instruction set of this CPU."""
     with isa_in_use(request.param):
         yield request.param
 
 
 @contextmanager
 def isa_in_use(isa: str) -> Iterator[None]:
-    """Runs the kernels of this instruction set; skips the test where there are none."""
+    """Runs the kernels of this instruction set; skips the test without the extension."""
     if dispatch.kernels is None:
         pytest.skip(f"no C++ kernels: {dispatch.extension_problem}")
     before = dispatch.kernels.isa()
@@ -197,7 +197,7 @@ def isa_in_use(isa: str) -> Iterator[None]:
 def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with the kernels of every instruction set in fp32, and once in bf16.
 
-    In bf16 plain PyTorch is the reference under autocast; what is in float64 stays in float64.
+    In bf16, autocast applies to the reference too; float64 stays float64.
     """
     if request.param != "bf16":
         with isa_in_use(request.param):

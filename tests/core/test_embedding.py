@@ -64,7 +64,7 @@ def test_embedding_may_stay_unscaled(implementation: str) -> None:
     with fastllm.use(implementation):
         assert torch.equal(layer(ids), expected)
         layer.token_embeddings.register_forward_hook(lambda *_: None)
-        assert torch.equal(layer(ids), expected)  # by modules
+        assert torch.equal(layer(ids), expected)  # through the modules
 
 
 def test_padding_row_gets_no_gradient() -> None:

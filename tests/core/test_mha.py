@@ -90,7 +90,7 @@ def test_dropout_on_weights_and_output_only_in_training() -> None:
     x = torch.randn(2, 5, 16)
     assert not torch.equal(mha(x), mha(x))
     assert torch.equal(mha.eval()(x), mha(x))
-    # Without the output's dropout, the weights' is still there.
+    # The dropout of the weights remains without that of the output.
     mha.train()
     mha.dropout = nn.Dropout(0.0)
     assert not torch.equal(mha(x), mha(x))

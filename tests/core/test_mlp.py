@@ -17,7 +17,7 @@ from fastllm import MLP
     ],
 )
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (2, 2, 3, 8)], ids=str)
-def test_computes_what_its_layers_say(name: str, function, shape: tuple[int, ...]) -> None:
+def test_computes_its_layers_in_order(name: str, function, shape: tuple[int, ...]) -> None:
     mlp = MLP(8, activation=name, dropout_p=0.0, include_norm_residual=False)
     x = torch.randn(shape)
     assert torch.allclose(mlp(x), mlp.fc2(function(mlp.fc1(x))), atol=1e-6)
@@ -53,7 +53,7 @@ def test_dropout_lies_between_activation_and_fc2() -> None:
         mlp.fc2.weight.fill_(1.0)
         mlp.fc2.bias.fill_(0.5)
     out = mlp(torch.zeros(1, 8))
-    # A sum of 4000 units that are 0 or 2 with equal chance, the same for every output.
+    # A sum of 4000 units, each 0 or 2 with equal probability; all outputs are equal.
     assert torch.equal(out, out[:, :1].expand(1, 8))
     assert abs(out[0, 0].item() - 4000.5) < 5 * 4000**0.5
     assert mlp.eval()(torch.zeros(1, 8))[0, 0].item() == 4000.5

@@ -1,4 +1,4 @@
-"""What is dropped into other people's code: each module with an input, and what it must equal."""
+"""Modules as users drop them into their own code, each with an input, and the reference results."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from tests.conftest import assert_as_accurate
 class Kind(NamedTuple):
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]  # of the input: hidden states, or ids [B, S]
-    kernels: set[str]  # those that a step of training calls
+    kernels: set[str]  # called by a training step
 
 
 def model() -> DecoderModel:
@@ -35,7 +35,7 @@ KINDS = {
         (2, 5, 16),
         {"mlp_fwd", "mlp_bwd", "multi_head_attention_fwd", "multi_head_attention_bwd"},
     ),
-    # Twenty-four sequences are enough for the whole model as one operation, three are not.
+    # The whole model runs as one operation with 24 sequences, but not with 3.
     "model-whole": Kind(model, (24, 12), {"decoder_loss"}),
     "model-by-operation": Kind(
         model,
@@ -61,7 +61,7 @@ each_layer = pytest.mark.parametrize("kind", LAYERS)
 
 
 class Case:
-    """A module with dropout and an input for it: the same ones for every dtype."""
+    """A module with dropout and its input, with the same values for every dtype."""
 
     def __init__(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
         build, shape, self.kernels = KINDS[kind]
@@ -78,7 +78,7 @@ class Case:
             self.x = torch.randn(shape).to(dtype).requires_grad_()
 
     def loss(self, seed: int = 0, module: Callable[..., Tensor] | None = None) -> Tensor:
-        """A scalar; the seed names the dropout masks."""
+        """A scalar; the seed fixes the dropout masks."""
         torch.manual_seed(seed)
         if isinstance(self.module, DecoderModel):
             return self.module.loss(self.x, self.x)
@@ -94,7 +94,7 @@ Scenario = Callable[[Case], dict[str, Tensor | None]]
 
 
 def assert_like_reference(kind: str, scenario: Scenario, calls: "Calls") -> None:
-    """The kernels are used without being asked for, and give what the reference gives."""
+    """The kernels run by default and match the reference."""
     results = []
     for implementation, dtype in (
         ("auto", torch.float32),
@@ -118,13 +118,13 @@ def assert_like_reference(kind: str, scenario: Scenario, calls: "Calls") -> None
 
 
 class Calls(list[tuple[str, tuple]]):
-    """Every call of a kernel since the last `clear`: its name and its arguments."""
+    """Name and arguments of every kernel call since the last `clear`."""
 
     def names(self) -> set[str]:
         return {name for name, _ in self}
 
     def grad_addresses(self) -> list[int]:
-        """Where kernels were told to write gradients; nothing is computed for those left out."""
+        """Where kernels were told to write gradients; they compute no others."""
         written: list[int] = []
         for name, arguments in self:
             if name == "decoder_loss":
@@ -134,7 +134,7 @@ class Calls(list[tuple[str, tuple]]):
         return [address for address in written if address]
 
     def kept_addresses(self) -> list[int]:
-        """Where kernels were told to keep something for a backward."""
+        """Where kernels were told to save something for the backward."""
         written: list[int] = []
         for name, arguments in self:
             if name == "mlp_fwd":
@@ -152,7 +152,7 @@ def flat(value: object) -> list[int]:
 
 
 class Spy:
-    """Stands in for the extension and notes what is called."""
+    """Replaces the extension and records the calls."""
 
     def __init__(self, calls: Calls) -> None:
         self.calls = calls

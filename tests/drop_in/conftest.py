@@ -19,7 +19,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The cases are tiny: threads would mostly wait for each other."""
+    """The cases are tiny; more threads would mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,7 +1,6 @@
-"""What people attach to modules or put in their place is honoured by every module of ours.
+"""Every module honours what users attach to its submodules or put in their place.
 
-A submodule replaced by one of a class unknown to us is called as it is, so that is what hooks and
-patches are compared with.
+Hooks and patches are compared with a replacement of an unknown class, which is never fused.
 """
 
 from collections.abc import Callable
@@ -41,7 +40,7 @@ LINEAR = {
 
 
 class Wrapped(nn.Module):
-    """Does something to what goes into a module, what comes out, and the gradient."""
+    """Changes a module's input, output or gradient."""
 
     def __init__(self, base: nn.Module, which: str) -> None:
         super().__init__()
@@ -126,7 +125,7 @@ def test_global_hooks_see_every_module(kind: str) -> None:
 
 @each_kind
 def test_tensor_hooks_on_parameters(kind: str, calls: Calls) -> None:
-    """They see and change the gradients that the kernels give."""
+    """They see and change the kernels' gradients."""
 
     def scenario(case: Case) -> dict[str, Tensor | None]:
         for parameter in case.module.parameters():
@@ -139,7 +138,7 @@ def test_tensor_hooks_on_parameters(kind: str, calls: Calls) -> None:
 
 @each_kind
 def test_optimizer_inside_the_backward(kind: str, calls: Calls) -> None:
-    """A hook on each parameter takes the step and gives the gradient up, to save memory."""
+    """A hook on each parameter takes the step and frees the gradient, to save memory."""
 
     def scenario(case: Case) -> dict[str, Tensor | None]:
         def step(parameter: Tensor) -> None:
@@ -175,7 +174,7 @@ def pruned(module: nn.Module) -> None:
 @pytest.mark.parametrize("attach", [new_weight_norm, old_weight_norm, pruned])
 @pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated")
 def test_parametrizations(kind: str, attach: Callable[[nn.Module], None]) -> None:
-    """The weights that result, set by hand, give the same loss."""
+    """Setting the resulting weights by hand gives the same loss."""
     case, by_hand = Case(kind), Case(kind)
     module = case.module.get_submodule(LINEAR[kind])
     attach(module)
@@ -196,7 +195,7 @@ def test_functional_call_differentiates_by_the_parameters_given(kind: str, calls
         others = {
             name: (p.detach() * 1.1).requires_grad_() for name, p in case.module.named_parameters()
         }
-        # A model's loss is a method of its own, so it is called from a module around it.
+        # The loss of a model is not its `forward`, so a module around it calls it.
         wrapper = Loss(case)
         given = {f"module.{name}": p for name, p in others.items()}
         torch.func.functional_call(wrapper, given, ()).backward()
@@ -216,7 +215,7 @@ class Loss(nn.Module):
 
 
 @each_layer
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own doing
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # raised by PyTorch itself
 def test_transforms(kind: str) -> None:
     """`grad`, `vmap` and `jvp` agree with ordinary gradients and loops."""
     case = Case(kind)
@@ -243,7 +242,7 @@ def test_transforms(kind: str) -> None:
 
 
 @each_layer
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own doing
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # raised by PyTorch itself
 def test_forward_mode(kind: str) -> None:
     case = Case(kind)
     case.module.eval()
@@ -258,7 +257,7 @@ def test_forward_mode(kind: str) -> None:
 
 @each_model
 def test_a_list_that_leaves_blocks_out_is_asked(kind: str) -> None:
-    """Such as LayerDrop (Fan et al. 2019), which goes through some of the blocks each time."""
+    """For example LayerDrop (Fan et al. 2019), which runs some of the blocks each time."""
 
     class FirstOnly(nn.ModuleList):
         def __iter__(self):
@@ -274,7 +273,7 @@ def test_a_list_that_leaves_blocks_out_is_asked(kind: str) -> None:
 
 @each_model
 def test_weights_kept_elsewhere_are_found(kind: str) -> None:
-    """A weight that another network computes is no parameter; positions may become one."""
+    """A weight computed by another network is not a parameter; positions may become one."""
     expected = Case(kind)
     expected.loss().backward()
     for name in ("embedding_layer.token_embeddings", "lm_head", "transformer_blocks.0.mlp.fc1"):
@@ -339,7 +338,7 @@ def test_loss_lies_beside_the_parameters_whatever_the_default_device(kind: str) 
 def test_parts_of_another_class_that_we_know(
     kind: str, part: str, build: Callable[[], nn.Module]
 ) -> None:
-    """They are called as they are, although operations could stand for them elsewhere."""
+    """They are called as they are, although elsewhere they would be fused."""
 
     def loss(implementation: str) -> Tensor:
         case = Case(kind)

@@ -1,4 +1,4 @@
-"""Backwards as people write them: accumulated, scaled, repeated, with parameters frozen."""
+"""Backward passes as users write them: accumulated, scaled, repeated, with frozen parameters."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_gradients(kind: str, scenario: Scenario, calls: Calls) -> None:
 
 @each_layer
 def test_expanded_gradient_of_a_sum(kind: str, calls: Calls) -> None:
-    """`sum` hands back one number expanded to the output's shape."""
+    """The gradient of `sum` is one number expanded to the output's shape."""
 
     def scenario(case: Case) -> dict[str, Tensor | None]:
         torch.manual_seed(0)
@@ -107,7 +107,7 @@ def test_gradients_handed_out_are_never_overwritten(
 ) -> None:
     expected = Case(kind)
     expected.loss(0).backward()
-    if large:  # memory of large gradients is used again
+    if large:  # memory of large gradients is reused
         monkeypatch.setattr(parameters, "LARGE", 8)
     case = Case(kind)
     case.loss(0).backward()
@@ -128,7 +128,7 @@ def test_memory_of_large_gradients_is_used_again(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parameters, "LARGE", 8)
-    dispatch.kernels.Memory(12345)  # a size that nobody has: what lies idle is given up
+    dispatch.kernels.Memory(12345)  # a size not in the free list empties it
     case = Case(kind)
     if not case.is_model:
         case.x.requires_grad_(False)
@@ -139,7 +139,7 @@ def test_memory_of_large_gradients_is_used_again(
         addresses = {
             parameter.grad.data_ptr()  # type: ignore[union-attr]
             for name, parameter in case.module.named_parameters()
-            if "pos_embedding" not in name  # whose gradient PyTorch widens to the whole table
+            if "pos_embedding" not in name  # PyTorch widens its gradient to the whole table
         }
         if seed == 5:
             assert addresses <= before
@@ -148,7 +148,7 @@ def test_memory_of_large_gradients_is_used_again(
 
 @each_model
 def test_gradients_may_be_changed_though_the_graph_is_kept(kind: str) -> None:
-    """A model's gradients are computed in the forward; those handed out are the caller's own."""
+    """A model computes gradients in its forward; the caller gets copies."""
     case = Case(kind)
     weights = list(case.module.parameters())
     loss = case.loss()
@@ -177,7 +177,7 @@ def test_gradients_may_be_changed_though_the_graph_is_kept(kind: str) -> None:
     ids=" ".join,
 )
 @each_model
-def test_frozen_parameters_get_nothing_and_the_others_what_they_got_before(
+def test_frozen_parameters_get_no_gradient_and_the_others_the_same_as_before(
     kind: str, trainable: list[str], calls: Calls
 ) -> None:
     free = Case(kind)
@@ -193,8 +193,8 @@ def test_frozen_parameters_get_nothing_and_the_others_what_they_got_before(
             assert torch.equal(parameter.grad, expected[name]), name  # type: ignore[arg-type]
         else:
             assert parameter.grad is None, name
-    # Of a norm the kernels give both gradients or neither; hidden states' come on top in the
-    # route by operation, one for each operation after the first that learns.
+    # The kernels compute both gradients of a norm or neither. By operation, gradients of hidden
+    # states are added: one for each operation after the first trained one.
     learning = {
         name.rsplit(".", 1)[0] if "norm" in name else name
         for name, parameter in case.module.named_parameters()
@@ -207,7 +207,7 @@ def test_frozen_parameters_get_nothing_and_the_others_what_they_got_before(
 
 @each_model
 def test_nothing_before_the_first_trained_layer_is_differentiated(kind: str, calls: Calls) -> None:
-    """With all but the head frozen, no layer runs backward, and nothing is kept for it."""
+    """With all but the head frozen, no layer runs backward or saves anything for it."""
     case = Case(kind)
     case.module.requires_grad_(False)
     case.module.lm_head.requires_grad_(True)
@@ -232,7 +232,7 @@ class LowRank(nn.Module):
 
 @each_kind
 def test_low_rank_layers_learn_alone(kind: str, calls: Calls) -> None:
-    """Compared with the same weights merged: the gradients of a product by the chain rule."""
+    """Compared with merged weights: the chain rule gives the gradients of the two factors."""
     merged, case = Case(kind), Case(kind)
     name = {"mlp": "fc1", "attention": "qkv_proj", "block": "self_attn.out_proj"}.get(
         kind, "transformer_blocks.1.mlp.fc2"
@@ -278,12 +278,12 @@ def test_only_the_parameters_want_a_gradient(kind: str, calls: Calls) -> None:
     for name, grad in free.grads().items():
         if name != "input":
             assert torch.equal(case.grads()[name], grad), name  # type: ignore[arg-type]
-    between = len(case.kernels) // 2 - 1  # gradients by what one operation gives the next
+    between = len(case.kernels) // 2 - 1  # gradients of the states between operations
     assert len(calls.grad_addresses()) == len(list(case.module.parameters())) + between
 
 
 @each_kind
-def test_nobody_wants_a_gradient(kind: str, calls: Calls) -> None:
+def test_no_gradient_is_wanted(kind: str, calls: Calls) -> None:
     case = Case(kind)
     case.module.requires_grad_(False)
     if not case.is_model:
@@ -343,7 +343,7 @@ def test_tied_weights_stay_tied_through_the_optimizer(kind: str) -> None:
 def test_large_gradients_of_a_tied_weight_add_up_in_place(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fresh memory for the sum would cost a page fault for every 4 kB, step after step."""
+    """Fresh memory for the sum would cost a page fault per 4 kB in every step."""
     monkeypatch.setattr(parameters, "LARGE", 8)
     made: list[int] = []
     original = torch.frombuffer
@@ -362,7 +362,7 @@ def test_large_gradients_of_a_tied_weight_add_up_in_place(
 
 
 @each_model
-def test_a_block_that_stands_twice_gets_the_sum(kind: str, calls: Calls) -> None:
+def test_a_block_used_twice_gets_the_sum(kind: str, calls: Calls) -> None:
     def scenario(case: Case) -> dict[str, Tensor | None]:
         case.module.transformer_blocks[1] = case.module.transformer_blocks[0]
         case.loss().backward()
@@ -402,7 +402,7 @@ def test_second_derivatives_are_refused_by_the_kernels_and_given_by_the_referenc
 
 @each_kind
 def test_second_derivatives_of_modules(kind: str) -> None:
-    """A gradient penalty: refused with the remedy, and the remedy works."""
+    """A gradient penalty is refused with a remedy, and the remedy works."""
     case = Case(kind)
     weight = next(p for p in case.module.parameters() if p.ndim == 2)
     with pytest.raises(RuntimeError, match=r'fastllm.use\("ref"\)'):

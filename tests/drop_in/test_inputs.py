@@ -1,4 +1,4 @@
-"""Inputs and parameters of every sort: what the kernels take, and what they decline and why."""
+"""Inputs and parameters of every sort: what the kernels accept, and why they decline the rest."""
 
 from collections.abc import Callable
 
@@ -52,7 +52,7 @@ def test_meta_tensors_fall_to_the_reference(kind: str, calls: Calls) -> None:
 @each_kind
 def test_parameters_that_are_not_contiguous(kind: str, calls: Calls) -> None:
     def scenario(case: Case) -> dict[str, Tensor | None]:
-        if kind == "model-whole":  # the operation as a whole declines, those inside take copies
+        if kind == "model-whole":  # the fused model declines; its operations make copies
             case.kernels = Case("model-by-operation").kernels
         for parameter in case.module.parameters():
             if parameter.ndim == 2:
@@ -158,10 +158,8 @@ def test_ids_and_labels_of_other_integers(kind: str, dtype: torch.dtype, calls: 
 
 @each_model
 @pytest.mark.parametrize("change", [lambda ids: ids + 0.5, lambda ids: ids > 3])
-def test_what_are_no_integers_are_no_ids(
-    kind: str, change: Callable[[Tensor], Tensor], calls: Calls
-) -> None:
-    """As in plain PyTorch; a fraction is not cut off in silence."""
+def test_ids_must_be_integers(kind: str, change: Callable[[Tensor], Tensor], calls: Calls) -> None:
+    """As in plain PyTorch; fractions are not truncated silently."""
     case = Case(kind)
     for ids, labels in ((change(case.x), case.x), (case.x, change(case.x))):
         with pytest.raises(RuntimeError, match="dtype|scalar types"):
@@ -178,12 +176,12 @@ def test_ids_out_of_range_are_named_before_anything_is_computed(
     outside[1, 5] = wrong
     with pytest.raises(IndexError, match=f"Token id {wrong} is outside the vocabulary of 11"):
         case.module.loss(outside, case.x)
-    assert calls.names() <= {"decoder_loss"}  # which looks at the ids first
+    assert calls.names() <= {"decoder_loss"}  # it checks the ids first
     with pytest.raises(IndexError, match=f"Token id {wrong} is outside the vocabulary of 11"):
         case.module.loss(case.x, outside)
     assert "linear_cross_entropy" not in calls.names()
     first = case.x.clone()
-    first[:, 0] = wrong  # of the labels it is no target
+    first[:, 0] = wrong  # the first label is not a target
     assert torch.equal(case.module.eval().loss(case.x, first), case.loss())
 
 
@@ -197,8 +195,8 @@ def test_sequences_may_not_be_longer_than_the_model(kind: str, calls: Calls) -> 
 
 
 @each_model
-def test_ids_and_labels_elsewhere_are_not_read(kind: str, calls: Calls) -> None:
-    """Their address is none; what PyTorch makes of them is its own affair."""
+def test_ids_and_labels_on_another_device_are_not_read(kind: str, calls: Calls) -> None:
+    """Meta tensors have no address; PyTorch decides which error to raise."""
     case = Case(kind)
     with pytest.raises((RuntimeError, NotImplementedError)):
         case.module.loss(case.x, case.x.to("meta"))
@@ -255,7 +253,7 @@ BLOCK = "transformer_blocks.1"
 def test_sizes_that_do_not_fit_are_refused_before_memory_is_read(
     kind: str, change: Callable[[nn.Module], None]
 ) -> None:
-    """The kernels know addresses alone and would read, and write, beyond them."""
+    """The kernels see only addresses and would read and write out of bounds."""
     case = Case(kind)
     change(case.module)
     with pytest.raises((RuntimeError, ValueError), match="(?i)size|shape|fit|divisible"):
@@ -297,7 +295,7 @@ class Scaled(nn.LayerNorm):
     ],
     ids=["tanh", "leaky-0.2", "sequential", "rms", "subclass", "no-bias", "no-affine"],
 )
-def test_what_the_kernels_do_not_know_goes_through_the_modules(
+def test_layers_unknown_to_the_kernels_go_through_the_modules(
     mlp: Callable[[], MLP], calls: Calls
 ) -> None:
     torch.manual_seed(0)
@@ -321,7 +319,7 @@ def test_an_unknown_activation_in_a_block_leaves_the_attention_to_its_kernel(
 
 
 @pytest.mark.parametrize("activation", [nn.GELU("tanh"), nn.LeakyReLU(), nn.ReLU(inplace=True)])
-def test_modules_that_the_kernels_know_are_used(activation: nn.Module, calls: Calls) -> None:
+def test_layers_known_to_the_kernels_are_fused(activation: nn.Module, calls: Calls) -> None:
     torch.manual_seed(0)
     module = MLP(16, activation=activation).eval()
     assert module.norm is not None
@@ -376,7 +374,7 @@ def test_asking_for_the_kernels_raises_with_the_reason_where_they_cannot_serve()
 
 @pytest.mark.parametrize("kind", ["attention", "block"])
 def test_a_mask_changed_before_the_backward_is_noticed(kind: str) -> None:
-    """As by plain PyTorch: the backward reads it again."""
+    """As in plain PyTorch: the backward reads the mask again."""
     case = Case(kind)
     mask = torch.rand(5, 5) < 0.3
     out = case.module(case.x, mask)
@@ -387,7 +385,7 @@ def test_a_mask_changed_before_the_backward_is_noticed(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["attention", "block"])
 def test_masks_of_every_shape(kind: str, calls: Calls) -> None:
-    """Every combination that broadcasts to [B, N, S, S]; one row is masked altogether."""
+    """Every combination that broadcasts to [B, N, S, S]; one row is fully masked."""
 
     def scenario(case: Case) -> dict[str, Tensor | None]:
         generator = torch.Generator().manual_seed(4)

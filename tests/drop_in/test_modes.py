@@ -1,4 +1,4 @@
-"""Modes and machinery of PyTorch around the modules: checkpointing, inference, copies, threads."""
+"""The modules under PyTorch's modes and machinery: checkpointing, inference, copies, threads."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ from tests.drop_in.cases import (
 @each_layer
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_gives_the_same_bits(kind: str, use_reentrant: bool, calls: Calls) -> None:
-    """Dropout included: the seeds are drawn again from the generator as it was."""
+    """Dropout included: seeds are drawn again from the restored generator."""
     expected = Case(kind)
     expected.loss().backward()
     case = Case(kind)
@@ -42,7 +42,7 @@ def test_checkpointing_gives_the_same_bits(kind: str, use_reentrant: bool, calls
 
 
 @each_model
-def test_checkpointing_runs_again_by_what_was_asked_for_in_the_forward(kind: str) -> None:
+def test_checkpointing_recomputes_with_the_implementation_of_the_forward(kind: str) -> None:
     """The `with` block may have ended before the backward."""
     grads = []
     for checkpointing in (False, True):
@@ -57,8 +57,8 @@ def test_checkpointing_runs_again_by_what_was_asked_for_in_the_forward(kind: str
 
 
 @each_kind
-def test_tensors_saved_elsewhere(kind: str) -> None:
-    """`save_on_cpu` and other hooks see what an operation keeps for the backward."""
+def test_saved_tensors_hooks(kind: str) -> None:
+    """`save_on_cpu` and other hooks see the tensors saved for the backward."""
     expected = Case(kind)
     expected.loss().backward()
     case, packed = Case(kind), []
@@ -73,7 +73,7 @@ def test_tensors_saved_elsewhere(kind: str) -> None:
 
 @each_kind
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_nothing_is_kept_and_the_result_is_the_same(
+def test_without_gradients_nothing_is_saved_and_the_result_is_the_same(
     kind: str, mode: type, calls: Calls
 ) -> None:
     expected = Case(kind).loss()
@@ -98,7 +98,7 @@ def test_parameters_made_in_inference_mode(kind: str, calls: Calls) -> None:
 
 
 @each_kind
-def test_evaluation_drops_nothing_and_training_does_again(kind: str, calls: Calls) -> None:
+def test_evaluation_has_no_dropout_and_training_has_it_again(kind: str, calls: Calls) -> None:
     case = Case(kind)
     training = case.loss()
     case.module.eval()
@@ -144,9 +144,9 @@ def test_state_dict_does_not_depend_on_what_ran(kind: str) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.filterwarnings("ignore")  # of what Dynamo cannot trace, which is as it should be
+@pytest.mark.filterwarnings("ignore")  # Dynamo cannot trace the kernels, as intended
 def test_compiled_block() -> None:
-    """With dropout, by PyTorch's default compiler, which takes about ten seconds for it."""
+    """With dropout, by PyTorch's default compiler, which takes about ten seconds."""
     results = []
     for compile_ in (False, True):
         case = Case("block")
@@ -159,7 +159,7 @@ def test_compiled_block() -> None:
 
 @each_kind
 def test_compiled_in_place(kind: str) -> None:
-    """`Module.compile` of a submodule: it is called, not passed over."""
+    """`Module.compile` of a submodule: the compiled one is called."""
     expected = Case(kind)
     expected.loss().backward()
     case, taken = Case(kind), []
@@ -174,7 +174,7 @@ def test_compiled_in_place(kind: str) -> None:
 
 
 def train(settings: tuple[int, int, int, int]) -> list[Tensor]:
-    """The weights after a few steps; without dropout, whose seeds threads would draw in turns."""
+    """The weights after a few steps, without dropout: threads would share its seeds."""
     seed, width, layers, sequences = settings
     generator = torch.Generator().manual_seed(seed)
     model = DecoderModel(
@@ -196,10 +196,10 @@ def train(settings: tuple[int, int, int, int]) -> list[Tensor]:
 def test_models_trained_at_once_in_several_threads_end_as_one_after_the_other(
     large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if large:  # gradients come from memory that all threads share
+    if large:  # gradients use memory shared by all threads
         monkeypatch.setattr(parameters, "LARGE", 8)
     torch.set_num_threads(2)
-    # Two alike, one of other sizes, and one by operation: three sequences are few.
+    # Two alike, one of another size, and one with so few sequences that it runs by operation.
     settings = [(0, 32, 2, 16), (0, 32, 2, 16), (1, 48, 1, 24), (2, 32, 2, 3)]
     expected = [train(each) for each in settings]
     with ThreadPoolExecutor(len(settings)) as pool:
@@ -246,7 +246,7 @@ def test_inputs_that_autocast_made(kind: str, calls: Calls) -> None:
 
 @each_layer
 def test_modules_of_bf16_weights_stay_so_under_autocast(kind: str, calls: Calls) -> None:
-    """As PyTorch's own do, whatever the CPU has."""
+    """Like PyTorch's own modules, on any CPU."""
     case = Case(kind)
     case.module.bfloat16()
     x = case.x.detach().bfloat16()

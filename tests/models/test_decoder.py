@@ -131,7 +131,7 @@ def learn(sequences: Tensor, steps: int = 150) -> float:
 
 
 def test_a_periodic_text_is_learnt_and_a_random_one_is_not() -> None:
-    """A model that copied its input would do well on both."""
+    """A model that copies its input would do well on both."""
     generator = torch.Generator().manual_seed(3)
     starts = torch.randint(0, 8, (150, 16, 1), generator=generator)
     periodic = (starts + torch.arange(16)) % 8
@@ -163,8 +163,8 @@ def halved(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         "",
     ],
 )
-def test_whatever_is_attached_is_honoured(name: str, ids: Tensor) -> None:
-    """Forward hooks, backward hooks, a `forward` patched on the instance, a module exchanged."""
+def test_attachments_are_honoured(name: str, ids: Tensor) -> None:
+    """Forward hooks, backward hooks, a `forward` patched on the instance, a replaced module."""
     plain = make_model().loss(ids, ids)
 
     hooked = make_model()
@@ -190,7 +190,7 @@ def test_whatever_is_attached_is_honoured(name: str, ids: Tensor) -> None:
 
 
 class Halved(nn.Module):
-    """Like a LoRA layer: it holds the module that it stands for."""
+    """Like a LoRA layer, it holds the module that it replaces."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ def make_tied(**settings) -> DecoderModel:
 
 
 def remade(model: DecoderModel) -> DecoderModel:
-    """Copies of the parameters in place of those of `to_empty`."""
+    """The model with its parameters made anew by `to_empty`."""
     state = copy.deepcopy(model.state_dict())
     model.to_empty(device="cpu").load_state_dict(state)
     return model
@@ -337,7 +337,7 @@ def test_state_dicts_of_tied_and_untied_models(ids: Tensor) -> None:
     again = make_tied()
     with torch.no_grad():
         again.lm_head.weight.fill_(7.0)
-    again.load_state_dict(untied.state_dict())  # there twice, and equal
+    again.load_state_dict(untied.state_dict())  # both are there, and equal
     assert torch.equal(again(ids), tied(ids))
     for name in (embeddings, head):
         once = {key: value for key, value in separate.items() if key != name}
@@ -353,7 +353,7 @@ def test_state_dicts_of_tied_and_untied_models(ids: Tensor) -> None:
 
 @pytest.mark.parametrize("sequences", [3, 24], ids=["by-operation", "whole"])
 def test_tied_padding_row_starts_at_zero_and_is_trained_by_the_head(sequences: int) -> None:
-    """As autograd has it: what goes through the embedding is nothing, what through the head is."""
+    """As in autograd: the row gets no gradient from the embedding, but one from the head."""
     model = make_tied(padding_idx=10)
     assert not model.lm_head.weight[10].any()
     ids = torch.randint(0, 11, (sequences, 12))

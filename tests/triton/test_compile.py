@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs that need not be there, within their limits."""
+"""Every Triton kernel compiles, without a GPU, for several GPUs and within their limits."""
 
 import json
 import os
@@ -21,13 +21,13 @@ KERNELS = {
     *("layer_norm_fwd", "layer_norm_bwd", "embedding_fwd", "cross_entropy", "dropout_kernel"),
     *("adam_norms", "adam_update"),
 }
-# Bytes of shared memory that a block can have, by compute capability (CUDA programming guide).
+# Maximum bytes of shared memory per block, by compute capability (CUDA programming guide).
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    """Compiled where Triton was not told to interpret."""
+    """Compiled in a process in which Triton does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = REPOSITORY / "benchmarks" / "triton_targets.py"
     result = subprocess.run(
@@ -54,7 +54,7 @@ def test_kernels_keep_to_registers_and_shared_memory(compiled: list[dict[str, An
 
 
 def test_products_are_matrix_instructions(compiled: list[dict[str, Any]]) -> None:
-    """But for exact fp32, which they do not know."""
+    """Except in exact fp32, for which there are none."""
     for each in compiled:
         product = each["kernel"].startswith("attention") or each["kernel"] == "mlp_product"
         expected = product and each["dtype"] != "fp32"

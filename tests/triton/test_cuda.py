@@ -1,4 +1,4 @@
-"""What only a GPU can show. `make test-cuda` runs this and the parity tests on one."""
+"""Tests that need a GPU. `make test-cuda` runs them and the parity tests on one."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_a_run_learns_and_resumes(precision: str, make_trainer: MakeTrainer) -> 
     make_trainer("parts", *flags, "--max_steps", "30").train()
     resumed = make_trainer("parts", "--resume", "--max_steps", "60")
     resumed.train()
-    # The gradient of embeddings is summed in an order that may change.
+    # The gradient of embeddings is summed in varying order.
     assert resumed.progress.val_loss == pytest.approx(whole.progress.val_loss, rel=0.02)
 
 

@@ -60,7 +60,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def assert_parity(function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor) -> None:
     """Output and every gradient are as accurate as plain PyTorch's in the same type.
 
-    The few digits of 16 bits may be right by luck: there, errors are the largest of several runs.
+    16-bit results may be right by luck, so their errors are the largest of several runs.
     """
     factors = [1.0] if dtype is torch.float32 else [1 + i / 50 for i in range(4)]
 
@@ -100,7 +100,7 @@ def test_attention(
 
 
 def test_attention_to_one_key(dtype: torch.dtype) -> None:
-    """Gradients by queries and keys are 0: what rounding leaves of their terms is all there is."""
+    """Gradients of queries and keys are 0 up to the rounding of their terms."""
     q, k, v = (randn(1, 2, 1, 8, seed=i).to(dtype).requires_grad_() for i in range(3))
     with fastllm.use("triton"):
         out = attention(q, k, v)
@@ -134,7 +134,7 @@ def test_attention_layouts(layout: str) -> None:
 
 @pytest.mark.parametrize("block_t", [32, 64, 128])
 def test_attention_tiles(block_t: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every width that dropout's random numbers come in."""
+    """For every width in which dropout draws random numbers."""
     from fastllm.ops import attention_triton as kernels
 
     for kernel in (kernels.attention_fwd, kernels.attention_bwd_q, kernels.attention_bwd_kv):
@@ -165,7 +165,7 @@ def test_mlp(dtype: torch.dtype, activation: str, norm: str) -> None:
 def test_mlp_shapes(
     dtype: torch.dtype, shape: tuple[int, ...], dropout_p: float, bias: bool
 ) -> None:
-    """Also rows whose groups of random numbers lie across their ends."""
+    """Including rows that groups of random numbers straddle."""
     R, H, I = shape
     tensors = [randn(R, H), randn(I, H) / math.sqrt(H), randn(H, I) / math.sqrt(I)]
     biases = [randn(I), randn(H)] if bias else []
@@ -179,7 +179,7 @@ def test_mlp_shapes(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mlp_layouts(layout: str) -> None:
-    """Of weights and biases as well."""
+    """Layouts of weights and biases as well."""
     lay = LAYOUTS[layout]
     tensors = [randn(6, 16), randn(64, 16) / 4, randn(64), randn(16, 64) / 8, randn(16)]
 
@@ -187,7 +187,7 @@ def test_mlp_layouts(layout: str) -> None:
         x, w1, b1, w2, b2 = map(lay, inputs)
         return mlp(x, Linear(w1, b1), Linear(w2, b2), "gelu", 0.2, 5)
 
-    # The product of our own, too; "offset" makes everything fp32.
+    # bf16 covers our own product, too; "offset" makes everything fp32.
     for dtype in [torch.float32] if layout == "offset" else [torch.float32, torch.bfloat16]:
         assert_parity(run, dtype, *tensors)
 
@@ -197,7 +197,7 @@ def test_mlp_layouts(layout: str) -> None:
 def test_layer_norm(
     dtype: torch.dtype, shape: tuple[int, int], residual: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By programs of several rows each."""
+    """With several rows per program."""
     from fastllm.ops import layer_norm_triton as kernels
 
     monkeypatch.setattr(kernels, "PROGRAMS", 8)
@@ -224,7 +224,7 @@ def test_embedding(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 def test_linear_cross_entropy(
     dtype: torch.dtype, shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In chunks of a few rows, some of them ignored."""
+    """In chunks of a few rows, some of which are ignored."""
     from fastllm.ops import linear_cross_entropy_triton as kernels
 
     R, H, V = shape
@@ -239,7 +239,7 @@ def test_linear_cross_entropy(
     assert_parity(run, dtype, *tensors)
 
 
-def test_linear_cross_entropy_of_nothing_and_of_impossible_tokens() -> None:
+def test_linear_cross_entropy_without_targets_and_with_impossible_tokens() -> None:
     weight = randn(8000, 4).requires_grad_()
     with fastllm.use("triton"):
         nothing = linear_cross_entropy(randn(3, 4), Linear(weight, None), torch.full((3,), -100))
@@ -285,7 +285,7 @@ def test_not_a_number_and_infinity_come_out(bad: float) -> None:
 
 
 def test_infinitely_unlikely_keys_are_not_hidden_ones() -> None:
-    """A row of scores that are all -inf is 0 / 0; one that may see nothing is 0."""
+    """A row whose scores are all -inf is 0 / 0; a fully masked row is 0."""
     q, k = torch.full((1, 1, 2, 8), math.inf), torch.full((1, 1, 2, 8), -1.0)
     mask = torch.tensor([[True, True], [False, True]])
     for attn_mask in (None, mask):
@@ -314,7 +314,7 @@ def test_ids_of_every_integer_type(kind: torch.dtype) -> None:
 
 
 def test_small_probabilities_reach_fp16_gradients() -> None:
-    """Of 50,257 equally likely tokens, by many rows."""
+    """With 50,257 equally likely tokens and many rows."""
     V, R = 50_257, 40
     x, weight = torch.ones(R, 4), torch.zeros(V, 4)
     targets = torch.zeros(R, dtype=torch.long)
@@ -323,7 +323,7 @@ def test_small_probabilities_reach_fp16_gradients() -> None:
         head = weight.to(dtype).requires_grad_()
         with fastllm.use(implementation):
             loss = linear_cross_entropy(x.to(dtype), Linear(head, None), targets)
-        (loss * 2.0**14).backward()  # as the trainer scales it
+        (loss * 2.0**14).backward()  # the trainer's scale
         assert head.grad is not None
         return head.grad[1:].double()
 
@@ -363,7 +363,7 @@ def test_adam_where_a_group_has_no_gradients() -> None:
     assert torch.equal(frozen, torch.ones(3))
 
 
-def test_gradients_of_huge_norm_are_clipped_and_one_that_is_no_number_shows() -> None:
+def test_gradients_of_huge_norm_are_clipped_and_nan_is_reported() -> None:
     param = torch.ones(5, requires_grad=True)
     optimizer = Adam([param], 0.1, max_grad_norm=1.0)
     with fastllm.use("triton"):
@@ -389,7 +389,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     [("pre", "fp32"), ("post", "bf16"), ("learned", "bf16"), ("tied", "fp32")],
 )
 def test_training_steps(kind: str, precision: str, calls: list[str]) -> None:
-    """Losses of a whole model are the reference's, dropout included, and every part is a kernel."""
+    """A whole model has the reference's losses, dropout included, and every part runs a kernel."""
 
     def losses(implementation: str) -> list[float]:
         torch.manual_seed(0)
