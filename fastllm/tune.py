@@ -17,7 +17,7 @@ from fastllm.tuning.trial import StartProcess, TrialProcess
 def main(arguments: list[str]) -> None:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     config = parse_tune_config(arguments[:split])
-    interruption = StopRequest()
+    request = StopRequest()
     with errors_in_one_line(OSError, ValueError, ImportError, ProcessError), ExitStack() as stack:
         plan = make_plan(config, *settings_and_flags(config.command, arguments[split + 1 :]))
         start: StartProcess = TrialProcess
@@ -25,22 +25,22 @@ def main(arguments: list[str]) -> None:
             from fastllm.integrations import ray
 
             stack.enter_context(ray.connected())
-            plan = plan._replace(threads=ray.cores_of_each(config.jobs, plan.threads))
+            plan = plan._replace(threads=ray.cores_per_process(config.jobs, plan.threads))
             start = partial(ray.RemoteTrial, on_gpu=plan.fixed.get("device") == "cuda")
         study = open_study(plan)
         log(f"search      {', '.join(plan.space)} over {config.trials} trials of {config.command}")
         log(f"jobs        {config.jobs} at a time, threads of each: {plan.threads}")
         log(f"logs        {config.out_dir}/trial-*/log.txt")
-        with stop_on_signals(interruption):
-            run_trials(study, plan, start, interruption)
+        with stop_on_signals(request):
+            run_trials(study, plan, start, request)
         write_results(study, plan)
         trials = finished_trials(study)
         if best := best_trial(trials):
             plot_study(trials, plan, config.out_dir / "study.png")
         for line in summarize(study, plan):
             log(line)
-    if interruption.stopped_by:
-        raise SystemExit(128 + interruption.stopped_by)
+    if request.stopped_by:
+        raise SystemExit(128 + request.stopped_by)
     if best is None:
         raise SystemExit(1)
 

@@ -91,6 +91,7 @@ class Trainer:
         progress: how far the run is.
         total_steps: where it ends.
         evaluation: the last validation of `train`, or None.
+        max_minutes: limit of the next `train`, from its start; 0 for none.
         stopped_by: the signal that ended `train` early, or None.
     """
 
@@ -126,6 +127,7 @@ class Trainer:
         self.batches_per_epoch = math.ceil(len(train_set) / config.batch_size)
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.grad_accum)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
+        self.max_minutes = config.max_minutes
         self.stopped_by: signal.Signals | None = None
         self._asked = StopRequest()  # the processes agree on it between two steps
         self.evaluation: Evaluation | None = None
@@ -140,7 +142,7 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         start, before = time.monotonic(), progress.elapsed_s
-        deadline = start + 60 * config.max_minutes if config.max_minutes else math.inf
+        deadline = start + 60 * self.max_minutes if self.max_minutes else math.inf
         logged_tokens, logged_s = progress.tokens, progress.training_s
         sample_interval = 0 if config.quiet else config.sample_interval
         loader = self._loader()

@@ -100,8 +100,10 @@ def next_trial(study: "optuna.Study", plan: Plan) -> "optuna.Trial":
     return study.ask(plan.space)
 
 
-def run_trials(study: "optuna.Study", plan: Plan, start: StartProcess, search: StopRequest) -> None:
-    """Runs trials until there are enough, time is up, or `search` is stopped.
+def run_trials(
+    study: "optuna.Study", plan: Plan, start: StartProcess, request: StopRequest
+) -> None:
+    """Runs trials until there are enough, time is up, or `request` has a signal.
 
     Raises:
         ValueError: trials do not validate, and cannot be compared.
@@ -114,7 +116,7 @@ def run_trials(study: "optuna.Study", plan: Plan, start: StartProcess, search: S
     running: list[RunningTrial] = []
     try:
         while True:
-            if search.poll() or time.monotonic() >= deadline:
+            if request.poll() or time.monotonic() >= deadline:
                 for each in running:
                     each.stop("interrupted")
             else:
