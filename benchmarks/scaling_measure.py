@@ -1,10 +1,10 @@
-"""Measures what benchmarks/scaling.py computes with, and writes docs/scaling.json.
+"""Measures what benchmarks/scaling.py is fitted to, and writes docs/scaling.json.
 
-    sudo python benchmarks/scaling_measure.py    # about ten minutes, on a machine at rest
+    sudo python benchmarks/scaling_measure.py    # about ten minutes, on an idle machine
 
-Two processes of one thread each stand for two machines: collective operations over links that are
-shaped to a bandwidth or delayed, in network namespaces, and training steps. On Linux, as root, with
-iproute2 and PyTorch 2.13. Processes and namespaces have ended when it ends.
+Processes of one thread each stand for machines. They time training steps, and collective operations
+over links that network namespaces shape to a bandwidth or delay. Needs Linux, root, iproute2 and
+PyTorch 2.13. It leaves no processes or namespaces behind.
 """
 
 import ctypes
@@ -42,8 +42,8 @@ from fastllm.training.engine import DDP, FSDP, Engine, Pipeline
 
 CHECKED = [Link(2, 10), Link(4, 1), Link(8, None, 1)]  # left out of the fit
 SIZES = [8, 2**12, 2**16, 2**20, 2**23, 2**25, 2**28]
-LARGEST_DELAYED = 2**12  # what forwards delayed packets is no network card
-SECONDS = 2.0  # of steps in each measurement, after the first ones
+LARGEST_DELAYED = 2**12  # the thread that delays packets is slower than a network card
+SECONDS = 2.0  # of steps in each measurement, after the warm-up
 
 
 def ip(*arguments: str) -> None:
@@ -52,10 +52,10 @@ def ip(*arguments: str) -> None:
 
 @contextmanager
 def network(link: Link) -> Iterator[list[list[str]]]:
-    """The beginning of a command for each process, which puts it where the link is.
+    """Sets up the link; yields a prefix for each process's command, which runs it in a namespace.
 
-    Namespaces around a bridge whose links have a token bucket, or around a thread that holds every
-    packet back for a while.
+    The namespaces are connected by a bridge with a token bucket on each port, or by a thread that
+    delays every packet.
     """
     if link == Link(link.processes):
         yield [["env", "GLOO_SOCKET_IFNAME=lo", "MASTER_ADDR=127.0.0.1"]] * link.processes
@@ -87,18 +87,18 @@ def network(link: Link) -> Iterator[list[list[str]]]:
 
 @contextmanager
 def delayed(names: list[str], seconds: float) -> Iterator[None]:
-    """A device net0 in each namespace; a packet for 10.77.0.n comes out of the n-th after a while.
+    """A device net0 in each namespace, which delivers packets to 10.77.0.n at the n-th, delayed.
 
-    Many kernels lack netem, which would do the same.
+    netem would do the same, but many kernels lack it.
     """
     ready, stop = threading.Event(), threading.Event()
 
     def forward() -> None:
         tuns = []
-        for name in names:  # a namespace that is entered holds for this thread alone
+        for name in names:  # setns moves only this thread into the namespace
             with open(f"/run/netns/{name}") as file:
                 if ctypes.CDLL(None).setns(file.fileno(), 0):
-                    raise OSError(f"namespace {name} cannot be entered")
+                    raise OSError(f"cannot enter namespace {name}")
             tuns.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK))
             IFF_TUN, IFF_NO_PI, TUNSETIFF = 0x0001, 0x1000, 0x400454CA
             fcntl.ioctl(tuns[-1], TUNSETIFF, struct.pack("16sH22x", b"net0", IFF_TUN | IFF_NO_PI))
@@ -110,8 +110,9 @@ def delayed(names: list[str], seconds: float) -> Iterator[None]:
                 held.append((time.perf_counter() + seconds, os.read(tun, 2**16)))
             while held and held[0][0] <= time.perf_counter():
                 packet = held.popleft()[1]
-                if packet[0] >> 4 == 4 and 0 < packet[19] <= len(tuns):  # IPv4, its last byte
-                    os.write(tuns[packet[19] - 1], packet)
+                version, host = packet[0] >> 4, packet[19]  # the last byte of the address
+                if version == 4 and 0 < host <= len(tuns):
+                    os.write(tuns[host - 1], packet)
         for tun in tuns:
             os.close(tun)
 
@@ -127,14 +128,14 @@ def delayed(names: list[str], seconds: float) -> Iterator[None]:
 
 
 def run_workers(link: Link, task: str, **arguments: Any) -> list[dict[str, Any]]:
-    """What the first process of a measurement prints; all have ended when this returns."""
+    """Runs the processes of a measurement to their end; returns the results of rank 0."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with network(link) as prefixes, ExitStack() as stack:
         workers = []
         for rank, prefix in enumerate(prefixes):
             variables = [f"RANK={rank}", f"WORLD_SIZE={link.processes}", f"MASTER_PORT={port}"]
-            variables.append("TORCH_CPP_LOG_LEVEL=ERROR")  # addresses here have no names
+            variables.append("TORCH_CPP_LOG_LEVEL=ERROR")  # addresses there have no names
             command = [sys.executable, __file__, "worker", task, json.dumps(arguments)]
             worker = subprocess.Popen([*prefix, *variables, *command], stdout=subprocess.PIPE)
             stack.callback(worker.wait)
@@ -147,11 +148,11 @@ def run_workers(link: Link, task: str, **arguments: Any) -> list[dict[str, Any]]
 
 
 def worker(task: str, arguments: str) -> None:
-    """One process of a measurement."""
+    """Runs one process of a measurement; rank 0 prints the results."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    time_ = {"operations": time_operations, "step": time_steps}[task]
-    results = time_(**json.loads(arguments))
+    measure = {"operations": time_operations, "step": time_steps}[task]
+    results = measure(**json.loads(arguments))
     dist.barrier()
     if dist.get_rank() == 0:
         print(json.dumps(results))
@@ -167,7 +168,7 @@ def time_operations(largest: int) -> list[dict[str, Any]]:
         whole = whole[: len(whole) // W * W]
         part = torch.ones(len(whole) // W)
 
-        def pass_on(x: Tensor = whole) -> None:  # there and back
+        def ping_pong(x: Tensor = whole) -> None:
             for turn in range(2):
                 if rank == turn:
                     dist.send(x, 1 - turn)
@@ -178,33 +179,33 @@ def time_operations(largest: int) -> list[dict[str, Any]]:
             "all_reduce": partial(dist.all_reduce, whole),
             "all_gather": partial(dist.all_gather_single, whole, part),
             "reduce_scatter": partial(dist.reduce_scatter_single, part, whole),
-            "send": pass_on,
+            "send": ping_pong,
         }
-        together = max(1, min(20, 2**18 // size))  # so that barriers do not count
-        for name in runs:
+        repeats = max(1, min(20, 2**18 // size))  # between barriers, to amortize them
+        for name, run in runs.items():
             seconds, cpu = [], []
             for _ in range(max(3, min(30, 2**27 // size)) + 1):
                 dist.barrier()
                 begin = time.perf_counter(), time.process_time()
-                for _ in range(together):
-                    runs[name]()
+                for _ in range(repeats):
+                    run()
                 seconds.append(time.perf_counter() - begin[0])
                 cpu.append(time.process_time() - begin[1])
-            times = together * (2 if name == "send" else 1)
+            count = repeats * (2 if name == "send" else 1)
             results.append(
                 {
                     "operation": name,
                     "bytes": size,
-                    "median_s": median(seconds[1:]) / times,
-                    "min_s": min(seconds[1:]) / times,
-                    "cpu_s": median(cpu[1:]) / times,
+                    "median_s": median(seconds[1:]) / count,
+                    "min_s": min(seconds[1:]) / count,
+                    "cpu_s": median(cpu[1:]) / count,
                 }
             )
     return results
 
 
 def time_steps(letter: Letter, mode: str) -> dict[str, float]:
-    """Training steps, each process on a batch; `alone` means without a word between them."""
+    """Times training steps, each process on a batch; in mode `alone` they do not communicate."""
     shape, count = CONFIGS[letter], dist.get_world_size()
     config = TrainConfig(
         hidden_size=shape.H,
@@ -221,7 +222,7 @@ def time_steps(letter: Letter, mode: str) -> dict[str, float]:
     seconds, cpu, updates = [], [], []
     steps = torch.tensor(5)
     while len(seconds) < steps:
-        batch = shape.B * (count if mode == "pipeline" else 1)  # it shares out no sequences
+        batch = shape.B * (count if mode == "pipeline" else 1)  # stages share a batch
         ids = torch.randint(shape.V - 1, (batch, shape.S))
         begin = time.perf_counter(), time.process_time()
         whole, _ = engine.data_group.all_reduce(batch, ids.numel())
@@ -243,7 +244,7 @@ def time_steps(letter: Letter, mode: str) -> dict[str, float]:
     }
 
 
-# Training steps of each configuration: mode and link.
+# Mode and link of the training steps that each shape is measured with.
 STEPS = [
     ("alone", Link(1)),
     ("alone", Link(2)),
@@ -276,21 +277,21 @@ def main(arguments: list[str]) -> None:
         return
     parts = {"operations": measure_operations, "steps": measure_steps}
     if not set(arguments) <= set(parts):
-        raise SystemExit("error: say operations or steps to measure only these; else both")
+        raise SystemExit("error: give operations or steps, or nothing to measure both")
     if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("tc"):
         raise SystemExit("error: network namespaces need Linux, root and iproute2 (ip and tc)")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through every `finally`
-    found = json.loads(FILE.read_text()) if FILE.exists() else {}
-    found["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs every `finally`
+    measured = json.loads(FILE.read_text()) if FILE.exists() else {}
+    measured["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__}
     for part in arguments or parts:
-        found[part] = []
-        for row in parts[part]():  # what is measured is kept, whatever becomes of the rest
-            found[part].append(row)
-            FILE.write_text(json.dumps(found, indent=1) + "\n")
-    if missing := set(parts) - set(found):
-        raise SystemExit(f"error: {missing.pop()} have not been measured yet; measure them as well")
+        measured[part] = []
+        for row in parts[part]():  # written one by one, so that a failure loses nothing
+            measured[part].append(row)
+            FILE.write_text(json.dumps(measured, indent=1) + "\n")
+    if missing := set(parts) - set(measured):
+        raise SystemExit(f"error: {missing.pop()} have not been measured yet; measure them too")
     with errors_in_one_line(ValueError):
-        show_fit(found, fit(found))
+        show_fit(measured, fit(measured))
 
 
 if __name__ == "__main__":

@@ -100,10 +100,8 @@ def next_trial(study: "optuna.Study", plan: Plan) -> "optuna.Trial":
     return study.ask(plan.space)
 
 
-def run_trials(
-    study: "optuna.Study", plan: Plan, start: StartProcess, request: StopRequest
-) -> None:
-    """Runs trials until there are enough, time is up, or `request` has a signal.
+def run_trials(study: "optuna.Study", plan: Plan, start: StartProcess, stop: StopRequest) -> None:
+    """Runs trials until there are enough, time is up, or a signal asks to stop.
 
     Raises:
         ValueError: trials do not validate, and cannot be compared.
@@ -116,7 +114,7 @@ def run_trials(
     running: list[RunningTrial] = []
     try:
         while True:
-            if request.poll() or time.monotonic() >= deadline:
+            if stop.poll() or time.monotonic() >= deadline:
                 for each in running:
                     each.stop("interrupted")
             else:
