@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 # Time for a stopped trial to end by itself.
 GRACE_S = 10
 
+# A trial's process: runs a command of this package until it ends or its parent dies, even by
+# SIGKILL: then the system closes the pipe that is stdin here. It watches before it imports torch,
+# which takes seconds, and by os.read: sys.stdin has a lock that Python needs at its exit.
+CHILD = """
+import os, runpy, signal, sys, threading
+
+def end_with_parent():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+threading.Thread(target=end_with_parent, daemon=True).start()
+runpy.run_module("fastllm." + sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
 
 class Process(Protocol):
     """A trial's process, here or on another machine."""
@@ -50,13 +64,12 @@ class TrialProcess:
     def __init__(
         self, command: str, flags: list[str], threads: int, log: Path, current_folder: Path
     ) -> None:
-        module = [sys.executable, "-m", "fastllm.tuning.child"]
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
-                [*module, command, *flags, "--threads", str(threads)],
+                [sys.executable, "-c", CHILD, command, *flags, "--threads", str(threads)],
                 cwd=current_folder,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                stdin=subprocess.PIPE,  # open until this process ends: see child.py
+                stdin=subprocess.PIPE,  # never written to, and open until this process ends
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches only the study, which stops its trials
