@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from fastllm import tune
 from fastllm.threads import available_cores
 from fastllm.train import main
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, MakeTrainer
 from tests.training.test_distributed import SMALL, losses
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
@@ -148,6 +148,19 @@ def test_a_study(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert results[0] == results[1] and len(results[0]) == 2
     _, alive = psutil.wait_procs(ray_processes, timeout=20)
     assert not alive
+
+
+def test_the_first_worker_stops_for_the_command(make_trainer: MakeTrainer) -> None:
+    """By its deadline, which leaves the settings alone, and by its signals."""
+    from fastllm.integrations.ray import STOP, _prepare_to_stop
+
+    trainer = make_trainer("run", "--epochs", "100000", "--max_minutes", "10")
+    _prepare_to_stop(trainer, deadline=time.time() + 60)
+    assert 0.9 < trainer.max_minutes <= 1
+    assert trainer.config.max_minutes == 10
+    (trainer.run_dir / STOP).write_text(str(int(signal.SIGTERM)))
+    trainer.train()
+    assert trainer.stopped_by == signal.SIGTERM
 
 
 def refused(command: str, text: Path, folder: Path) -> str:

@@ -18,7 +18,7 @@ def plan_of(search: str, flags: str = "") -> Plan:
 @pytest.mark.parametrize(
     ("search", "flags", "message"),
     [
-        ("--search lrr=1:2", "", "train has no setting 'lrr' to search; choose from file_path, ma"),
+        ("--search lrr=1:2", "", "train has no setting 'lrr' to search; choose from batch_size, "),
         ("--search out_dir=a,b", "", "train has no setting 'out_dir' to search"),
         ("--search lr=1e-3", "", "'lr=1e-3' is neither a range (lr=LOW:HIGH or lr=LOW:HIGH:log)"),
         ("--search lr", "", "'lr=' is neither a range"),
