@@ -1,12 +1,12 @@
-"""Tokens a second of generation, against stock PyTorch and the limit that memory sets.
+"""Tokens per second of generation, against stock PyTorch and the limit set by memory bandwidth.
 
     python benchmarks/generation.py C E
 
-Everybody continues the same prompts by sampled tokens, in turns: *fastllm* at each precision,
-*recompute* as nanoGPT does it (the whole text again for every token, in stock PyTorch) and
-*transformers* with its cache, in fp32 and in bf16 (`pip install transformers`). Tokens a second are
-those after the first. The limit is how often the weights can be read from memory in a second, for
-each sequence of the batch.
+All contestants take turns at continuing the same prompts with sampled tokens: *fastllm* at each
+precision, *recompute*, which like nanoGPT computes the whole text anew for every token in stock
+PyTorch, and *transformers* with its cache, in fp32 and in bf16 (`pip install transformers`). Tokens
+per second exclude the first token. The limit is how often per second the weights can be read from
+memory, times the batch size.
 """
 
 import sys
@@ -27,7 +27,7 @@ from fastllm.ops.sampling import Sampling
 from fastllm.threads import set_threads
 
 ROUNDS = 3
-NEW_TOKENS = 40  # after the first, whose time goes to the prompt and whatever begins a text
+NEW_TOKENS = 40  # after the first, whose time includes the prompt and all preparation
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 SAMPLING = Sampling(0.8)
 
@@ -78,11 +78,11 @@ def transformers(letter: Letter, dtype: torch.dtype) -> Callable[[Tensor, int], 
     return run
 
 
-Run = Callable[[int], None]  # by how many tokens to continue
+Run = Callable[[int], None]  # continues the prompts by a number of tokens
 
 
 def contestants(letter: Letter, batch: int) -> dict[str, Run]:
-    """Who continues the same prompts, a quarter of the window long."""
+    """By name, the ways to continue prompts of a quarter of the window."""
     c = CONFIGS[letter]
     model = build_fastllm(c).eval()
     stock = build_stock(c, "tuned", model).eval()
@@ -104,12 +104,10 @@ def seconds(run: Run, new_tokens: int) -> float:
 
 def main(letters: list[Letter]) -> None:
     threads = set_threads()
-    print(
-        f"{'config':6}{'batch':>6}  {'who':20}{'ms to the first':>16}{'tokens/s':>12}{'limit':>8}"
-    )
+    print(f"{'config':6}{'batch':>6}  {'':20}{'ms to the first':>16}{'tokens/s':>12}{'limit':>8}")
     for letter in letters:
         c = CONFIGS[letter]
-        weights = c.L * 12 * c.H * c.H + c.V * c.H  # those that every token needs
+        weights = c.L * 12 * c.H * c.H + c.V * c.H  # read for every token
         for batch in (1, 16):
             runs = contestants(letter, batch)
             firsts: dict[str, list[float]] = {name: [] for name in runs}
@@ -118,9 +116,9 @@ def main(letters: list[Letter]) -> None:
             for round_ in range(ROUNDS + 1):
                 bandwidths.append(measure_bandwidth(threads, size=weights))
                 for name, run in runs.items():
-                    run(1)  # the others left caches and memory as they wanted them
+                    run(1)  # the others have changed the caches
                     first, whole = seconds(run, 1), seconds(run, 1 + NEW_TOKENS)
-                    if round_:  # the first warms up
+                    if round_:  # the first round warms up
                         firsts[name].append(first)
                         rests[name].append(whole - first)
             for name, rest in rests.items():

@@ -8,58 +8,49 @@ from pydantic import Field, model_validator
 
 from fastllm.command import CommandSettings, errors_in_one_line, parse_settings
 from fastllm.data.text import read_text
-from fastllm.device import (
-    Device,
-    Precision,
-    check_quantize,
-    choose_device,
-    choose_precision,
-)
-from fastllm.generation.decoding import generate_batch
-from fastllm.generation.text_stream import TextStream, generate_text, stream_text
-from fastllm.models.decoder import DecoderModel
+from fastllm.device import Device, Precision, check_quantize
+from fastllm.generation.decoding import prepare_for_decoding
+from fastllm.generation.text_stream import generate_text, generate_texts
 from fastllm.ops.sampling import Sampling
 from fastllm.threads import set_threads
-from fastllm.tokenization import Tokenizer
 from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
-
-# Of a file of prompts. More would hardly be faster, and their keys and values take memory.
-LINES_AT_ONCE = 16
 
 
 class GenerateConfig(CommandSettings):
     """Continue a prompt with a trained model."""
 
     checkpoint: Path
-    """Folder of a run, or a checkpoint in it."""
+    """A run folder, or a checkpoint inside it."""
     prompt: str | None = None
     """Text to continue."""
     prompt_file: Path | None = None
-    """UTF-8 text whose lines are prompts, empty ones aside; several are continued at a time."""
+    """UTF-8 file with a prompt on each line; empty lines are skipped, and several prompts are
+    continued at a time."""
     max_new_tokens: Annotated[int, Field(ge=0)] = 300
     """Tokens to add."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.8
-    """Below 1 likelier, above 1 more surprising text; 0 always takes the likeliest token."""
+    """Below 1 makes the text more likely, above 1 more surprising; 0 always takes the likeliest
+    token."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Choose among this many likeliest tokens; 0 for all."""
+    """Choose among this many of the likeliest tokens; 0 for all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Choose among the likeliest tokens that together have this probability."""
+    """Choose among the fewest likeliest tokens whose probabilities add up to this."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Choose among tokens at least so probable, in parts of the likeliest one's probability."""
+    """Choose among tokens at least this fraction as likely as the likeliest one."""
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Above 1, tokens that were there before become less likely."""
+    """Above 1, tokens that have already appeared become less likely."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    """The same seed gives the same text; further lines of a prompt file have the next ones."""
+    """The same seed gives the same text; each further line of a prompt file uses the next one."""
     stop: str | None = None
     """End before this text."""
     precision: Precision = "fp32"
-    """What matrix products round their operands to; auto takes bf16 on CPUs that have it."""
+    """Precision of matrix products; auto uses bf16 on CPUs that support it."""
     device: Device = "cpu"
-    """Where to compute; the CPU serves where there is no CUDA."""
+    """Where to compute; without CUDA, cuda falls back to the CPU."""
     quantize: Literal["int8"] | None = None
-    """Round the weights to 8 bits: a quarter of the memory to be read for each token."""
+    """Round the weights to 8 bits: a quarter of the memory to read for each token."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
-    """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
+    """CPU threads; 0 uses OMP_NUM_THREADS or the physical cores available to this process."""
 
     @model_validator(mode="after")
     def _check_together(self) -> "GenerateConfig":
@@ -67,8 +58,14 @@ class GenerateConfig(CommandSettings):
             raise ValueError("give either a prompt or a prompt_file")
         check_quantize(self.quantize, self.precision)
         if self.stop == "":
-            raise ValueError("stop is empty: leave it out, or give the text to end before")
+            raise ValueError("stop is empty; leave it out, or give the text to end before")
         return self
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+        )
 
 
 def main(arguments: list[str]) -> None:
@@ -76,20 +73,23 @@ def main(arguments: list[str]) -> None:
     set_threads(config.threads)
     with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
         model, tokenizer, _ = load_model(find_checkpoint(config.checkpoint))
-        model.eval()
-        device = choose_device(config.device)
-        model.to(device)
-        chosen = choose_precision(config.precision, model.hidden_size, device)
-        precision = config.quantize or chosen
-        sampling = Sampling(
-            config.temperature,
-            config.top_k,
-            config.top_p,
-            config.min_p,
-            config.repetition_penalty,
-        )
+        precision = prepare_for_decoding(model, config.device, config.precision, config.quantize)
         if config.prompt_file is not None:
-            continue_lines(config.prompt_file, config, model, tokenizer, sampling, precision)
+            lines = read_lines(config.prompt_file)
+            texts = generate_texts(
+                model,
+                tokenizer,
+                lines,
+                config.max_new_tokens,
+                config.stop,
+                config.sampling,
+                config.seed,
+                precision,
+            )
+            for i, (line, text) in enumerate(zip(lines, texts, strict=True)):
+                if i:
+                    print("---")
+                print(line + text, flush=True)
             return
         prompt = config.prompt or ""
         pieces = generate_text(
@@ -98,11 +98,11 @@ def main(arguments: list[str]) -> None:
             prompt,
             config.max_new_tokens,
             config.stop,
-            **sampling._asdict(),
+            **config.sampling._asdict(),
             seed=config.seed,
             precision=precision,
         )
-        first = next(pieces, "")  # what can go wrong has, before anything is printed
+        first = next(pieces, "")  # raises any error before anything is printed
         sys.stdout.write(prompt + first)
         for piece in pieces:
             sys.stdout.write(piece)
@@ -110,34 +110,16 @@ def main(arguments: list[str]) -> None:
     sys.stdout.write("\n")
 
 
-def continue_lines(
-    path: Path,
-    config: GenerateConfig,
-    model: DecoderModel,
-    tokenizer: Tokenizer,
-    sampling: Sampling,
-    precision: str,
-) -> None:
-    """Continues every line of a file, and prints them with a line of dashes between."""
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that are not empty.
+
+    Raises:
+        ValueError: there are none.
+    """
     lines = [line for line in "".join(read_text(path)).split("\n") if line]
     if not lines:
         raise ValueError(f"{path} has no line to continue")
-    prompts = [tokenizer.encode(line) for line in lines]
-    for first in range(0, len(lines), LINES_AT_ONCE):
-        group = slice(first, first + LINES_AT_ONCE)
-        steps = generate_batch(
-            model,
-            prompts[group],
-            config.max_new_tokens,
-            sampling,
-            config.seed + first,
-            precision=precision,
-        )
-        tokens = list(zip(*steps, strict=True)) or [()] * len(lines[group])
-        for b, (line, new) in enumerate(zip(lines[group], tokens, strict=True), first):
-            stream = TextStream(tokenizer, [config.stop] if config.stop else [])
-            text = "".join(stream_text(stream, iter(new)))
-            print("---\n" * (b > 0) + line + text, flush=True)
+    return lines
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_generate_command_on_a_file_of_prompts(run_dir: Path, tmp_path: Path) ->
     lines = [word for word in "the quick brown fox jumps over a lazy dog".split() for _ in range(2)]
     prompts.write_text("\n".join(lines))
     together = run("generate", *flags, "--seed", "5").stdout.split("\n---\n")
-    assert len(together) == len(lines) == 18  # more than are continued at a time
+    assert len(together) == len(lines) == 18  # more than a batch
     for b in (0, 15, 16, 17):
         prompts.write_text(lines[b])
         alone = run("generate", *flags, "--seed", str(5 + b)).stdout

@@ -1,4 +1,4 @@
-"""Token ids that continue prompts: the decoding loop over the kernel or the modules."""
+"""Token ids that continue prompts, from the fused kernel or from the modules."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.device import autocast
+from fastllm.device import Device, Precision, autocast, choose_device, choose_precision
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import decode, dispatch
 from fastllm.ops.embedding import check_token_ids
@@ -28,7 +28,7 @@ def generate_tokens(
     repetition_penalty: float = 1.0,
     precision: str = "fp32",
 ) -> Iterator[int]:
-    """Token after token that continues `prompt`: `generate_batch` for one."""
+    """Yields the tokens that continue `prompt`: `generate_batch` for a single prompt."""
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     batch = generate_batch(model, [prompt], max_new_tokens, sampling, seed, use_cache, precision)
     return (token for (token,) in batch)
@@ -38,38 +38,38 @@ def generate_batch(
     model: DecoderModel,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 - it cannot be changed
+    sampling: Sampling = Sampling(),  # noqa: B008 - immutable
     seed: int = 0,
     use_cache: bool = True,
     precision: str = "fp32",
 ) -> Iterator[list[int]]:
-    """Token after token that continues each of B prompts, whatever their lengths.
+    """Continues B prompts of any lengths, all by one token in each step.
 
-    The model sees at most `max_seq_len - 1` tokens, the most that training gave it to predict
-    from. When they are used up, the older half is forgotten: positions are absolute, so a window
-    that slid with every token could keep nothing in the cache.
+    The model sees at most `max_seq_len - 1` tokens, the longest context that it was trained to
+    predict from. When they are used up, the older half is dropped: positions are absolute, so the
+    cache would be useless in a window that moved with every token.
 
-    Where something is attached to the model (hooks, replaced layers), its modules run one after the
-    other; otherwise a step is one kernel, with the weights of the beginning (see `Decoding`).
+    If anything is attached to the model (hooks, replaced layers), a step runs its modules.
+    Otherwise it is one kernel call, with the weights as they were at the start (see `Decoding`).
 
     Args:
-        model: as it stands; call `model.eval()` first.
+        model: used in its present mode; call `model.eval()` first.
         prompts: each of at least one token.
         sampling: how tokens are chosen.
-        seed: the same seed gives the same text. It is the first prompt's; each further one has the
-            next. A prompt's continuation does not depend on the others.
-        use_cache: keep keys and values of earlier tokens; without, everything is computed again
-            for every token, for the same result.
-        precision: of the products: `fp32` (`bf16` under autocast to it), `bf16`, `fp16`, or `int8`
-            for weights rounded to 8 bits, with a scale for each output. All but the first read less
-            memory for a token.
+        seed: of the first prompt; each further prompt has the next one. The same seed gives the
+            same continuation, whatever the other prompts are.
+        use_cache: keep the keys and values of earlier tokens. Without, everything is computed anew
+            for every token, with the same result.
+        precision: of matrix products: `fp32` (`bf16` under autocast to it), `bf16`, `fp16`, or
+            `int8` for weights rounded to 8 bits with one scale per output. All but `fp32` read less
+            memory for each token.
 
     Yields:
         The next token of each prompt.
 
     Raises:
-        ValueError: there is no prompt, or an empty one; a setting is out of range; or `int8` is
-            asked of a model that the kernel cannot run.
+        ValueError: there are no prompts, or an empty one; a setting is out of range; or `int8` is
+            requested for a model that the kernel cannot run.
         IndexError: a token of a prompt is outside the vocabulary.
     """
     if not prompts or not all(prompts):
@@ -77,16 +77,16 @@ def generate_batch(
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     if not 0 <= seed <= 2**64 - len(prompts):
-        raise ValueError(f"seed must be in [0, 2**64), for every prompt, got {seed}")
+        raise ValueError(f"seed must be in [0, 2**64) for every prompt, got {seed}")
     sampling.check()
-    for prompt in prompts:  # also what lies before the window
+    for prompt in prompts:  # including tokens before the window
         check_token_ids(torch.tensor(prompt), model.vocab_size)
     window = max(1, model.max_seq_len - 1)
     longest = max(map(len, prompts)) + max_new_tokens
     capacity = max(1, min(window, longest))
     decoding = start_decoding(model, len(prompts), use_cache, precision, capacity)
     contexts = [list(prompt[-window:]) for prompt in prompts]
-    unseen = list(contexts)  # what the caches do not hold yet
+    pending = list(contexts)  # tokens that the decoding does not hold yet
     seeds = [seed + b for b in range(len(prompts))]
     seen = None
     if sampling.repetition_penalty != 1:
@@ -94,24 +94,24 @@ def generate_batch(
         for row, prompt in zip(seen, prompts, strict=True):
             row[list(prompt)] = True
     for step in range(max_new_tokens):
-        logits = decoding.extend(unseen)
+        logits = decoding.extend(pending)
         if model.padding_idx is not None:
-            logits[:, model.padding_idx] = -math.inf  # never a target, so its logit means nothing
+            logits[:, model.padding_idx] = -math.inf  # never a target, so its logit is meaningless
         tokens = sample(logits, sampling, seeds, step, seen).tolist()
         for b, token in enumerate(tokens):
             contexts[b].append(token)
-            unseen[b] = [token]
+            pending[b] = [token]
             if seen is not None:
                 seen[b, token] = True
             if len(contexts[b]) > window:
                 contexts[b] = contexts[b][-max(1, window // 2) :]
-                unseen[b] = contexts[b]
+                pending[b] = contexts[b]
                 decoding.clear(b)
         yield tokens
 
 
 class ModuleDecoding:
-    """What `decode.Decoding` does, by way of the modules: whatever is attached to them runs."""
+    """The interface of `decode.Decoding`, run by the modules with everything attached to them."""
 
     def __init__(
         self, model: DecoderModel, batch_size: int, use_cache: bool, precision: str
@@ -129,19 +129,23 @@ class ModuleDecoding:
         return torch.stack(self._logits)
 
     def append(self, tokens: Mapping[int, Sequence[int]], every: bool = False) -> Tensor:
-        kept = slice(None) if every else slice(-1, None)
-        return torch.cat([self._forward(b, new)[kept] for b, new in sorted(tokens.items())])
+        rows = slice(None) if every else slice(-1, None)
+        return torch.cat([self._forward(b, new)[rows] for b, new in sorted(tokens.items())])
 
     def _forward(self, b: int, new: Sequence[int]) -> Tensor:
         self._tokens[b] += new
         ids = torch.tensor([new if self._use_cache else self._tokens[b]], device=self._device)
-        # Around the forward only: the caller's own code runs between two tokens.
-        with torch.no_grad(), self._autocast():
-            logits = self._model(ids, caches=self._caches[b] if self._use_cache else None)
+        try:
+            # Around the forward only: the caller's own code runs between two tokens.
+            with torch.no_grad(), self._autocast():
+                logits = self._model(ids, caches=self._caches[b] if self._use_cache else None)
+        except BaseException:
+            self.clear(b)  # only some of the layers may have cached the new tokens
+            raise
         return logits[0, -len(new) :].float().cpu()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self._precision == "fp32":  # the caller's, if there is one
+        if self._precision == "fp32":  # the caller's autocast, if any
             return nullcontext()
         return autocast(self._device.type, self._precision)
 
@@ -161,23 +165,23 @@ def start_decoding(
     precision: str = "fp32",
     capacity: int | None = None,
 ) -> decode.Decoding | ModuleDecoding:
-    """The kernel where it can serve, else the modules.
+    """Decoding by the kernel if it can run the model, else by the modules.
 
     Args:
-        capacity: positions that a sequence needs; the kernel keeps memory for so many. The model's
-            `max_seq_len` unless given.
+        capacity: positions per sequence that the kernel reserves memory for; by default the model's
+            `max_seq_len`.
 
     Raises:
-        ValueError: the precision is unknown, or `int8` and the modules alone can serve.
+        ValueError: the precision is unknown, or `int8` for a model that only the modules can run.
     """
     if precision not in (*dispatch.PRECISIONS, "fp16"):
         known = ", ".join(dispatch.PRECISIONS)
-        raise ValueError(f"there is no precision '{precision}'; choose from {known}, fp16")
+        raise ValueError(f"unknown precision '{precision}'; choose from {known}, fp16")
     decoder = model.fused(torch.empty(1, capacity or model.max_seq_len), None)
     if decoder is None:
         reason: str | None = "something is attached to the model, or a part of it is replaced"
     elif precision == "fp16":
-        reason = "the kernel does not know fp16"
+        reason = "the kernel does not support fp16"
     elif any(decoder.dropout_ps()):
         reason = "dropout is on; call model.eval() first"
     else:
@@ -187,5 +191,21 @@ def start_decoding(
             precision = dispatch.PRECISIONS[dispatch.precision()]
         return decode.Decoding(decoder, batch_size, precision)
     if precision == "int8":
-        raise ValueError(f"int8 needs the kernel and its cache: {reason or 'no cache asked'}")
+        raise ValueError(f"int8 needs the kernel and its cache: {reason or 'use_cache is off'}")
     return ModuleDecoding(model, batch_size, use_cache, precision)
+
+
+def prepare_for_decoding(
+    model: DecoderModel, device: Device, precision: Precision, quantize: str | None
+) -> str:
+    """Puts a model into evaluation mode on a device.
+
+    Args:
+        device, precision, quantize: as the commands' flags of these names.
+
+    Returns:
+        The precision to decode in.
+    """
+    device = choose_device(device)
+    model.eval().to(device)
+    return quantize or choose_precision(precision, model.hidden_size, device)

@@ -21,7 +21,7 @@ from tests.conftest import needs_extension
 @pytest.mark.parametrize("learned", [False, True], ids=["sinusoidal", "learned"])
 @pytest.mark.parametrize("prompt", [[1], [1, 2, 3], list(range(10)) * 3], ids=len)
 def test_greedy_with_the_cache_equals_full_recomputation(learned: bool, prompt: list[int]) -> None:
-    """Also far past max_seq_len, where the window moves on."""
+    """Even far past max_seq_len, where the window moves."""
     torch.manual_seed(1)
     model = DecoderModel(11, 16, 2, 2, 12, pos_encoding_learned=learned).eval()
     cached, full = (
@@ -36,7 +36,7 @@ SAMPLINGS = [Sampling(0), Sampling(1.0, 5, 0.9, 0.01, 1.2)]
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "recomputed"])
-def test_each_of_a_batch_continues_as_it_would_alone(
+def test_each_prompt_of_a_batch_continues_as_it_would_alone(
     model: DecoderModel, sampling: Sampling, use_cache: bool
 ) -> None:
     """Prompts of unequal lengths, far past max_seq_len; the kernel and the modules agree."""
@@ -71,7 +71,7 @@ def test_rounded_weights_hardly_change_the_text(precision: str) -> None:
     torch.manual_seed(0)
     model = DecoderModel(30, 64, 2, 2, 40).eval()
     ids = torch.randint(0, 30, (64, 40))
-    ids[:, 1:] = (ids[:, :1] + 7 * torch.arange(1, 40)) % 30  # each token tells the next
+    ids[:, 1:] = (ids[:, :1] + 7 * torch.arange(1, 40)) % 30  # each token determines the next
     optimizer = fastllm.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
         model.loss(ids, ids).backward()
@@ -81,15 +81,15 @@ def test_rounded_weights_hardly_change_the_text(precision: str) -> None:
     assert tokens == [(3 + 7 * i) % 30 for i in range(1, 31)]
 
 
-def test_what_is_attached_to_the_model_is_heard(model: DecoderModel) -> None:
+def test_hooks_and_dropout_are_honoured(model: DecoderModel) -> None:
     expected = list(generate_tokens(model, [1], 20, temperature=0))
-    heard = []
-    hook = model.transformer_blocks[1].mlp.fc1.register_forward_hook(lambda *a: heard.append(1))
+    calls = []
+    hook = model.transformer_blocks[1].mlp.fc1.register_forward_hook(lambda *a: calls.append(1))
     tokens = list(generate_tokens(model, [1], 20, temperature=0))
     with pytest.raises(ValueError, match="int8 needs the kernel and its cache: something is att"):
         list(generate_tokens(model, [1], 20, precision="int8"))
     hook.remove()
-    assert len(heard) == 20 and tokens == expected
+    assert len(calls) == 20 and tokens == expected
     model.train()  # with dropout
     assert len(list(generate_tokens(model, [1], 5))) == 5
     with pytest.raises(ValueError, match="dropout is on; call model.eval"):
@@ -98,7 +98,7 @@ def test_what_is_attached_to_the_model_is_heard(model: DecoderModel) -> None:
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "recomputed"])
-def test_the_modules_compute_in_bf16_where_it_is_asked_for(
+def test_the_modules_compute_in_the_requested_precision(
     model: DecoderModel, use_cache: bool
 ) -> None:
     dtypes = []
@@ -115,7 +115,7 @@ def test_the_modules_compute_in_bf16_where_it_is_asked_for(
 
 @needs_extension
 def test_a_replaced_layer_is_called(model: DecoderModel) -> None:
-    """As adapters such as LoRA's stand in place of a linear layer."""
+    """For example an adapter such as LoRA's in place of a linear layer."""
 
     class Doubled(torch.nn.Module):
         def __init__(self, layer: torch.nn.Module) -> None:
@@ -153,7 +153,7 @@ def test_autocast_is_honoured(model: DecoderModel) -> None:
 
 
 @needs_extension
-def test_the_kernel_keeps_memory_for_what_is_asked(model: DecoderModel) -> None:
+def test_the_kernel_reserves_memory_for_the_given_capacity(model: DecoderModel) -> None:
     decoding = start_decoding(model, 1, capacity=5)
     decoding.extend([[1, 2, 3, 4, 5]])
     with pytest.raises(ValueError, match="length 6 exceeds maximum sequence length 5"):
@@ -161,9 +161,7 @@ def test_the_kernel_keeps_memory_for_what_is_asked(model: DecoderModel) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["auto", "ref"])
-def test_what_the_caller_does_to_the_tokens_changes_nothing(
-    model: DecoderModel, implementation: str
-) -> None:
+def test_the_caller_may_change_the_yielded_tokens(model: DecoderModel, implementation: str) -> None:
     prompts = [[1], [2, 3]]
     with fastllm.use(implementation):
         expected = list(generate_batch(model, prompts, 30, Sampling(0)))
@@ -176,15 +174,15 @@ def test_what_the_caller_does_to_the_tokens_changes_nothing(
 
 
 @needs_extension
-def test_the_kernel_is_used_without_being_asked_for(
-    model: DecoderModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DecoderModel, "forward", lambda *a, **k: pytest.fail("module was called"))
+def test_the_kernel_is_the_default(model: DecoderModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        DecoderModel, "forward", lambda *a, **k: pytest.fail("the module was called")
+    )
     monkeypatch.setitem(FORWARDS, DecoderModel, DecoderModel.forward)
     assert len(list(generate_tokens(model, [1], 20))) == 20
 
 
-def test_repetitions_are_penalised(model: DecoderModel) -> None:
+def test_repetition_penalty_gives_more_distinct_tokens(model: DecoderModel) -> None:
     plain, penalised = (
         list(generate_tokens(model, [1], 40, temperature=0, repetition_penalty=penalty))
         for penalty in (1.0, 1.5)
@@ -210,7 +208,7 @@ def test_padding_is_never_generated() -> None:
     assert 10 not in list(generate_tokens(model, [1], 50, temperature=0))
 
 
-def test_the_callers_own_randomness_is_left_alone(model: DecoderModel) -> None:
+def test_the_callers_random_state_is_left_alone(model: DecoderModel) -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -218,13 +216,13 @@ def test_the_callers_own_randomness_is_left_alone(model: DecoderModel) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_wrong_settings(model: DecoderModel) -> None:
+def test_invalid_settings(model: DecoderModel) -> None:
     with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\], got 1.1"):
         list(generate_tokens(model, [1], 5, top_p=1.1))
     with pytest.raises(ValueError, match="max_new_tokens must not be negative, got -1"):
         list(generate_tokens(model, [1], -1))
     for wrong in (11, -1):
-        for prompt in ([1, wrong], [wrong, *[1] * 30]):  # also where the model does not see it
+        for prompt in ([1, wrong], [wrong, *[1] * 30]):  # even outside the model's window
             for penalty in (1.0, 1.1):
                 with pytest.raises(IndexError, match=f"Token id {wrong} is outside the vocab"):
                     list(generate_tokens(model, prompt, 5, repetition_penalty=penalty))
@@ -232,7 +230,9 @@ def test_wrong_settings(model: DecoderModel) -> None:
         with pytest.raises(ValueError, match="seed must be in"):
             list(generate_tokens(model, [1], 5, seed=seed))
     for use_cache in (True, False):
-        with pytest.raises(ValueError, match="no precision 'fp8'; choose from fp32, bf16, int8, "):
+        with pytest.raises(
+            ValueError, match="unknown precision 'fp8'; choose from fp32, bf16, int8, "
+        ):
             list(generate_tokens(model, [1], 5, use_cache=use_cache, precision="fp8"))
 
 

@@ -5,7 +5,8 @@ import torch
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer
 from fastllm.generation.decoding import generate_tokens
-from fastllm.generation.text_stream import TextStream, generate_text
+from fastllm.generation.text_stream import TextStream, generate_text, generate_texts
+from fastllm.ops.sampling import Sampling
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
 
 TOKENIZER = SimpleCharacterTokenizer(["abcdefghij"])
@@ -16,7 +17,7 @@ def test_same_seed_same_text(model: DecoderModel) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_stop_text_ends_it_and_is_not_given_out(model: DecoderModel) -> None:
+def test_the_text_ends_before_the_stop_text(model: DecoderModel) -> None:
     text = "".join(generate_text(model, TOKENIZER, "ab", 80, seed=5))
     for length in (1, 2, 3):
         stop = text[30 : 30 + length]
@@ -25,8 +26,8 @@ def test_stop_text_ends_it_and_is_not_given_out(model: DecoderModel) -> None:
     assert "".join(generate_text(model, TOKENIZER, "ab", 80, "zz", seed=5)) == text
 
 
-def test_pieces_of_a_subword_text_join_to_the_whole() -> None:
-    """Characters that span tokens appear whole, and the spaces between words are kept."""
+def test_pieces_of_subword_text_join_to_the_whole() -> None:
+    """Characters that span tokens are whole, and spaces between words are kept."""
     text = "Grüße an 世界 and 🙂 the wonderful words of the world. " * 30
     for kind in ("bpe", "wordpiece"):
         tokenizer = SubwordTokenizer.train([text], kind, 300)  # type: ignore[arg-type]
@@ -40,8 +41,8 @@ def test_pieces_of_a_subword_text_join_to_the_whole() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "character"])
-def test_text_is_given_out_as_soon_as_it_is_certain_and_never_taken_back(kind: str) -> None:
-    """Whatever tokens come, in an order that makes sense or not, and with any stop texts."""
+def test_streamed_text_is_never_taken_back(kind: str) -> None:
+    """For sensible and random tokens, and for any stop texts."""
     text = "Grüße an 世界 and 🙂 the wonderful words, of the world's end. " * 30
     tokenizer: Tokenizer = SimpleCharacterTokenizer([text])
     if kind != "character":
@@ -64,15 +65,15 @@ def test_text_is_given_out_as_soon_as_it_is_certain_and_never_taken_back(kind: s
             ]
             ends = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops]
             expected = whole[: min((e for e in ends if e[1] >= 0), default=(0, len(whole)))[1]]
-            stream, given = TextStream(tokenizer, stops), ""
+            stream, shown = TextStream(tokenizer, stops), ""
             for token in tokens:
-                given += stream.push(token)
-                assert expected.startswith(given) and stream.shown == len(given)
+                shown += stream.push(token)
+                assert expected.startswith(shown) and stream.shown == len(shown)
                 if stream.stopped:
                     break
             else:
-                given += stream.end()
-            assert given == expected
+                shown += stream.end()
+            assert shown == expected
 
 
 def test_empty_prompt_and_unknown_characters(model: DecoderModel) -> None:
@@ -80,3 +81,18 @@ def test_empty_prompt_and_unknown_characters(model: DecoderModel) -> None:
         list(generate_text(model, TOKENIZER, "", 5))
     with pytest.raises(KeyError, match="Character 'z' not found"):
         generate_text(model, TOKENIZER, "abz", 5)
+
+
+def test_texts_are_the_same_in_batches_of_any_size(model: DecoderModel) -> None:
+    prompts = ["a", "bcd", "abcdefghij", "a", "jj"]
+    settings = Sampling(0.8, top_k=7), 3
+    expected = [
+        "".join(
+            generate_text(model, TOKENIZER, prompt, 30, "b", temperature=0.8, top_k=7, seed=seed)
+        )
+        for seed, prompt in enumerate(prompts, 3)
+    ]
+    for size in (1, 2, 5, 16):
+        texts = generate_texts(model, TOKENIZER, prompts, 30, "b", *settings, batch_size=size)
+        assert list(texts) == expected
+    assert list(generate_texts(model, TOKENIZER, prompts, 0)) == [""] * 5
