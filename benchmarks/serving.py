@@ -1,14 +1,12 @@
-"""What a server gives its clients: tokens a second, time to the first token, memory under load.
+"""A server under load: tokens per second, time to the first token, memory.
 
     python benchmarks/serving.py C E
 
-Each line is a server process of its own and so many clients, every one streaming one completion
-after the other for some seconds: prompts of a quarter of the window, and sampled tokens for half of
-it. Beside it stands what `generate_batch` and transformers' `generate` (a fixed batch in this
-process, with its cache, in fp32) make of as many prompts at once. The last line for a configuration
-has three of ten clients hang up on the way, and the server's memory before and after.
-
-Options: --seconds of each line (10), --load_seconds of the last one (60), --streams (1 4 16 64).
+Each line of the table starts a server process. Its clients stream one completion after another for
+some seconds, with prompts of a quarter of the window and sampled tokens for half of it. For
+comparison, `generate_batch` and transformers' `generate` (a fixed batch in this process, with its
+cache, in fp32) continue as many prompts at once. In the last line for a configuration, three of ten
+clients disconnect midway, and the server's memory before and after is printed.
 """
 
 import argparse
@@ -19,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -52,7 +50,7 @@ def make_run(letter: Letter, folder: Path) -> tuple[DecoderModel, Tokenizer]:
     config = TrainConfig(
         hidden_size=c.H, num_layers=c.L, num_heads=c.N, max_seq_len=c.S, dropout=0, seed=0
     )
-    # A character for each token: the tokenizer is not what is measured. Beyond all surrogates.
+    # One character per token, above the surrogates, so that the tokenizer costs little.
     tokenizer = SimpleCharacterTokenizer(["".join(chr(0x10000 + i) for i in range(c.V - 1))])
     torch.manual_seed(0)
     model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id).eval()
@@ -80,7 +78,7 @@ def serving(folder: Path, *flags: str) -> Iterator[tuple[str, psutil.Process]]:
 
 
 class Client:
-    """Streams completions by hand: a client library would take the cores from the server."""
+    """Streams completions without a client library, which would take cores from the server."""
 
     def __init__(self, url: str, c: StepShape, seed: int) -> None:
         self.host, _, port = url.removeprefix("http://").partition(":")
@@ -88,7 +86,7 @@ class Client:
         self.tokens = 0
         self.firsts: list[float] = []
 
-    async def complete(self, hang_up: bool = False) -> None:
+    async def complete(self, disconnect: bool = False) -> None:
         c = self.c
         body = json.dumps(
             {
@@ -107,7 +105,7 @@ class Client:
         )
         status = await reader.readline()
         assert b" 200 " in status, status
-        until = self.random.randrange(1, c.S // 2) if hang_up else c.S
+        limit = self.random.randrange(1, c.S // 2) if disconnect else c.S
         got = 0
         while line := await reader.readline():
             if line.startswith(b"data: {"):
@@ -116,16 +114,16 @@ class Client:
                 new = len(json.loads(line[6:])["choices"][0]["text"])
                 got += new
                 self.tokens += new
-                if got >= until:
+                if got >= limit:
                     break
         writer.close()
-        assert hang_up or got == c.S // 2, got
+        assert disconnect or got == c.S // 2, got
 
 
 async def load(
-    url: str, c: StepShape, streams: int, seconds: float, hanging_up: bool = False
+    url: str, c: StepShape, streams: int, seconds: float, disconnecting: bool = False
 ) -> tuple[float, list[float]]:
-    """Tokens a second in all, and seconds to the first token of each completion."""
+    """Total tokens per second, and seconds to the first token of each completion."""
     clients = [Client(url, c, seed) for seed in range(streams)]
     await asyncio.gather(*(client.complete() for client in clients))  # warms up
     for client in clients:
@@ -133,11 +131,11 @@ async def load(
     start = time.perf_counter()
     end = start + seconds
 
-    async def keep_on(client: Client) -> None:
+    async def repeat(client: Client) -> None:
         while time.perf_counter() < end:
-            await client.complete(hanging_up and client.random.random() < 0.3)
+            await client.complete(disconnecting and client.random.random() < 0.3)
 
-    await asyncio.gather(*map(keep_on, clients))
+    await asyncio.gather(*map(repeat, clients))
     elapsed = time.perf_counter() - start
     return sum(client.tokens for client in clients) / elapsed, [
         first for client in clients for first in client.firsts
@@ -145,7 +143,7 @@ async def load(
 
 
 def generate_speed(model: DecoderModel, c: StepShape, batch: int, precision: str) -> float:
-    """Tokens a second of a fixed batch in this process, prompts included as above."""
+    """Tokens per second of a fixed batch in this process, including the prompts."""
     prompts = torch.randint(c.V - 1, (batch, c.S // 4)).tolist()
     times = []
     for _ in range(3):
@@ -183,10 +181,12 @@ def transformers_speed(c: StepShape, batch: int) -> float:
     return batch * (c.S // 2) / median(times)
 
 
-def report(letter: str, who: str, streams: int, speed: float, firsts: list[float] = []) -> None:  # noqa: B006
+def report(
+    letter: str, name: str, streams: int, speed: float, firsts: Sequence[float] = ()
+) -> None:
     ordered = [1000 * first for first in sorted(firsts)]
     last = f"{median(ordered):10,.1f}{ordered[int(0.95 * len(ordered))]:10,.1f}" if firsts else ""
-    print(f"{letter:6}{streams:8}  {who:20}{speed:12,.0f}{last}", flush=True)
+    print(f"{letter:6}{streams:8}  {name:20}{speed:12,.0f}{last}", flush=True)
 
 
 def measure(letter: Letter, args: Any) -> None:
@@ -208,21 +208,21 @@ def measure(letter: Letter, args: Any) -> None:
             before = process.memory_info().rss / 2**20
             speed, firsts = asyncio.run(load(url, c, streams, args.load_seconds, True))
             after = process.memory_info().rss / 2**20
-        report(letter, "hanging up", streams, speed, firsts)
+        report(letter, "disconnecting", streams, speed, firsts)
         print(f"memory before and after: {before:,.0f}, {after:,.0f} MiB", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("letters", nargs="*", default=["C", "E"], metavar="CONFIG")
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--load_seconds", type=float, default=60)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--seconds", type=float, default=10, help="of each line")
+    parser.add_argument("--load_seconds", type=float, default=60, help="of the last line")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64], help="clients")
     parser.add_argument("--precisions", nargs="+", default=list(FLAGS), choices=FLAGS)
     args = parser.parse_args()
     threads = set_threads()
-    print(f"{threads} threads, the server as it chooses; ms to the first token: median and 95 %")
-    print(f"config streams  {'who':20}{'tokens/s':>12}{'first':>10}{'95 %':>10}")
+    print(f"{threads} threads (the server chooses its own); ms to the first token: median, 95 %")
+    print(f"config streams  {'':20}{'tokens/s':>12}{'first':>10}{'95 %':>10}")
     for letter in args.letters:
         measure(letter, args)
 

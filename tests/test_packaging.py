@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -80,10 +81,15 @@ def test_one_version() -> None:
 
 
 @pytest.mark.subprocess
-def test_the_page_is_in_the_wheel(sources: Path) -> None:
+def test_the_page_is_in_wheel_and_sdist(sources: Path) -> None:
     subprocess.run(
-        [sys.executable, "setup.py", "build_py", "--build-lib", "lib"],
+        [sys.executable, "setup.py", "build_py", "--build-lib", "lib", "sdist"],
         cwd=sources, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
-    page = (sources / "lib/fastllm/serving/page.html").read_bytes()
-    assert page == (REPOSITORY / "fastllm/serving/page.html").read_bytes()
+    (sdist,) = (sources / "dist").iterdir()
+    with tarfile.open(sdist) as archive:
+        archived = {name.partition("/")[2] for name in archive.getnames()}
+    for name in ("index.html", "style.css", "script.js"):
+        file = Path("fastllm/serving/page") / name
+        assert (sources / "lib" / file).read_bytes() == (REPOSITORY / file).read_bytes()
+        assert str(file) in archived

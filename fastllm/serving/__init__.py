@@ -1,1 +1,1 @@
-"""A trained model behind HTTP: what `python -m fastllm.serve` consists of."""
+"""A trained model behind HTTP: the library of `python -m fastllm.serve`."""

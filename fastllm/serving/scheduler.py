@@ -1,11 +1,13 @@
-"""Continuous batching: sequences join and leave one decoding between any two tokens.
+"""Continuous batching: sequences join and leave a running batch between any two tokens.
 
-One thread computes. Each of its steps appends a token to every running sequence and the prompts of
-those that join, as one call of the kernel; what comes of it depends on no neighbour (see
-`Decoding`), so every sequence gets the tokens that it would get alone.
+One thread computes. Each of its steps appends one token to every running sequence, and the whole
+prompt to those that join, in one call of the kernel. The logits of a sequence do not depend on its
+neighbours (see `Decoding`), so every sequence gets the tokens that it would get alone.
 """
 
 import contextlib
+import logging
+import math
 import threading
 import time
 from collections import deque
@@ -22,38 +24,43 @@ from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling, sample
 from fastllm.tokenization import Tokenizer
 
-# Tokens of prompts that join in one step, if it is more than one prompt: the running sequences wait
-# so long, and the memory of a step grows with it.
+# Prompt tokens that may join in one step, unless a single prompt is longer: the running sequences
+# wait for them, and the memory of a step grows with them.
 JOINING_TOKENS = 512
-# Tokens of a prompt whose probabilities are wanted, in one step: a row of logits for each.
+# Prompt tokens per step whose log probabilities are computed: each needs a row of logits.
 SCORED_TOKENS = 64
-# What stands for the logarithm of 0, which JSON cannot write.
-LEAST_LOGPROB = -9999.0
+# Stands for log(0), which JSON cannot represent.
+MIN_LOGPROB = -9999.0
 
 DEFAULT_SAMPLING = Sampling()
 
+STOPPED = "the server has stopped computing"
+INTERNAL_ERROR = "internal server error; see the server's log"
 
-class Busy(Exception):
-    """More sequences wait than may."""
+logger = logging.getLogger(__name__)
+
+
+class QueueFull(Exception):
+    """The queue is full."""
 
 
 class Draining(Exception):
-    """Nothing new is taken up: the server is about to end."""
+    """The server is shutting down and takes no new jobs."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One sequence that somebody waits for.
+    """One sequence to compute for a client.
 
     Attributes:
-        prompt: token ids, one at least.
-        max_tokens: how many to add, one at least unless the prompt is scored; with the prompt no
-            more than the model's `max_seq_len`.
-        seed: of the draws, in [0, 2**64).
-        stops: texts before which it ends.
-        logprobs: alternatives to list for each token; None for no probabilities at all.
-        score_prompt: whether the prompt's own tokens get theirs as well.
-        first_offset: characters of the prompt: where the offsets of new tokens begin.
+        prompt: token ids, at least one.
+        max_tokens: how many tokens to add, at least one unless `score_prompt` is set. Together with
+            the prompt, at most the model's `max_seq_len`.
+        seed: of the random draws, in [0, 2**64).
+        stops: the continuation ends before any of these texts.
+        logprobs: alternatives to list for each token; None for no log probabilities at all.
+        score_prompt: whether the tokens of the prompt get log probabilities too.
+        first_offset: characters in the prompt, which is where the offsets of new tokens begin.
     """
 
     prompt: list[int]
@@ -67,13 +74,13 @@ class Job:
     submitted: float = field(default_factory=time.monotonic)
 
 
-class Score(NamedTuple):
-    """The model's own probability of a token, before temperature, penalties and cuts.
+class TokenLogprob(NamedTuple):
+    """The model's own probability of a token, before temperature, penalties and filters.
 
     Attributes:
         logprob: natural logarithm; None for the first token of a prompt.
-        top: the likeliest tokens with theirs, and the token itself.
-        offset: where its text begins, in characters of prompt and continuation.
+        top: the likeliest tokens and this one, with their log probabilities.
+        offset: where the token's text begins, in characters of prompt and continuation.
     """
 
     token: str
@@ -82,37 +89,49 @@ class Score(NamedTuple):
     offset: int
 
 
-class Piece(NamedTuple):
-    """What a step brought to a job.
+class Delta(NamedTuple):
+    """What a step added to a job.
 
     Attributes:
-        text: what became certain of the continuation.
-        scores: of the tokens whose text that is, or of the prompt's.
-        tokens: how many were drawn.
-        first_after: with the first token, the seconds since the job came; else None.
-        finish: "stop" or "length" with the last piece.
-        error: why nothing more will come.
+        text: newly certain text of the continuation.
+        logprobs: of the tokens of that text, or of prompt tokens.
+        tokens: how many tokens were drawn.
+        first_token_s: with the first token, the seconds since the job was submitted; else None.
+        finish_reason: "stop" or "length" in the last delta.
+        error: why the job failed; nothing follows it.
     """
 
     text: str = ""
-    scores: Sequence[Score] = ()
+    logprobs: Sequence[TokenLogprob] = ()
     tokens: int = 0
-    first_after: float | None = None
-    finish: str | None = None
+    first_token_s: float | None = None
+    finish_reason: str | None = None
     error: str | None = None
 
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
 
-class Running:
-    """A job that has a place in the decoding."""
+
+class RunningJob:
+    """A job that has a slot.
+
+    Attributes:
+        tokens: the prompt, and what was drawn.
+        pending: the last of `tokens`, which the decoding does not hold yet.
+        drawn: how many tokens were drawn.
+        scoring: whether log probabilities of prompt tokens are still to be computed.
+    """
 
     def __init__(self, job: Job, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.job = job
         self.stream = TextStream(tokenizer, job.stops)
         self.prompt_stream = TextStream(tokenizer)
-        self.unscored = list(job.prompt) if job.score_prompt else []
-        self.pending = [] if job.score_prompt else job.prompt  # what the decoding does not hold
-        self.count = 0
-        self.scores: list[Score] = []  # of tokens whose text is held back
+        self.tokens = list(job.prompt)
+        self.pending = self.tokens[:]
+        self.drawn = 0
+        self.scoring = job.score_prompt
+        self.held_logprobs: list[TokenLogprob] = []  # of tokens whose text is held back
         self.cancelled = False
         self.seen: Tensor | None = None
         if job.sampling.repetition_penalty != 1:
@@ -120,21 +139,24 @@ class Running:
             self.seen[job.prompt] = True
 
 
-Post = Callable[[list[tuple[Job, Piece]]], None]
+Deliver = Callable[[list[tuple[Job, Delta]]], None]
 
 
 class Scheduler:
-    """Computes jobs, some at a time, the others waiting in their order.
+    """Computes up to `slots` jobs at a time; the others queue in order of arrival.
+
+    An error while computing one job ends that job alone.
 
     Args:
-        model: in evaluation mode; `precision` as for `generate_batch`.
-        places: jobs that are computed at the same time. Each takes memory for keys and values of
-            `max_seq_len` positions from its first use on.
-        longest_queue: jobs that may wait.
-        post: called by the computing thread with what each step brought.
+        model: in evaluation mode.
+        precision: as for `generate_batch`.
+        slots: jobs that run at the same time. Each slot, once used, keeps memory for the keys and
+            values of `max_seq_len` positions.
+        max_queue: jobs that may wait for a slot.
+        deliver: called by the computing thread with the deltas of each step.
 
     Raises:
-        ValueError: the kernel is needed for this precision and cannot serve.
+        ValueError: the precision needs the kernel, which cannot run this model.
     """
 
     def __init__(
@@ -142,34 +164,34 @@ class Scheduler:
         model: DecoderModel,
         tokenizer: Tokenizer,
         precision: str,
-        places: int,
-        longest_queue: int,
-        post: Post,
+        slots: int,
+        max_queue: int,
+        deliver: Deliver,
     ) -> None:
-        self._model, self._tokenizer, self._post = model, tokenizer, post
-        self._decoding = start_decoding(model, places, precision=precision)
-        self._places, self._longest_queue = places, longest_queue
-        self._changed = threading.Condition()  # its lock may be taken again by who has it
-        self._waiting: deque[Job] = deque()
-        self._running: dict[int, Running] = {}  # by place
-        self._events: list[tuple[Job, Piece]] = []
+        self._model, self._tokenizer, self._deliver = model, tokenizer, deliver
+        self._decoding = start_decoding(model, slots, precision=precision)
+        self._slots, self._max_queue = slots, max_queue
+        self._changed = threading.Condition()  # on a reentrant lock
+        self._queue: deque[Job] = deque()
+        self._running: dict[int, RunningJob] = {}  # by slot
+        self._deltas: list[tuple[Job, Delta]] = []
         self._draining = self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
     @property
     def running(self) -> int:
-        """Jobs that are computed."""
+        """Jobs that have a slot."""
         return len(self._running)
 
     @property
-    def waiting(self) -> int:
-        """Jobs that wait for a place."""
-        return len(self._waiting)
+    def queued(self) -> int:
+        """Jobs that wait for a slot."""
+        return len(self._queue)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread still computes."""
+        """Whether the computing thread is running."""
         return self._thread.is_alive()
 
     @property
@@ -177,38 +199,38 @@ class Scheduler:
         return self._draining
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Takes all of the jobs, or none.
+        """Queues all of the jobs, or none.
 
         Raises:
-            Busy: they would make the queue longer than it may be.
-            Draining: after `drain`.
+            QueueFull: they do not fit into the queue.
+            Draining: after `drain` or `close`.
         """
         with self._changed:
             if self._draining or not self.alive:
                 raise Draining
-            # Places that fall to who waits already are not yet taken, but as good as.
-            there = len(self._running) + len(self._waiting)
-            if there + len(jobs) > self._places + self._longest_queue:
-                raise Busy
-            self._waiting += jobs
+            # Free slots promised to queued jobs count as taken.
+            count = len(self._running) + len(self._queue) + len(jobs)
+            if count > self._slots + self._max_queue:
+                raise QueueFull
+            self._queue += jobs
             self._changed.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Lets go of jobs that nobody waits for; their places are free before the next token."""
+        """Drops jobs; their slots are free before the next token."""
         with self._changed:
             for job in jobs:
-                if job in self._waiting:
-                    self._waiting.remove(job)
+                if job in self._queue:
+                    self._queue.remove(job)
             for running in self._running.values():
                 running.cancelled |= running.job in jobs
 
     def drain(self) -> None:
-        """Takes no more jobs; those that it has come to their end."""
+        """Refuses new jobs; running and queued ones finish."""
         with self._changed:
             self._draining = True
 
     def close(self) -> None:
-        """Ends the thread before the next token; jobs that were not done get an error."""
+        """Stops the thread before the next token; unfinished jobs get an error."""
         with self._changed:
             self._draining = self._closing = True
             self._changed.notify()
@@ -216,139 +238,199 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            while self._take_up():
+            while self._admit():
                 self._step()
-                self._post(self._events)
-                self._events = []
-        finally:  # also where the step raised: nobody may wait for ever
+                self._deliver(self._deltas)
+                self._deltas = []
+        finally:  # even after an error, so that no client waits forever
             with self._changed:
                 self._draining = True
-                left = [running.job for running in self._running.values()] + list(self._waiting)
+                unfinished = [running.job for running in self._running.values()] + [*self._queue]
                 self._running.clear()
-                self._waiting.clear()
-            broken = Piece(error="the server has stopped computing")
-            self._post([*self._events, *((job, broken) for job in left)])
+                self._queue.clear()
+            stopped = Delta(error=STOPPED)
+            self._deliver([*self._deltas, *((job, stopped) for job in unfinished)])
 
-    def _take_up(self) -> bool:
-        """Waits until there is something to compute; False when it is time to end."""
+    def _admit(self) -> bool:
+        """Waits for jobs and moves them from the queue to free slots; False when closing."""
         with self._changed:
-            while not (self._running or self._waiting or self._closing):
+            while not (self._running or self._queue or self._closing):
                 self._changed.wait()
-            for place in [place for place, r in self._running.items() if r.cancelled]:
-                self._free(place)
+            for slot in [slot for slot, running in self._running.items() if running.cancelled]:
+                self._free(slot)
             joining = 0
-            # The lowest places first: those above take no memory while few are needed.
-            free = (place for place in range(self._places) if place not in self._running)
-            while self._waiting and len(self._running) < self._places:
-                size = len(self._waiting[0].prompt)
+            # The lowest slots first: the higher ones take no memory until they are needed.
+            free = (slot for slot in range(self._slots) if slot not in self._running)
+            while self._queue and len(self._running) < self._slots:
+                size = len(self._queue[0].prompt)
                 if joining and joining + size > JOINING_TOKENS:
                     break
                 joining += size
-                running = Running(self._waiting.popleft(), self._tokenizer, self._model.vocab_size)
-                self._running[next(free)] = running
+                job = self._queue.popleft()
+                try:
+                    running = RunningJob(job, self._tokenizer, self._model.vocab_size)
+                except Exception as error:
+                    self._deltas.append((job, Delta(error=_describe(error))))
+                else:
+                    self._running[next(free)] = running
             return not self._closing
 
-    def _free(self, place: int) -> None:
+    def _free(self, slot: int) -> None:
         with self._changed:
-            del self._running[place]
-        self._decoding.clear(place)
+            del self._running[slot]
+        self._decoding.clear(slot)
+
+    def _fail(self, slot: int, error: Exception) -> None:
+        """Ends one job with an error."""
+        self._deltas.append((self._running[slot].job, Delta(error=_describe(error))))
+        self._free(slot)
 
     def _step(self) -> None:
-        scoring = next((place for place, r in self._running.items() if r.unscored), None)
+        scoring = next((slot for slot, running in self._running.items() if running.scoring), None)
         if scoring is not None:
-            self._score_prompt(scoring)
-        tokens = {place: r.pending for place, r in sorted(self._running.items()) if r.pending}
-        if tokens:
-            self._draw(list(tokens), self._decoding.append(tokens))
-
-    def _score_prompt(self, place: int) -> None:
-        running = self._running[place]
-        job = running.job
-        tokens = running.unscored[:SCORED_TOKENS]
-        logits = self._without_padding(self._decoding.append({place: tokens}, every=True))
-        scores = []
-        if len(running.unscored) == len(job.prompt):
-            scores.append(Score(self._tokenizer.decode(tokens[:1]), None, None, 0))
-            running.prompt_stream.push(tokens[0])
-        for row, token in zip(logits, running.unscored[1:], strict=False):
-            scores.append(self._score(row, token, job, running.prompt_stream.length))
-            running.prompt_stream.push(token)
-        del running.unscored[: len(tokens)]
-        self._events.append((job, Piece(scores=scores)))
-        if running.unscored:
-            return
-        if job.max_tokens:
-            self._draw([place], logits[-1:])
-        else:
-            self._events.append((job, Piece(finish="length")))
-            self._free(place)
-
-    def _draw(self, places: Sequence[int], logits: Tensor) -> None:
-        """A token for each of these places, from its row of logits."""
-        logits = self._without_padding(logits)
-        drawn = [self._running[place] for place in places]
-        seen = None
-        if any(running.seen is not None for running in drawn):
-            nothing = torch.zeros(logits.size(1), dtype=torch.bool)
-            seen = torch.stack([nothing if r.seen is None else r.seen for r in drawn])
-        try:
-            tokens = sample(
-                logits,
-                [running.job.sampling for running in drawn],
-                [running.job.seed for running in drawn],
-                [running.count for running in drawn],
-                seen,
-            ).tolist()
-        except ValueError as error:  # one's logits are no numbers: the others are not to blame
-            if len(drawn) > 1:
-                for i, place in enumerate(places):
-                    self._draw([place], logits[i : i + 1])
-            else:
-                self._events.append((drawn[0].job, Piece(error=str(error))))
-                self._free(places[0])
-            return
-        for place, running, token, row in zip(places, drawn, tokens, logits, strict=True):
             try:
-                self._advance(place, running, token, row)
-            except KeyError as error:  # a vocabulary may have ids without a token
-                self._events.append((running.job, Piece(error=str(error.args[0]))))
-                self._free(place)
+                self._score_prompt(scoring)
+            except Exception as error:
+                self._fail(scoring, error)
+        slots = sorted(slot for slot, running in self._running.items() if not running.scoring)
+        if slots:
+            self._decode(slots)
 
-    def _advance(self, place: int, running: Running, token: int, logits: Tensor) -> None:
+    def _decode(self, slots: Sequence[int]) -> None:
+        """Appends the pending tokens of these slots, and draws the next ones.
+
+        If that fails for several slots, each is tried alone, so that only the jobs at fault fail.
+        """
+        try:
+            logits = self._decoding.append({slot: self._running[slot].pending for slot in slots})
+        except Exception as error:
+            if len(slots) == 1:
+                self._fail(slots[0], error)
+                return
+        else:
+            self._draw(slots, logits)
+            return
+        lengths = self._decoding.lengths
+        for slot in slots:
+            running = self._running[slot]
+            if lengths[slot] != len(running.tokens) - len(running.pending):
+                # The failed call has changed this sequence: compute it anew.
+                self._decoding.clear(slot)
+                running.pending = running.tokens[:]
+            self._decode([slot])
+
+    def _score_prompt(self, slot: int) -> None:
+        """Appends some tokens of a prompt and reports their log probabilities."""
+        running = self._running[slot]
+        job, tokens = running.job, running.pending[:SCORED_TOKENS]
+        logits = self._without_padding(self._decoding.append({slot: tokens}, every=True))
+        logprobs = []
+        if len(running.pending) == len(job.prompt):
+            text = self._tokenizer.decode(tokens[:1])
+            logprobs.append(TokenLogprob(text, None, None, 0))
+            running.prompt_stream.push(tokens[0])
+        targets = running.pending[1 : len(tokens) + 1]  # a row predicts the token after its own
+        for row, token in zip(logits, targets, strict=False):
+            logprobs.append(self._logprob(row, token, job, running.prompt_stream.length))
+            running.prompt_stream.push(token)
+        del running.pending[: len(tokens)]
+        self._deltas.append((job, Delta(logprobs=logprobs)))
+        if running.pending:
+            return
+        running.scoring = False
+        if job.max_tokens:
+            self._draw([slot], logits[-1:])
+        else:
+            self._deltas.append((job, Delta(finish_reason="length")))
+            self._free(slot)
+
+    def _draw(self, slots: Sequence[int], logits: Tensor) -> None:
+        """Draws a token for each of the slots from its row of logits."""
+        running = [self._running[slot] for slot in slots]
+        try:
+            tokens = self._sample(running, self._without_padding(logits))
+        except Exception as error:
+            if len(slots) == 1:
+                self._fail(slots[0], error)
+                return
+        else:
+            for slot, each, token, row in zip(slots, running, tokens, logits, strict=True):
+                try:
+                    finished = self._advance(each, token, row)
+                except Exception as error:
+                    self._fail(slot, error)
+                else:
+                    if finished:
+                        self._free(slot)
+            return
+        for i, slot in enumerate(slots):  # find the job at fault
+            self._draw([slot], logits[i : i + 1])
+
+    def _sample(self, running: Sequence[RunningJob], logits: Tensor) -> list[int]:
+        seen = None
+        if any(each.seen is not None for each in running):
+            nothing = torch.zeros(logits.size(1), dtype=torch.bool)
+            seen = torch.stack([nothing if each.seen is None else each.seen for each in running])
+        return sample(
+            logits,
+            [each.job.sampling for each in running],
+            [each.job.seed for each in running],
+            [each.drawn for each in running],
+            seen,
+        ).tolist()
+
+    def _advance(self, running: RunningJob, token: int, logits: Tensor) -> bool:
+        """Adds a drawn token to its job; returns whether that was the last one."""
         job, stream = running.job, running.stream
         if job.logprobs is not None:
             offset = job.first_offset + stream.length
-            running.scores.append(self._score(logits, token, job, offset))
+            running.held_logprobs.append(self._logprob(logits, token, job, offset))
         if running.seen is not None:
             running.seen[token] = True
-        running.count += 1
+        running.tokens.append(token)
         running.pending = [token]
-        text, finish = stream.push(token), None
-        if not stream.stopped and running.count == job.max_tokens:
+        running.drawn += 1
+        text, finish_reason = stream.push(token), None
+        if not stream.stopped and running.drawn == job.max_tokens:
             text += stream.end()
-            finish = "length"
+            finish_reason = "length"
         if stream.stopped:
-            finish = "stop"
-        shown = job.first_offset + stream.shown
-        ready = [s for s in running.scores if finish == "length" or s.offset < shown]
-        running.scores = running.scores[len(ready) :]
-        first_after = time.monotonic() - job.submitted if running.count == 1 else None
-        self._events.append((job, Piece(text, ready, 1, first_after, finish)))
-        if finish:
-            self._free(place)
+            finish_reason = "stop"
+        ready = []
+        if running.held_logprobs:
+            shown = job.first_offset + stream.shown
+            ready = [
+                logprob
+                for logprob in running.held_logprobs
+                if finish_reason == "length" or logprob.offset < shown
+            ]
+            del running.held_logprobs[: len(ready)]
+        first_token_s = time.monotonic() - job.submitted if running.drawn == 1 else None
+        self._deltas.append((job, Delta(text, ready, 1, first_token_s, finish_reason)))
+        return finish_reason is not None
 
     def _without_padding(self, logits: Tensor) -> Tensor:
         if self._model.padding_idx is not None:
             logits[:, self._model.padding_idx] = -torch.inf
         return logits
 
-    def _score(self, logits: Tensor, token: int, job: Job, offset: int) -> Score:
-        logprobs = logits.log_softmax(-1).clamp_(min=LEAST_LOGPROB)
+    def _logprob(self, logits: Tensor, token: int, job: Job, offset: int) -> TokenLogprob:
+        logprobs = logits.log_softmax(-1).clamp_(min=MIN_LOGPROB)
         best = logprobs.topk(min(job.logprobs or 0, len(logprobs)))
         top: dict[str, float] = {}
         for each, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True):
             with contextlib.suppress(KeyError):  # a vocabulary may have ids without a token
                 top.setdefault(self._tokenizer.decode([each]), logprob)
         text, own = self._tokenizer.decode([token]), float(logprobs[token])
+        if math.isnan(own):
+            raise ValueError("the logits are not numbers")
         top.setdefault(text, own)
-        return Score(text, own, top, offset)
+        return TokenLogprob(text, own, top, offset)
+
+
+def _describe(error: Exception) -> str:
+    """The message for the client; what it cannot explain goes to the log with its traceback."""
+    if isinstance(error, (ValueError, LookupError)):
+        return str(error.args[0] if error.args else error)  # str() of a KeyError adds quotes
+    logger.error("a job failed", exc_info=error)
+    return "the server ran out of memory" if isinstance(error, MemoryError) else INTERNAL_ERROR

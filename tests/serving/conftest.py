@@ -1,4 +1,4 @@
-"""Small models to serve, and a server in a thread of the tests' own process."""
+"""Small models to serve, and a server in a thread of the test process."""
 
 import contextlib
 import socket
@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer
-from fastllm.serve import listen, make_server
-from fastllm.serving.api import Served, create_app
+from fastllm.serving.app import create_app
 from fastllm.serving.guard import Limits
+from fastllm.serving.model import ServedModel
 from fastllm.serving.scheduler import Scheduler
+from fastllm.serving.server import Server, listen
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
 from fastllm.training.config import TrainConfig
 
@@ -25,7 +26,7 @@ TEXT = "Grüße an 世界 and 🙂 the wonderful words of the world. " * 30
 
 @pytest.fixture(autouse=True)
 def one_thread(threads: None) -> None:
-    """Such small models gain nothing from more, and several engines may compute at a time."""
+    """More would not speed up such small models, and several schedulers may run at a time."""
     torch.set_num_threads(1)
 
 
@@ -33,7 +34,7 @@ def make_model(tokenizer: Tokenizer, max_seq_len: int = 300) -> DecoderModel:
     torch.manual_seed(0)
     padding = tokenizer.pad_token_id
     model = DecoderModel(tokenizer.vocab_size, 32, 2, 2, max_seq_len, padding_idx=padding).eval()
-    for parameter in model.parameters():  # an untrained model hardly has preferences
+    for parameter in model.parameters():  # the logits of an untrained model are nearly uniform
         parameter.data *= 3
     return model
 
@@ -46,38 +47,38 @@ def characters() -> tuple[DecoderModel, Tokenizer]:
 
 @pytest.fixture(scope="session")
 def subwords() -> tuple[DecoderModel, Tokenizer]:
-    """Whose tokens are often parts of a character."""
+    """A model whose tokens are often parts of a character."""
     tokenizer = SubwordTokenizer.train([TEXT], "bpe", 300)
     return make_model(tokenizer), tokenizer
 
 
-class Server(NamedTuple):
+class RunningServer(NamedTuple):
     url: str
     port: int
     scheduler: Scheduler
-    served: Served
+    served: ServedModel
 
 
 @contextmanager
 def running_server(
     model: DecoderModel,
     tokenizer: Tokenizer,
-    places: int = 5,
-    longest_queue: int = 100,
+    slots: int = 5,
+    max_queue: int = 100,
     api_key: str | None = None,
-    limits: Limits = Limits(),  # noqa: B008 - it cannot be changed
+    limits: Limits = Limits(),  # noqa: B008 - immutable
     run_dir: Path = Path("nowhere"),
-) -> Iterator[Server]:
-    served = Served("tiny", model, tokenizer, TrainConfig(), "fp32", run_dir, {"step": 7}, 123)
-    app = create_app(served, places, longest_queue, api_key, limits)
-    server = make_server(app, limits, drain_seconds=0.5)
+) -> Iterator[RunningServer]:
+    served = ServedModel("tiny", model, tokenizer, TrainConfig(), "fp32", run_dir, {"step": 7}, 123)
+    app = create_app(served, slots, max_queue, api_key, limits)
+    server = Server(app, limits, drain_seconds=0.5)
     listener = listen("127.0.0.1", 0, None)
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield Server(f"http://127.0.0.1:{port}", port, app.state.scheduler, served)
+        yield RunningServer(f"http://127.0.0.1:{port}", port, app.state.service.scheduler, served)
     finally:
         server.drain()
         thread.join()
@@ -86,7 +87,7 @@ def running_server(
 
 @contextmanager
 def slowed(scheduler: Scheduler, seconds: float) -> Iterator[None]:
-    """Every step takes so much longer."""
+    """Delays every step."""
     append: Callable[..., Any] = scheduler._decoding.append
 
     def slow(*arguments: Any, **keywords: Any) -> torch.Tensor:
@@ -103,14 +104,14 @@ def slowed(scheduler: Scheduler, seconds: float) -> Iterator[None]:
 def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.005)
 
 
 def raw_exchange(port: int, data: bytes, seconds: float = 10) -> bytes:
-    """All that the server answers to these bytes, until it closes or is silent for so long."""
+    """Everything that the server sends, until it closes the connection or is silent this long."""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
-        with contextlib.suppress(ConnectionError):  # it need not take everything
+        with contextlib.suppress(ConnectionError):  # it need not read everything
             connection.sendall(data)
         return received(connection)
 

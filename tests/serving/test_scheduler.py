@@ -1,7 +1,7 @@
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -11,7 +11,16 @@ from fastllm import DecoderModel
 from fastllm.generation.decoding import ModuleDecoding
 from fastllm.generation.text_stream import generate_text
 from fastllm.ops.sampling import Sampling
-from fastllm.serving.scheduler import SCORED_TOKENS, Busy, Draining, Job, Piece, Scheduler
+from fastllm.serving.scheduler import (
+    INTERNAL_ERROR,
+    SCORED_TOKENS,
+    STOPPED,
+    Delta,
+    Draining,
+    Job,
+    QueueFull,
+    Scheduler,
+)
 from fastllm.tokenization import Tokenizer
 from tests.conftest import needs_extension
 from tests.serving.conftest import make_model, slowed, wait_until
@@ -20,29 +29,31 @@ Model = tuple[DecoderModel, Tokenizer]
 
 
 class Inbox:
-    """What an scheduler posts, by job."""
+    """The deltas that a scheduler delivers, by job."""
 
     def __init__(self) -> None:
-        self.pieces: dict[Job, list[Piece]] = {}
+        self.deltas: dict[Job, list[Delta]] = {}
 
-    def __call__(self, pieces: Sequence[tuple[Job, Piece]]) -> None:
-        for job, piece in pieces:
-            self.pieces.setdefault(job, []).append(piece)
+    def __call__(self, deltas: Sequence[tuple[Job, Delta]]) -> None:
+        for job, delta in deltas:
+            self.deltas.setdefault(job, []).append(delta)
 
     def done(self, job: Job) -> bool:
-        last = self.pieces.get(job, [Piece()])[-1]
-        return last.finish is not None or last.error is not None
+        return job in self.deltas and self.deltas[job][-1].is_last
+
+    def error(self, job: Job) -> str:
+        return self.deltas[job][-1].error or ""
 
     def text(self, job: Job) -> str:
-        return "".join(piece.text for piece in self.pieces[job])
+        return "".join(delta.text for delta in self.deltas[job])
 
 
 @contextmanager
 def scheduler_of(
-    model: Model, places: int = 5, longest_queue: int = 1000, precision: str = "fp32"
+    model: Model, slots: int = 5, max_queue: int = 1000, precision: str = "fp32"
 ) -> Iterator[tuple[Scheduler, Inbox]]:
     inbox = Inbox()
-    scheduler = Scheduler(*model, precision, places, longest_queue, inbox)
+    scheduler = Scheduler(*model, precision, slots, max_queue, inbox)
     try:
         yield scheduler, inbox
     finally:
@@ -58,10 +69,10 @@ def random_job(random: random.Random, tokenizer: Tokenizer) -> Job:
 
 
 def alone(model: Model, job: Job, precision: str = "fp32") -> str:
-    """What `generate` makes of the same."""
+    """The text that `generate_text` gives for the same job."""
 
     class Prompt:
-        """Already encoded."""
+        """A tokenizer for a prompt that is already encoded."""
 
         encode = staticmethod(lambda text: job.prompt)
         decode = staticmethod(model[1].decode)
@@ -84,7 +95,7 @@ def alone(model: Model, job: Job, precision: str = "fp32") -> str:
 def test_each_job_gets_what_it_would_get_alone(
     kind: str, precision: str, request: pytest.FixtureRequest
 ) -> None:
-    """Whoever is beside it, as they come and go, and whatever became of who had its place."""
+    """Whatever its neighbours, as jobs come and go, and whatever its slot held before."""
     model: Model = request.getfixturevalue(kind)
     source = random.Random(1)
     jobs = [random_job(source, model[1]) for _ in range(25)]
@@ -96,30 +107,30 @@ def test_each_job_gets_what_it_would_get_alone(
                 scheduler.cancel([jobs[i - 2]])
         kept = [job for i, job in enumerate(jobs) if i % 5 != 2]
         wait_until(lambda: all(map(inbox.done, kept)))
-        wait_until(lambda: not scheduler.running and not scheduler.waiting)
+        wait_until(lambda: not scheduler.running and not scheduler.queued)
     for job in kept:
         assert inbox.text(job) == alone(model, job, precision)
-        assert sum(piece.tokens for piece in inbox.pieces[job]) == job.max_tokens
+        assert sum(delta.tokens for delta in inbox.deltas[job]) == job.max_tokens
 
 
-def test_the_modules_serve_where_the_kernel_cannot(characters: Model) -> None:
-    heard = []
+def test_the_modules_run_models_that_the_kernel_cannot(characters: Model) -> None:
+    calls = []
     model = make_model(characters[1])
-    model.lm_head.register_forward_hook(lambda *a: heard.append(1))
+    model.lm_head.register_forward_hook(lambda *a: calls.append(1))
     source = random.Random(2)
     jobs = [random_job(source, characters[1]) for _ in range(8)]
-    with scheduler_of((model, characters[1]), places=3) as (scheduler, inbox):
+    with scheduler_of((model, characters[1]), slots=3) as (scheduler, inbox):
         assert isinstance(scheduler._decoding, ModuleDecoding)
         scheduler.submit(jobs)
         wait_until(lambda: all(map(inbox.done, jobs)))
-    assert heard
+    assert calls
     for job in jobs:
         assert inbox.text(job) == alone(characters, job)
 
 
 @pytest.mark.parametrize("kind", ["characters", "subwords"])
-def test_probabilities_are_the_models_own(kind: str, request: pytest.FixtureRequest) -> None:
-    """Of prompt and continuation, whatever the sampling; offsets say where the text stands."""
+def test_logprobs_are_the_models_own(kind: str, request: pytest.FixtureRequest) -> None:
+    """Of prompt and continuation, whatever the sampling; offsets say where the text is."""
     model, tokenizer = request.getfixturevalue(kind)
     source = random.Random(3)
     prompts = [
@@ -135,29 +146,29 @@ def test_probabilities_are_the_models_own(kind: str, request: pytest.FixtureRequ
         scheduler.submit(jobs)
         wait_until(lambda: all(map(inbox.done, jobs)))
     for job in jobs:
-        scores = [score for piece in inbox.pieces[job] for score in piece.scores]
-        assert len(scores) == len(job.prompt) + job.max_tokens
-        assert scores[0].logprob is None and scores[0].top is None
+        logprobs = [each for delta in inbox.deltas[job] for each in delta.logprobs]
+        assert len(logprobs) == len(job.prompt) + job.max_tokens
+        assert logprobs[0].logprob is None and logprobs[0].top is None
         with torch.no_grad():
             logits = model(torch.tensor([job.prompt]))[0]
         logits[:, model.padding_idx] = -torch.inf
         for position in range(1, len(job.prompt)):
             expected = logits[position - 1].log_softmax(-1)
-            score, token = scores[position], job.prompt[position]
-            assert score.token == tokenizer.decode([token])
-            assert score.logprob == pytest.approx(float(expected[token]), abs=1e-4)
-            assert score.top is not None and 1 <= len(score.top) <= 4
-            assert max(score.top.values()) == pytest.approx(float(expected.max()), abs=1e-4)
+            each, token = logprobs[position], job.prompt[position]
+            assert each.token == tokenizer.decode([token])
+            assert each.logprob == pytest.approx(float(expected[token]), abs=1e-4)
+            assert each.top is not None and 1 <= len(each.top) <= 4
+            assert max(each.top.values()) == pytest.approx(float(expected.max()), abs=1e-4)
         if kind == "characters":
-            assert [score.offset for score in scores[: len(job.prompt)]] == list(
+            assert [each.offset for each in logprobs[: len(job.prompt)]] == list(
                 range(len(job.prompt))
             )
-            new = scores[len(job.prompt) :]
-            assert "".join(score.token for score in new) == inbox.text(job)
-            assert [score.offset for score in new] == list(range(job.max_tokens))
+            new = logprobs[len(job.prompt) :]
+            assert "".join(each.token for each in new) == inbox.text(job)
+            assert [each.offset for each in new] == list(range(job.max_tokens))
 
 
-def test_stop_texts_end_it_and_show_nothing_of_themselves(subwords: Model) -> None:
+def test_stop_texts_end_a_job_and_are_not_shown(subwords: Model) -> None:
     source = random.Random(4)
     for _ in range(12):
         job = random_job(source, subwords[1])
@@ -171,68 +182,70 @@ def test_stop_texts_end_it_and_show_nothing_of_themselves(subwords: Model) -> No
             scheduler.submit([stopped])
             wait_until(lambda: inbox.done(stopped))  # noqa: B023
         assert inbox.text(stopped) == whole[:end]
-        assert inbox.pieces[stopped][-1].finish == "stop"
-        scores = [score for piece in inbox.pieces[stopped] for score in piece.scores]
-        assert all(score.offset < end for score in scores)
+        assert inbox.deltas[stopped][-1].finish_reason == "stop"
+        logprobs = [each for delta in inbox.deltas[stopped] for each in delta.logprobs]
+        assert all(each.offset < end for each in logprobs)
 
 
-def test_who_is_about_to_be_taken_up_is_not_in_the_way(characters: Model) -> None:
+def test_free_slots_count_before_queued_jobs_move_into_them(characters: Model) -> None:
     jobs = [Job([1], 5) for _ in range(6)]
-    with scheduler_of(characters, places=2, longest_queue=3) as (scheduler, inbox):
-        with scheduler._changed:  # the scheduler cannot take up what comes meanwhile
+    with scheduler_of(characters, slots=2, max_queue=3) as (scheduler, inbox):
+        with scheduler._changed:  # the scheduler cannot admit anything meanwhile
             for job in jobs[:5]:
                 scheduler.submit([job])
-            with pytest.raises(Busy):
+            with pytest.raises(QueueFull):
                 scheduler.submit(jobs[5:])
         wait_until(lambda: all(map(inbox.done, jobs[:5])))
 
 
-def test_the_queue_has_an_end_and_places_come_free(characters: Model) -> None:
+def test_the_queue_is_limited_and_cancelling_frees_slots(characters: Model) -> None:
     long = [Job([1], 250) for _ in range(9)]
     with (
-        scheduler_of(characters, places=2, longest_queue=3) as (scheduler, inbox),
+        scheduler_of(characters, slots=2, max_queue=3) as (scheduler, inbox),
         slowed(scheduler, 0.01),
     ):
         scheduler.submit(long[:2])
         wait_until(lambda: scheduler.running == 2)
         scheduler.submit(long[2:5])
-        with pytest.raises(Busy):
+        with pytest.raises(QueueFull):
             scheduler.submit(long[5:6])
-        assert (scheduler.running, scheduler.waiting) == (2, 3)
-        scheduler.cancel(long[1:3])  # one that runs, one that waits
-        wait_until(lambda: scheduler.waiting == 1 and scheduler.running == 2)
-        wait_until(lambda: long[3] in inbox.pieces)
+        assert (scheduler.running, scheduler.queued) == (2, 3)
+        scheduler.cancel(long[1:3])  # one running, one queued
+        wait_until(lambda: scheduler.queued == 1 and scheduler.running == 2)
+        wait_until(lambda: long[3] in inbox.deltas)
         scheduler.submit(long[5:7])
-        with pytest.raises(Busy):  # all or none
+        with pytest.raises(QueueFull):  # all or none
             scheduler.submit(long[7:9])
-        assert scheduler.waiting == 3
-        count = len(inbox.pieces[long[1]])
+        assert scheduler.queued == 3
+        count = len(inbox.deltas[long[1]])
         scheduler.drain()
         with pytest.raises(Draining):
             scheduler.submit(long[7:8])
         scheduler.cancel(long[5:7])
-        assert len(inbox.pieces[long[1]]) == count
+        assert len(inbox.deltas[long[1]]) == count
         scheduler.close()
         for job in (long[0], long[3], long[4]):
-            assert inbox.pieces[job][-1].error == "the server has stopped computing"
-        assert not scheduler.alive and not scheduler.running and not scheduler.waiting
+            assert inbox.error(job) == STOPPED
+        assert not scheduler.alive and not scheduler.running and not scheduler.queued
 
 
-def test_one_that_cannot_be_drawn_leaves_the_others_alone(characters: Model) -> None:
+def test_logits_that_are_not_numbers_fail_their_job_alone(characters: Model) -> None:
     tokenizer = characters[1]
     broken = make_model(tokenizer)
     broken.embedding_layer.token_embeddings.weight.data[3] = torch.nan
-    bad, good = Job([3], 5), [Job([1, 2], 1), Job([2], 1)]
+    good = [Job([1, 2], 1), Job([2], 1)]
+    bad = [Job([3], 5), Job([1, 3, 2], 0, logprobs=2, score_prompt=True)]
     with scheduler_of((broken, tokenizer)) as (scheduler, inbox):
-        scheduler.submit([good[0], bad, good[1]])
-        wait_until(lambda: all(map(inbox.done, [bad, *good])))
+        scheduler.submit([good[0], *bad, good[1]])
+        wait_until(lambda: all(map(inbox.done, [*bad, *good])))
         assert scheduler.alive
-    assert "not numbers" in (inbox.pieces[bad][-1].error or "")
+    for job in bad:
+        assert "not numbers" in inbox.error(job)
     for job in good:
         assert inbox.text(job) == alone(characters, job)
 
 
-def test_an_id_without_a_token_is_an_error_of_its_job_alone(characters: Model) -> None:
+def test_an_id_without_a_token_fails_its_job_alone(characters: Model) -> None:
     tokenizer = characters[1]
 
     class Holes:
@@ -248,7 +261,7 @@ def test_an_id_without_a_token_is_an_error_of_its_job_alone(characters: Model) -
         scheduler.submit([job])
         wait_until(lambda: inbox.done(job))
         assert scheduler.alive
-    assert inbox.pieces[job][-1].error == "Token ID '0' not found"
+    assert inbox.error(job) == "Token ID '0' not found"
 
 
 def test_an_alternative_without_a_token_is_left_out(characters: Model) -> None:
@@ -268,22 +281,101 @@ def test_an_alternative_without_a_token_is_left_out(characters: Model) -> None:
         scheduler.submit([job])
         wait_until(lambda: inbox.done(job))
         assert scheduler.alive
-    top = [score.top for piece in inbox.pieces[job] for score in piece.scores if score.top]
+    top = [each.top for delta in inbox.deltas[job] for each in delta.logprobs if each.top]
     assert top and all(len(each) == count - 1 for each in top)
 
 
-def test_nobody_waits_for_an_engine_that_broke(
+@pytest.mark.parametrize("attached", [False, True], ids=["kernel", "modules"])
+def test_a_job_that_fails_leaves_the_others_alone(characters: Model, attached: bool) -> None:
+    """When it joins, halfway through its prompt, or in the middle of its text."""
+    model = make_model(characters[1])
+    if attached:
+        model.lm_head.register_forward_hook(lambda *a: None)
+    source = random.Random(6)
+    good = [random_job(source, characters[1]) for _ in range(20)]
+    unknown = [
+        Job([1, 999], 5),
+        Job([999], 5, Sampling(1.0, 0, 1.0, 0.0, 1.2)),
+        Job([1] * SCORED_TOKENS + [999], 5, logprobs=2, score_prompt=True),
+    ]
+    too_long = Job([1] * 290, 20)
+    jobs = [*good, *unknown, too_long]
+    source.shuffle(jobs)
+    with scheduler_of((model, characters[1])) as (scheduler, inbox):
+        scheduler.submit(jobs)
+        wait_until(lambda: all(map(inbox.done, jobs)))
+        assert scheduler.alive
+    for job in unknown:
+        assert "999" in inbox.error(job)
+    assert "exceeds maximum sequence length 300" in inbox.error(too_long)
+    assert sum(delta.tokens for delta in inbox.deltas[too_long]) == 11
+    for job in good:
+        assert inbox.text(job) == alone(characters, job)
+
+
+def test_running_out_of_memory_fails_no_more_jobs_than_needed(
+    characters: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Several at a time do not fit, nor does a prompt of seven tokens alone."""
+    source = random.Random(7)
+    good = [random_job(source, characters[1]) for _ in range(6)]
+    bad = Job([1] * 7, 5)
+    with scheduler_of(characters) as (scheduler, inbox):
+        append = scheduler._decoding.append
+
+        def append_in_little_memory(
+            tokens: Mapping[int, Sequence[int]], every: bool = False
+        ) -> torch.Tensor:
+            if len(tokens) > 2 or any(len(each) == 7 for each in tokens.values()):
+                raise MemoryError
+            return append(tokens, every)
+
+        scheduler._decoding.append = append_in_little_memory  # type: ignore[method-assign]
+        scheduler.submit([*good[:3], bad, *good[3:]])
+        wait_until(lambda: all(map(inbox.done, [bad, *good])))
+        assert scheduler.alive
+    assert inbox.error(bad) == "the server ran out of memory"
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [MemoryError]
+    for job in good:
+        assert inbox.text(job) == alone(characters, job)
+
+
+def test_an_unexpected_error_fails_its_job_and_is_logged(
+    characters: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def decode(self, tokens: list[int]) -> str:
+            if len(tokens) == 3:
+                raise RuntimeError("no text")
+            return characters[1].decode(tokens)
+
+    short, long = Job([1], 2), Job([1], 5)
+    with scheduler_of((characters[0], Broken())) as (scheduler, inbox):  # type: ignore[arg-type]
+        scheduler.submit([short, long])
+        wait_until(lambda: inbox.done(short) and inbox.done(long))
+        assert scheduler.alive
+    assert inbox.error(long) == INTERNAL_ERROR and "no text" in caplog.text
+    assert inbox.text(short) == alone(characters, short)
+
+
+def test_no_client_waits_for_a_scheduler_that_broke(
     characters: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(args.exc_type))
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: errors.append(args.exc_type))
     with scheduler_of(characters) as (scheduler, inbox):
-        scheduler._decoding.append = lambda *a: 1 / 0  # type: ignore[method-assign]
+        deliver = scheduler._deliver
+
+        def fail_once(deltas: list[tuple[Job, Delta]]) -> None:
+            scheduler._deliver = deliver
+            raise ZeroDivisionError
+
+        scheduler._deliver = fail_once
         job = Job([1], 5)
         scheduler.submit([job])
         wait_until(lambda: inbox.done(job))
         wait_until(lambda: not scheduler.alive)
         with pytest.raises(Draining):
             scheduler.submit([Job([1], 5)])
-    assert seen == [ZeroDivisionError]
-    assert inbox.pieces[job][-1].error == "the server has stopped computing"
+    assert errors == [ZeroDivisionError]
+    assert inbox.error(job) == STOPPED

@@ -17,7 +17,8 @@ import pytest
 openai = pytest.importorskip("openai", reason="pip install '.[test]' brings the client")
 
 from fastllm.generation.text_stream import generate_text  # noqa: E402
-from fastllm.serve import listen, main  # noqa: E402
+from fastllm.serve import main  # noqa: E402
+from fastllm.serving.server import listen  # noqa: E402
 from fastllm.training.checkpoint import find_checkpoint, load_model  # noqa: E402
 from fastllm.training.run import prepare  # noqa: E402
 from tests.conftest import WORDS, make_config  # noqa: E402
@@ -53,7 +54,7 @@ def serving(run_dir: Path, *flags: str) -> Iterator[tuple[str, "subprocess.Popen
 
 
 @pytest.mark.subprocess
-def test_a_process_serves_and_sigterm_lets_it_finish(run_dir: Path) -> None:
+def test_a_process_serves_and_finishes_its_requests_after_sigterm(run_dir: Path) -> None:
     with serving(run_dir, "--drain-seconds", "60") as (url, process):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
         card = client.get(f"{url}/api/card", cast_to=object)
@@ -80,12 +81,12 @@ def test_a_process_serves_and_sigterm_lets_it_finish(run_dir: Path) -> None:
         assert texts == dict.fromkeys(range(4), expected)
         assert process.wait(60) == 0
         assert process.stderr is not None
-        assert "stopping when what runs is done" in process.stderr.read()
+        assert "stopping after the remaining sequences" in process.stderr.read()
 
 
 @pytest.mark.slow
 def test_a_minute_of_64_streams(run_dir: Path) -> None:
-    """Three of ten hang up on the way; the others get what they would alone; memory stays."""
+    """Three of ten disconnect midway, the others get what they would alone, and memory stays."""
     model, tokenizer, _ = load_model(find_checkpoint(run_dir))
     source = random.Random(3)
     plans: list[dict[str, Any]] = [
@@ -101,11 +102,11 @@ def test_a_minute_of_64_streams(run_dir: Path) -> None:
         "".join(generate_text(model.eval(), tokenizer, **plan, max_new_tokens=size))
         for plan, size in zip(plans, sizes, strict=True)
     ]
-    done = hung_up = 0
+    done = disconnected = 0
     before = 0
 
     async def keep_on(client: Any, end: float) -> None:
-        nonlocal done, hung_up
+        nonlocal done, disconnected
         while time.monotonic() < end:
             i = source.randrange(len(plans))
             until = source.randrange(sizes[i]) if source.random() < 0.3 else sizes[i]
@@ -118,7 +119,7 @@ def test_a_minute_of_64_streams(run_dir: Path) -> None:
                 if len(text) > until:
                     await stream.close()
                     break
-            hung_up += len(text) > until
+            disconnected += len(text) > until
             assert text == expected[i] or (until < sizes[i] and expected[i].startswith(text))
             done += 1
 
@@ -141,7 +142,7 @@ def test_a_minute_of_64_streams(run_dir: Path) -> None:
         grown = process.memory_info().rss - before
         started.send_signal(signal.SIGTERM)
         assert started.wait(60) == 0
-    assert done > 300 and hung_up > 30
+    assert done > 300 and disconnected > 30
     assert "fastllm_active 0.0" in metrics and "fastllm_queued 0.0" in metrics
     assert grown < 8 * 2**20, f"{done} requests, {grown} bytes"
 
@@ -152,7 +153,7 @@ def error_of(*flags: str) -> str:
     return str(caught.value)
 
 
-def test_what_goes_wrong_is_one_clear_line(
+def test_errors_are_one_clear_line(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FASTLLM_API_KEY", raising=False)
@@ -168,14 +169,14 @@ def test_what_goes_wrong_is_one_clear_line(
         )
     for host in ("0.0.0.0", "::"):
         message = error_of(*flags, "--host", host)
-        assert "can be reached by others: give an --api_key" in message, message
-    assert "there is no host 'no.such.host.invalid'" in error_of(
+        assert "set an --api_key" in message, message
+    assert "unknown host 'no.such.host.invalid'" in error_of(
         *flags, "--host", "no.such.host.invalid"
     )
     for blank in ("", " "):
         assert "api_key is empty" in error_of(*flags, "--api_key", blank)
     for unsendable in ("sécret", "two words"):
-        assert "signs of ASCII, without spaces" in error_of(*flags, "--api_key", unsendable)
+        assert "characters without spaces" in error_of(*flags, "--api_key", unsendable)
     nowhere = ("--host", "203.0.113.9", "--api_key", "secret")
     assert "choose another --host" in error_of(*flags, *nowhere)
     assert "exclude each other" in error_of(*flags, "--quantize", "int8", "--precision", "bf16")
@@ -185,6 +186,6 @@ def test_what_goes_wrong_is_one_clear_line(
     )
 
 
-def test_a_key_opens_other_addresses() -> None:
+def test_with_a_key_other_addresses_are_allowed() -> None:
     with listen("0.0.0.0", 0, "secret") as listener:
         assert listener.getsockname()[0] == "0.0.0.0"

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 openai = pytest.importorskip("openai", reason="pip install '.[test]' brings the client")
 
 from fastllm import DecoderModel  # noqa: E402
 from fastllm.generation.text_stream import generate_text  # noqa: E402
-from fastllm.serving import api  # noqa: E402
-from fastllm.serving.api import Served, create_app  # noqa: E402
+from fastllm.serving.app import create_app  # noqa: E402
 from fastllm.serving.guard import Limits  # noqa: E402
-from fastllm.serving.scheduler import Job, Piece  # noqa: E402
+from fastllm.serving.model import ServedModel  # noqa: E402
 from fastllm.tokenization import Tokenizer  # noqa: E402
 from fastllm.training.config import TrainConfig  # noqa: E402
 from tests.serving.conftest import (  # noqa: E402
-    Server,
+    RunningServer,
+    make_model,
     raw_exchange,
     received,
     running_server,
@@ -35,18 +36,18 @@ Model = tuple[DecoderModel, Tokenizer]
 JSON = "content-type: application/json\r\n"
 
 
-def client_of(server: Server, api_key: str = "none") -> Any:
+def client_of(server: RunningServer, api_key: str = "none") -> Any:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=api_key, max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="module")
-def server(characters: Model) -> Iterator[Server]:
+def server(characters: Model) -> Iterator[RunningServer]:
     with running_server(*characters) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Any:
+def client(server: RunningServer) -> Any:
     return client_of(server)
 
 
@@ -54,8 +55,10 @@ def alone(model: Model, prompt: str, max_tokens: int, seed: int, **sampling: Any
     return "".join(generate_text(*model, prompt, max_tokens, seed=seed, **sampling))
 
 
-def posted(server: Server, body: bytes | str, headers: str = JSON) -> tuple[int, dict[str, Any]]:
-    """Status and JSON of the answer to a completion request."""
+def posted(
+    server: RunningServer, body: bytes | str, headers: str = JSON
+) -> tuple[int, dict[str, Any]]:
+    """Status and JSON body of the response to a completion request."""
     data = body.encode() if isinstance(body, str) else body
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{headers}"
     length = "" if "content-length" in headers else f"content-length: {len(data)}\r\n"
@@ -74,9 +77,9 @@ def is_error(body: Any) -> bool:
 def test_the_models(client: Any) -> None:
     (model,) = client.models.list().data
     assert model.id == "tiny" and client.models.retrieve("tiny").id == "tiny"
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt' here; it is 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="model 'gpt' not found; this server has 'tiny'"):
         client.models.retrieve("gpt")
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
+    with pytest.raises(openai.NotFoundError, match="model 'gpt' not found"):
         client.completions.create(model="gpt", prompt="a")
 
 
@@ -165,7 +168,7 @@ def test_streams_never_split_a_character(subwords: Model) -> None:
         client = client_of(server)
         for seed in range(4):
             settings = {"model": "tiny", "prompt": "世界", "max_tokens": 40, "seed": seed}
-            with slowed(server.scheduler, 0.012):  # so that tokens come one by one
+            with slowed(server.scheduler, 0.012):  # so that tokens arrive one by one
                 parts = [
                     c.choices[0].text for c in client.completions.create(**settings, stream=True)
                 ]
@@ -217,26 +220,23 @@ def test_null_means_the_default(client: Any) -> None:
     assert answer.usage.completion_tokens == 16
 
 
-# What the page shows, and who watches
+def test_a_request_that_fails_gets_an_error_and_the_server_goes_on(characters: Model) -> None:
+    tokenizer = characters[1]
+    broken = make_model(tokenizer)
+    broken.embedding_layer.token_embeddings.weight.data[tokenizer.encode("c")] = torch.nan
+    with running_server(broken, tokenizer) as server:
+        client = client_of(server)
+        with pytest.raises(openai.InternalServerError, match="not numbers") as caught:
+            client.completions.create(model="tiny", prompt=["ab", "c"], max_tokens=5)
+        assert is_error(caught.value.response.json())
+        with pytest.raises(openai.APIError, match="not numbers"):
+            list(client.completions.create(model="tiny", prompt="c", stream=True))
+        good = client.completions.create(model="tiny", prompt="ab", max_tokens=1, seed=5)
+        assert good.choices[0].text == alone(characters, "ab", 1, 5)
+        assert not server.scheduler.running and not server.scheduler.queued
 
 
-def test_what_comes_quickly_is_brought_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First tokens at once, others after a while, also where nothing follows them."""
-    monkeypatch.setattr(api, "CHUNKS_APART_S", 0.5)
-
-    async def taken() -> list[list[str]]:
-        post, job = api.Post(api.Metrics()), Job([1], 9)
-        box = post.open([job], whole=False)
-        post([(job, Piece("first", (), 1, first_after=0.1))])
-        result = [await box.take()]
-        for text in ("second", "third"):
-            post([(job, Piece(text, (), 1))])
-            for _ in range(3):
-                await asyncio.sleep(0)
-        result.append(await asyncio.wait_for(box.take(), 20))
-        return [[piece.text for _, piece in pieces] for pieces in result]
-
-    assert asyncio.run(taken()) == [["first"], ["second", "third"]]
+# Card, curve and metrics
 
 
 def test_card_curve_and_metrics(characters: Model, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_card_curve_and_metrics(characters: Model, tmp_path: Path) -> None:
         assert card["parameters"] == sum(p.numel() for p in characters[0].parameters())
         assert card["settings"]["hidden_size"] == 64 and card["progress"] == {"step": 7}
         assert [point["loss"] for point in get("/api/curve")["points"]] == [8, 7, 6]
-        with log.open("a") as file:  # a training that goes on, in the middle of a line
+        with log.open("a") as file:  # a training in progress, in the middle of a line
             file.write('{"step": 4, "loss": 5, "val_loss": NaN}\n{"step": 5, "lo')
         curve = get("/api/curve?after=3")
         assert curve["last_step"] == 4
@@ -288,8 +288,8 @@ def test_card_curve_and_metrics(characters: Model, tmp_path: Path) -> None:
 # Load
 
 
-def test_many_streams_at_once_and_clients_that_hang_up(server: Server, characters: Model) -> None:
-    """Twelve at a time, three of ten hang up on the way: the others get what they would alone."""
+def test_many_streams_and_clients_that_disconnect(server: RunningServer, characters: Model) -> None:
+    """Twelve at a time, three of ten disconnect midway; the others get what they would alone."""
     source = random.Random(7)
     plans = [
         ("".join(source.choices("abcdefg ", k=source.choice([1, 5, 100]))), source.randint(1, 150))
@@ -323,31 +323,33 @@ def test_many_streams_at_once_and_clients_that_hang_up(server: Server, character
             await asyncio.gather(*(one(client, i, *plan, busy) for i, plan in enumerate(plans)))
 
     asyncio.run(all_of_them())
-    wait_until(lambda: not server.scheduler.running and not server.scheduler.waiting)
+    wait_until(lambda: not server.scheduler.running and not server.scheduler.queued)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_hangs_up_frees_his_place_at_once(server: Server, stream: bool) -> None:
+def test_a_disconnect_frees_the_slots_at_once(server: RunningServer, stream: bool) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 299, "n": 7, "stream": stream})
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{JSON}content-length: {len(body)}"
     with slowed(server.scheduler, 0.02):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(f"{head}\r\n\r\n{body}".encode())
             wait_until(lambda: server.scheduler.running == 5)
-            assert server.scheduler.waiting == 2
+            assert server.scheduler.queued == 2
         wait_until(lambda: not server.scheduler.running, 2)
-        assert not server.scheduler.waiting
+        assert not server.scheduler.queued
 
 
-def test_too_many_at_once_are_told_to_come_again(characters: Model) -> None:
-    with running_server(*characters, places=1, longest_queue=1) as server:
+def test_requests_beyond_the_queue_are_refused_and_can_be_retried(characters: Model) -> None:
+    with running_server(*characters, slots=1, max_queue=1) as server:
         client = client_of(server)
         with slowed(server.scheduler, 0.05):
             first = client.completions.create(
                 model="tiny", prompt="a", n=2, max_tokens=200, stream=True
             )
-            wait_until(lambda: server.scheduler.running and server.scheduler.waiting)
-            with pytest.raises(openai.RateLimitError, match="1 sequences wait") as caught:
+            wait_until(lambda: server.scheduler.running and server.scheduler.queued)
+            with pytest.raises(
+                openai.RateLimitError, match="all 1 slots are in use and 1 sequences are queued"
+            ) as caught:
                 client.completions.create(model="tiny", prompt="a")
             assert caught.value.response.headers["retry-after"] == "1"
             assert is_error(caught.value.response.json())
@@ -356,7 +358,7 @@ def test_too_many_at_once_are_told_to_come_again(characters: Model) -> None:
         assert retrying.completions.create(model="tiny", prompt="a").usage.completion_tokens == 16
 
 
-# Bounds
+# Limits
 
 
 def test_the_key(characters: Model) -> None:
@@ -372,7 +374,7 @@ def test_the_key(characters: Model) -> None:
             assert int(raw_exchange(server.port, request.encode()).split()[1]) == expected
 
 
-def test_pages_elsewhere_cannot_use_the_browser_of_this_computer(server: Server) -> None:
+def test_other_websites_cannot_use_the_server_through_a_browser(server: RunningServer) -> None:
     for host in ("evil.example", "127.0.0.1.evil.example", "8.8.8.8:80"):
         request = f"GET /health HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n"
         assert raw_exchange(server.port, request.encode()).startswith(b"HTTP/1.1 403")
@@ -384,10 +386,10 @@ def test_pages_elsewhere_cannot_use_the_browser_of_this_computer(server: Server)
         assert status == 415 and is_error(body)
 
 
-def test_bodies_that_are_too_large(server: Server) -> None:
+def test_bodies_that_are_too_large(server: RunningServer) -> None:
     body = b'{"prompt": "' + b"a" * 2**20 + b'"}'
     status, answer = posted(server, body)
-    assert status == 413 and answer["error"]["message"] == "the body has more than 1,048,576 bytes"
+    assert status == 413 and answer["error"]["message"] == "the body is larger than 1,048,576 bytes"
     chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
     head = f"{JSON}transfer-encoding: chunked\r\n"
     request = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{head}\r\n"
@@ -407,13 +409,13 @@ def test_bodies_that_are_too_large(server: Server) -> None:
     ],
     ids=["text", "headers", "target", "length", "chunks", "bytes"],
 )
-def test_what_is_no_http_is_refused(server: Server, data: bytes) -> None:
+def test_invalid_http_is_refused(server: RunningServer, data: bytes) -> None:
     answer = raw_exchange(server.port, data)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
     assert client_of(server).models.list().data
 
 
-def test_clients_that_are_slow_or_silent_are_cut_off(characters: Model) -> None:
+def test_slow_and_silent_clients_are_disconnected(characters: Model) -> None:
     limits = Limits(head_s=0.3, body_s=0.4, write_s=0.5, connections=20)
     with running_server(*characters, limits=limits) as server:
         before = time.monotonic()
@@ -421,7 +423,7 @@ def test_clients_that_are_slow_or_silent_are_cut_off(characters: Model) -> None:
         assert raw_exchange(server.port, b"GET / HTTP/1.1\r\nhost:") == b""
         assert 0.5 < time.monotonic() - before < 5
         with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
-            # Byte by byte, behind a request that was in order.
+            # Byte by byte, after a valid request.
             connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
             with pytest.raises(OSError):
@@ -431,7 +433,7 @@ def test_clients_that_are_slow_or_silent_are_cut_off(characters: Model) -> None:
         answer = posted(server, '{"prompt":', f"{JSON}content-length: 100\r\n")
         assert answer[0] == 408 and "within 0.4 s" in answer[1]["error"]["message"]
 
-        # Who reads nothing of a long answer: his place is free, and so is his connection.
+        # A client that reads nothing of a long response loses its slots and its connection.
         body = json.dumps({"prompt": ["a"] * 50, "max_tokens": 299, "logprobs": 15, "stream": True})
         head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{JSON}"
         connection = socket.socket()
@@ -440,8 +442,8 @@ def test_clients_that_are_slow_or_silent_are_cut_off(characters: Model) -> None:
         with connection:
             connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
             wait_until(lambda: server.scheduler.running)
-            wait_until(lambda: not server.scheduler.running and not server.scheduler.waiting, 10)
-            time.sleep(2 * limits.write_s)  # it may have computed all in less than that
+            wait_until(lambda: not server.scheduler.running and not server.scheduler.queued, 10)
+            time.sleep(2 * limits.write_s)  # the computation may have taken less
             assert b"[DONE]" not in received(connection)
 
         connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(60)]
@@ -477,7 +479,7 @@ def random_body(source: random.Random) -> bytes:
     for name in source.sample(FIELDS, source.randrange(5)):
         values[name] = random_value(source)
     body = json.dumps(source.choice([values] * 9 + [random_value(source)])).encode()
-    if source.random() < 0.3:  # as a bad cable would have it
+    if source.random() < 0.3:  # corrupted bytes
         at = source.randrange(len(body) + 1)
         noise = bytes(source.randrange(256) for _ in range(source.randrange(4)))
         body = body[:at] + noise + body[at + source.randrange(4) :]
@@ -487,8 +489,8 @@ def random_body(source: random.Random) -> bytes:
 
 
 def test_a_thousand_random_requests(characters: Model) -> None:
-    """Each is answered, or refused with a reason; none breaks anything."""
-    served = Served("tiny", *characters, TrainConfig(), "fp32", Path("nowhere"), {}, 1)
+    """Each gets a completion or an error with a reason, and the server goes on."""
+    served = ServedModel("tiny", *characters, TrainConfig(), "fp32", Path("nowhere"), {}, 1)
     app = create_app(served, 4, 200)
     source = random.Random(11)
     counts: dict[int, int] = {}
@@ -500,7 +502,7 @@ def test_a_thousand_random_requests(characters: Model) -> None:
         async def receive() -> Any:
             if inbox:
                 return inbox.pop()
-            await asyncio.Event().wait()  # a client that stays
+            await asyncio.Event().wait()  # the client stays connected
 
         async def send(message: Any) -> None:
             sent.append(message)
@@ -529,13 +531,13 @@ def test_a_thousand_random_requests(characters: Model) -> None:
 
     try:
         asyncio.run(all_of_them())
-        assert app.state.scheduler.alive and not app.state.scheduler.running
+        assert app.state.service.scheduler.alive and not app.state.service.scheduler.running
         assert all(counts[status] > 50 for status in (200, 400, 422)), counts
     finally:
-        app.state.scheduler.close()
+        app.state.service.scheduler.close()
 
 
-def test_draining_refuses_what_is_new_and_ends_what_runs(characters: Model) -> None:
+def test_draining_refuses_new_requests_and_finishes_running_ones(characters: Model) -> None:
     with running_server(*characters) as server, contextlib.ExitStack() as stack:
         client = client_of(server)
         stack.enter_context(slowed(server.scheduler, 0.02))
@@ -546,7 +548,7 @@ def test_draining_refuses_what_is_new_and_ends_what_runs(characters: Model) -> N
             lambda: client.completions.create(model="tiny", prompt="a"),
             lambda: client.get(f"{server.url}/health", cast_to=object),
         ):
-            with pytest.raises(openai.InternalServerError, match="about to end") as caught:
+            with pytest.raises(openai.InternalServerError, match="shutting down") as caught:
                 ask()
             assert caught.value.status_code == 503
             assert caught.value.response.headers["retry-after"] == "1"

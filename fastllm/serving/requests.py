@@ -1,0 +1,151 @@
+"""Requests to `/v1/completions`: their schema, and prompts as token ids."""
+
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from fastllm.command import describe_error
+from fastllm.ops.sampling import Sampling
+from fastllm.serving.errors import ApiError
+from fastllm.tokenization import Tokenizer
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    def is_ids(item: Any) -> bool:
+        return isinstance(item, list) and all(type(token) is int for token in item)
+
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if is_ids(value):
+            return [value]
+        if all(isinstance(item, str) for item in value) or all(map(is_ids, value)):
+            return value
+    raise ValueError("must be a text, a list of texts, a list of token ids, or a list of those")
+
+
+def _stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _unsupported(value: Any) -> Any:
+    if value:
+        raise ValueError("is not supported; leave it out")
+    return value
+
+
+Unsupported = Annotated[Any, AfterValidator(_unsupported)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool = False
+
+
+class CompletionRequest(BaseModel):
+    """The body of `POST /v1/completions`: OpenAI's parameters and further ways of sampling."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 16
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=1e-37, lt=1e38)] = 1.0
+    n: Annotated[int, Field(ge=1, lt=2**31)] = 1
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        BeforeValidator(_stops),
+        Field(max_length=4),
+    ] = Field(default_factory=list)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    user: str | None = None
+    best_of: int | None = None
+    suffix: Unsupported = None
+    presence_penalty: Unsupported = None
+    frequency_penalty: Unsupported = None
+    logit_bias: Unsupported = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            if len(values) > 100:  # listing an error for each would take long
+                raise ValueError(f"{len(values):,} fields are more than any request has")
+            return {name: value for name, value in values.items() if value is not None}
+        return values
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> "CompletionRequest":
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of is not supported unless it equals n; leave it out")
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+        )
+
+
+def parse_request(body: bytes) -> CompletionRequest:
+    """Raises `ApiError` 400 if the body is not JSON, 422 if it does not fit the schema."""
+    try:
+        return CompletionRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "json_invalid":
+            raise ApiError(400, f"the body is not JSON: {first['ctx']['error']}") from None
+        message = describe_error(error)
+        if len(message) > 1000:  # it quotes the input
+            message = message[:1000] + " ..."
+        param = str(first["loc"][0]) if first["loc"] else None
+        raise ApiError(422, message, param) from None
+
+
+class Prompt(NamedTuple):
+    tokens: list[int]
+    text: str
+
+
+def encode_prompts(
+    request: CompletionRequest, tokenizer: Tokenizer, max_seq_len: int
+) -> list[Prompt]:
+    """Raises `ApiError` 400 if a prompt cannot be encoded or is too long."""
+    prompts = []
+    for prompt in request.prompt:
+        try:
+            if isinstance(prompt, str):
+                tokens, text = tokenizer.encode(prompt), prompt
+            else:
+                tokens, text = prompt, tokenizer.decode(prompt)
+        except (KeyError, ValueError) as error:  # str() of a KeyError would add quotes
+            raise ApiError(400, str(error.args[0]), "prompt") from None
+        if not tokens:
+            raise ApiError(400, "the prompt is empty; give at least one token", "prompt")
+        if len(tokens) + request.max_tokens > max_seq_len:
+            raise ApiError(
+                400,
+                f"the prompt has {len(tokens)} tokens and max_tokens is {request.max_tokens}: "
+                f"together {len(tokens) + request.max_tokens}, but the model takes {max_seq_len}; "
+                "shorten them, or train with a larger max_seq_len",
+                "prompt" if len(tokens) >= max_seq_len else "max_tokens",
+                "context_length_exceeded",
+            )
+        prompts.append(Prompt(tokens, text))
+    return prompts
