@@ -18,12 +18,12 @@ from fastllm.benchmarking.steps import build_stock
 from fastllm.training.config import parse_train_config
 from fastllm.training.engine import make_optimizers
 from fastllm.training.evaluation import evaluate
-from fastllm.training.run import choose_run_dir, prepare
+from fastllm.training.run import choose_run_dir, prepare, resolve
 
 
 def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
-    trainer = prepare(config, choose_run_dir(config, "plain"), print)
+    trainer = prepare(resolve(config, choose_run_dir(config, "plain")), print)
     model = trainer.model
     shape = StepShape(
         config.hidden_size,

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -39,6 +40,7 @@ from fastllm.command import errors_in_one_line, log
 from fastllm.training.config import TrainConfig
 from fastllm.training.distributed import SINGLE, ProcessGroup
 from fastllm.training.engine import DDP, FSDP, Engine, Pipeline
+from fastllm.training.run import resolve
 
 CHECKED = [Link(2, 10), Link(4, 1), Link(8, None, 1)]  # left out of the fit
 SIZES = [8, 2**12, 2**16, 2**20, 2**23, 2**25, 2**28]
@@ -218,7 +220,7 @@ def time_steps(letter: Letter, mode: str) -> dict[str, float]:
     model = config.build_model(shape.V, shape.V - 1)
     engines = {"alone": Engine, "ddp": DDP, "fsdp": FSDP, "pipeline": Pipeline}
     group = SINGLE if mode == "alone" else ProcessGroup(dist.get_rank(), count)
-    engine = engines[mode](config, model, group)
+    engine = engines[mode](resolve(config, Path()), model, group)
     seconds, cpu, updates = [], [], []
     steps = torch.tensor(5)
     while len(seconds) < steps:

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -18,12 +18,18 @@ from pydantic_settings import (
     SettingsError,
 )
 
+Log = Callable[..., None]
+
 
 class CommandSettings(BaseSettings):
-    """Base of every command's settings: a field is a flag, and its docstring the flag's help."""
+    """Base of every command's settings: a field is a flag, and its docstring the flag's help.
+
+    Settings never change after they were made; what they resolve to goes into a record of its own.
+    """
 
     model_config = SettingsConfigDict(
         extra="forbid",
+        frozen=True,
         use_attribute_docstrings=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -93,6 +99,10 @@ def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
 def log(*parts: Any) -> None:
     """Prints messages for people on stderr, which keeps stdout for results."""
     print(*parts, file=sys.stderr, flush=True)
+
+
+def no_log(*parts: Any) -> None:
+    """Discards the message: the log of quiet runs, and of all ranks but 0."""
 
 
 class StopRequest:

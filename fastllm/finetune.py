@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
 from safetensors import SafetensorError
 
 from fastllm import command
@@ -53,6 +54,8 @@ Words = Annotated[list[str], Field(default_factory=list)]
 
 class FinetuneConfig(RunSettings):
     """Fine-tune a language model of transformers on a dataset."""
+
+    model_config = SettingsConfigDict(frozen=False)
 
     of_one_command: ClassVar = {"config", "out_dir", "resume", "eval_only", "quiet"}
     fixed: ClassVar = [

@@ -10,18 +10,22 @@ from fastllm.training.run import choose_run_dir, run_name, train
 
 def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
-    if config.launcher is None or (config.launcher == "deepspeed" and is_distributed()):
+    if config.launcher is None:
         train(config)
+    elif config.launcher == "deepspeed" and is_distributed():
+        with errors_in_one_line(ImportError):
+            from fastllm.integrations.deepspeed import DeepSpeed
+        train(config, engine_class=DeepSpeed)
     else:
         with errors_in_one_line(ProcessError, OSError, ValueError, ImportError):
             launch(config, arguments)
 
 
 def launch(config: TrainConfig, arguments: list[str]) -> None:
-    """Has the launcher start processes that train; ends when they do.
+    """Starts the training processes by the launcher of the settings, and waits for them.
 
     Raises:
-        ProcessError: they cannot be started.
+        ProcessError: they cannot be started, or failed.
         ImportError: the launcher is not installed.
     """
     count = config.num_workers
@@ -36,7 +40,7 @@ def launch(config: TrainConfig, arguments: list[str]) -> None:
     if config.parallel != "pipeline":
         check_batch_size(config.batch_size, count)
     if config.file_path:
-        config.file_path.open("rb").close()  # a mistake in it is told at once
+        config.file_path.open("rb").close()  # a wrong path fails here, not in every process
     run_dir = choose_run_dir(config, run_name(config))
     if config.launcher == "ray":
         from fastllm.integrations import ray

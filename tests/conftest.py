@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastllm import use
+from fastllm.command import no_log
 from fastllm.ops import dispatch
 from fastllm.training.config import TrainConfig, parse_train_config
 from fastllm.training.loop import Trainer
-from fastllm.training.run import prepare
+from fastllm.training.run import prepare, resolve
 
 REPOSITORY = Path(__file__).parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
@@ -239,7 +240,7 @@ def make_trainer(tmp_path: Path, text: Path) -> MakeTrainer:
 
     def make(name: str, *flags: str) -> Trainer:
         config = make_config(tmp_path / name, text, *flags)
-        return prepare(config, tmp_path / name, log=lambda *parts: None)
+        return prepare(resolve(config, tmp_path / name), no_log)
 
     return make
 

@@ -17,11 +17,12 @@ import yaml
 from torch import Tensor
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer, export
+from fastllm.command import no_log
 from fastllm.integrations import formats, gguf, hf_tokenizer, onnx
 from fastllm.models.gpt2 import convert_to_gpt2, tensor_names
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
 from fastllm.training.checkpoint import find_checkpoint, load_model
-from fastllm.training.run import prepare
+from fastllm.training.run import prepare, resolve
 from tests.conftest import make_config
 
 for module in ("onnx", "onnxscript", "onnxruntime", "gguf", "tokenizers", "transformers"):
@@ -45,7 +46,7 @@ def train(run_dir: Path, flags: str) -> Path:
     text.write_text(TEXT, encoding="utf-8")
     # A learning rate that gives every bias a noticeable size.
     config = make_config(run_dir, text, "--max_steps", "12", "--lr", "0.03", *flags.split())
-    prepare(config, run_dir, log=lambda *parts: None).train()
+    prepare(resolve(config, run_dir), no_log).train()
     return run_dir
 
 
@@ -517,7 +518,7 @@ def test_a_licence_is_spelt_as_hugging_face_does(
 
 def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, "--checkpoint", str(tmp_path / "nothing"), "--format", "hf")
-    assert "nothing is no folder" in message
+    assert "nothing is not a folder" in message
 
 
 @pytest.mark.subprocess

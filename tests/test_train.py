@@ -156,7 +156,7 @@ def test_launchers_say_what_they_need(
     flags = ["--launcher", launcher]
     for more, message in (
         ([], f"--launcher {launcher} needs --num_workers, the number of its processes"),
-        (["--num_workers", "17"], "a batch of 16 cannot be shared out among 17 processes"),
+        (["--num_workers", "17"], "a batch of 16 cannot be sharded over 17 processes"),
         (["--num_workers", "2", "--file_path", "nowhere.txt"], "nowhere.txt"),
         (["--num_workers", "2", "--file_path", str(text)], f"install 'fastllm[{launcher}]'"),
     ):

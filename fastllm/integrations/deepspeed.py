@@ -1,12 +1,12 @@
 """Training under DeepSpeed: `python -m fastllm.train --launcher deepspeed --num_workers 2`.
 
-ZeRO divides among the processes what each of them would keep: the optimizer's moments (stage 1),
-the gradients as well (2), the weights as well (3). Steps, losses and checkpoints are those of any
-other run, so that a run may go on with DeepSpeed or without it.
+ZeRO shards what every process would otherwise keep: the optimizer's moments (stage 1), the
+gradients as well (2), the weights as well (3). Steps, losses and checkpoints are those of any other
+run, so a run may continue with DeepSpeed or without it.
 
-Under stages 1 and 2 the kernels do all that they do elsewhere. Stage 3 brings weights together in
-hooks on every module, which operations that take several modules at once would go past; so what
-is left of them is attention, between its projections, and the optimizer.
+Stages 1 and 2 use all fused operations. Stage 3 gathers weights in hooks on every module, and
+operations that fuse several modules would bypass these hooks; so only attention, between its
+projections, and the optimizer remain fused.
 """
 
 import json
@@ -27,14 +27,19 @@ from fastllm.command import describe_error
 from fastllm.device import autocast
 from fastllm.models.decoder import DecoderModel
 from fastllm.training.checkpoint import Progress, load_training_state
-from fastllm.training.config import TrainConfig
-from fastllm.training.distributed import ProcessError, ProcessGroup, check_batch_size
+from fastllm.training.config import ResolvedRun, TrainConfig
+from fastllm.training.distributed import (
+    SINGLE,
+    ProcessError,
+    ProcessGroup,
+    check_batch_size,
+)
 from fastllm.training.engine import (
     DDP,
-    LossOf,
+    LossModule,
+    dummy_sequence,
     make_optimizers,
-    rebuilt,
-    something_to_predict,
+    rebuild_model,
 )
 
 if not torch.cuda.is_available():
@@ -46,11 +51,11 @@ except ImportError as error:
         f"--launcher deepspeed needs DeepSpeed ({error}): pip install 'fastllm[deepspeed]'"
     ) from None
 
-# It calls functions that later versions of PyTorch have another name for.
+# It calls functions that newer versions of PyTorch have renamed.
 warnings.filterwarnings("ignore", ".*_tensor` is deprecated", FutureWarning)
 
-# What the flags say, each with the flag that does.
-OF_FLAGS = {
+# DeepSpeed's settings that flags of train determine, each with its flag.
+FLAG_OF_SETTING = {
     "train_batch_size": "--batch_size",
     "train_micro_batch_size_per_gpu": "--batch_size",
     "gradient_accumulation_steps": "--grad_accum",
@@ -61,13 +66,13 @@ OF_FLAGS = {
     "bf16": "--precision",
     "torch_autocast": "--precision",
 }
-# Elements in a message between the processes, 20 MB; DeepSpeed's own buffers take gigabytes.
+# Elements in a message between processes, 20 MB; DeepSpeed's default buffers take gigabytes.
 BUCKET = 5_000_000
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def launch(count: int, arguments: list[str]) -> None:
-    """Trains in `count` processes of this command on this machine; exits as they do.
+    """Trains in `count` processes of this command on this machine; exits with their status.
 
     Raises:
         ProcessError: one of them was killed.
@@ -76,7 +81,7 @@ def launch(count: int, arguments: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import DefaultLogsSpecs, LaunchConfig, elastic_launch
 
-    for part in ("agent.server", "multiprocessing"):  # our own messages say it better
+    for part in ("agent.server", "multiprocessing"):  # our own messages are clearer
         logging.getLogger(f"torch.distributed.elastic.{part}.api").setLevel(logging.CRITICAL)
     try:
         with TemporaryDirectory() as logs:
@@ -97,15 +102,15 @@ def launch(count: int, arguments: list[str]) -> None:
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             raise ProcessError(
-                f"process {rank} was killed by {name}; --resume goes on from the last checkpoint"
+                f"process {rank} was killed by {name}; --resume continues from the last checkpoint"
             ) from None
-        raise SystemExit(failure.exitcode) from None  # it has said why
+        raise SystemExit(failure.exitcode) from None  # that process has printed why
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
 
 
 def write_settings(config: TrainConfig, run_dir: Path) -> None:
-    """Writes deepspeed.json into the run's folder, unless it, or another file, is there already."""
+    """Writes deepspeed.json into the run's folder, unless it exists or another file is given."""
     file = run_dir / "deepspeed.json"
     if config.deepspeed_config is None and not file.exists():
         stage = config.zero_stage or 1
@@ -126,7 +131,7 @@ def read_settings(config: TrainConfig, file: Path) -> dict[str, Any]:
     """DeepSpeed's settings from a file.
 
     Raises:
-        ValueError: they do not fit the run's.
+        ValueError: they contradict the run's settings.
         OSError: there is no such file.
     """
     try:
@@ -135,9 +140,9 @@ def read_settings(config: TrainConfig, file: Path) -> dict[str, Any]:
         stage, offload = zero.get("stage"), zero.get("offload_optimizer", {}).get("device")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} does not hold DeepSpeed's settings: {error}") from None
-    for name, flag in OF_FLAGS.items():
+    for name, flag in FLAG_OF_SETTING.items():
         if name in settings:
-            raise ValueError(f"{file} sets {name}, which is for {flag} to say; take it out there")
+            raise ValueError(f"{file} sets {name}, which {flag} determines; remove it there")
     if stage not in (1, 2, 3):
         raise ValueError(f"{file} has zero_optimization.stage {stage}; 1, 2 and 3 are supported")
     for name, asked, found in (
@@ -153,22 +158,24 @@ def read_settings(config: TrainConfig, file: Path) -> dict[str, Any]:
 
 
 class DeepSpeed(DDP):
-    """Divides what a training step keeps as DeepSpeed's ZeRO does; the optimizer is ours."""
+    """Shards a training step's memory by DeepSpeed's ZeRO, around our own optimizer."""
 
-    in_step = True  # stage 3 brings weights together in every forward
+    in_step = True  # stage 3 gathers weights in every forward
     clips_in_optimizer = False
 
-    def __init__(self, config: TrainConfig, model: DecoderModel, group: ProcessGroup) -> None:
-        super().__init__(config, model, group)
-        assert config.deepspeed_config is not None
-        settings = read_settings(config, config.deepspeed_config)
-        os.environ.setdefault("LOCAL_RANK", str(group.rank))  # it asks for one, on CPUs as well
-        # Nothing of what DeepSpeed would compile for a minute, at first use, serves training here.
+    def __init__(self, run: ResolvedRun, model: DecoderModel, group: ProcessGroup = SINGLE) -> None:
+        super().__init__(run, model, group)
+        config = run.config
+        group.broadcast(lambda: write_settings(config, run.run_dir))
+        file = config.deepspeed_config or run.run_dir / "deepspeed.json"
+        settings = read_settings(config, file)
+        os.environ.setdefault("LOCAL_RANK", str(group.rank))  # DeepSpeed requires it, on CPUs too
+        # Keeps DeepSpeed from compiling extensions for a minute; none of them is used here.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.utils.logger.setLevel(logging.ERROR)
         try:
             self._zero, *_ = deepspeed.initialize(
-                model=_AutocastLossOf(model, config.precision),
+                model=_AutocastLossModule(model, run.precision),
                 optimizer=self.optimizers[0],
                 config={
                     "zero_allow_untested_optimizer": True,
@@ -179,10 +186,11 @@ class DeepSpeed(DDP):
                 },
             )
         except ValidationError as error:
-            raise ValueError(f"{config.deepspeed_config}: {describe_error(error)}") from None
+            raise ValueError(f"{file}: {describe_error(error)}") from None
         if self._zero.zero_optimization_stage() == 3:
             self.caveat = " (ZeRO stage 3 leaves all but attention and adam to PyTorch)"
-        # Stages 1 and 2 look once for what the optimizer keeps, when but one group has any of it.
+        # Stages 1 and 2 look up the optimizer's state only once, when just one group has state;
+        # so every group gets its moments here.
         for param_group in self.optimizers[0].param_groups:
             for flat in param_group["params"]:
                 moments = {entry: torch.zeros_like(flat) for entry in MOMENTS}
@@ -195,7 +203,7 @@ class DeepSpeed(DDP):
         return self._zero(ids)
 
     def backward(self, ids: Tensor, weight: float, last: bool) -> float:
-        ids = ids if weight else something_to_predict(ids, self.model)
+        ids = ids if weight else dummy_sequence(ids, self.model)
         self._zero.set_gradient_accumulation_boundary(last)
         loss = self.loss(ids)
         # DeepSpeed averages over the processes.
@@ -215,7 +223,7 @@ class DeepSpeed(DDP):
     def _whole_model(self) -> DecoderModel:
         with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
             weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        return rebuilt(weights, self)
+        return rebuild_model(weights, self)
 
     def load(self, checkpoint: Path) -> Progress:
         whole = self._whole_model()
@@ -223,7 +231,7 @@ class DeepSpeed(DDP):
         progress = load_training_state(checkpoint, whole, [optimizer], self.group)
         if not optimizer.state:
             return progress
-        # An update that changes nothing makes the moments, which can then be filled.
+        # An update with a learning rate of 0 creates the moments, which are then filled.
         self.set_learning_rates(0.0)
         ids = torch.empty(1, self.config.max_seq_len, dtype=torch.long, device=self.device)
         self.backward(ids, 0.0, last=True)
@@ -238,11 +246,11 @@ class DeepSpeed(DDP):
         return progress
 
     def _set(self, parameter: nn.Parameter, entry: str, value: Tensor) -> None:
-        """Sets what the optimizer keeps of a parameter, here this process's part of it."""
+        """Sets a moment of a parameter, or this process's shard of it."""
         if self._zero.zero_optimization_stage() < 3:
             deepspeed.utils.safe_set_full_optimizer_state(parameter, value, entry)
             return
-        # Its counterpart for stage 3 fails where a size is no multiple of the processes' number.
+        # For stage 3 that function fails unless the size is a multiple of the number of ranks.
         rank, count = self.group.rank, self.group.size
         size = -(-value.numel() // count)
         padded = nn.functional.pad(value.flatten(), (0, size * count - value.numel()))
@@ -253,7 +261,7 @@ class DeepSpeed(DDP):
         whole = self._whole_model()
         (optimizer,) = make_optimizers(whole, self.config, self.clips_in_optimizer)
         theirs = dict(whole.named_parameters())
-        if self._zero.global_steps:  # else there are no moments yet
+        if self._zero.global_steps:  # otherwise there are no moments yet
             step = next(iter(self.optimizers[0].state.values()))["step"]
             for name, parameter in self.model.named_parameters():
                 moments = {
@@ -264,8 +272,8 @@ class DeepSpeed(DDP):
         return whole, [optimizer]
 
 
-class _AutocastLossOf(LossOf):
-    """DeepSpeed turns off an autocast that begins outside of the model that it is given."""
+class _AutocastLossModule(LossModule):
+    """Enters autocast inside the module, since DeepSpeed disables an autocast around it."""
 
     def __init__(self, model: DecoderModel, precision: str) -> None:
         super().__init__(model)

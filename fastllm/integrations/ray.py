@@ -24,6 +24,7 @@ from typing import Any
 from fastllm.command import StopRequest, log, stop_on_signals
 from fastllm.device import choose_device
 from fastllm.threads import available_cores
+from fastllm.training.checkpoint import has_checkpoint
 from fastllm.training.config import TrainConfig
 from fastllm.training.distributed import TIMEOUT, LostProcessError, ProcessError
 from fastllm.training.loop import Trainer
@@ -210,8 +211,8 @@ def _work(loop_config: dict[str, Any]) -> int:
     run_dir = Path(loop_config["settings"]["out_dir"])
     (run_dir / STOP).touch()  # from here on, the worker reads it
     # A restart resumes even a run that began as a new one.
-    resume = any(run_dir.glob("checkpoints/step-*"))
-    config = TrainConfig(**{**loop_config["settings"], "resume": resume})
+    settings = {**loop_config["settings"], "resume": has_checkpoint(run_dir)}
+    config = TrainConfig(**settings)
     begun = partial(_prepare_to_stop, deadline=loop_config["deadline"])
     with (run_dir / LOG).open("a", buffering=1) as worker_log, redirect_stderr(worker_log):
         try:

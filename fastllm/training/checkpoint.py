@@ -42,7 +42,7 @@ from fastllm.tokenization import Tokenizer, load_tokenizer
 from fastllm.training.config import TrainConfig, read_config
 from fastllm.training.distributed import SINGLE, ProcessGroup
 
-_STEP_NAME = re.compile(r"step-(\d{8,})")
+_STEP_NAME = re.compile(r"(replaced-)?step-\d{8,}")
 _CHECKSUMS = "checksums.json"
 _PROGRESS = "training_state/progress.json"
 
@@ -53,7 +53,7 @@ class CheckpointError(Exception):
 
 @dataclass
 class Progress:
-    """What a run has behind it: all that a checkpoint holds besides model and optimizers."""
+    """How far a run is: the content of a checkpoint besides model and optimizers."""
 
     step: int = 0
     tokens: int = 0
@@ -78,82 +78,99 @@ def save_checkpoint(
     keep: Sequence[int] = (),
     keep_newest: int = 1,
 ) -> Path:
-    """Writes a checkpoint under `run_dir` and removes the ones no longer wanted.
+    """Writes a checkpoint under `run_dir` and removes old ones.
 
     Args:
-        model: or this process's part of it.
+        config: for config.json.
+        model: or this rank's part of it.
         progress: its step names the checkpoint.
-        group: who trains together. All call this, and write what they have; the folder must be
-            one that all of them see.
+        group: the processes that train together. All of them call this and write their parts, into
+            a folder that all of them see.
         keep: steps whose checkpoints stay, besides the `keep_newest` newest.
 
     Raises:
-        CheckpointError: the disk is full, the folder read-only, or the like; what was there before
-            is as it was.
+        CheckpointError: the disk is full, the folder read-only, or the like; earlier checkpoints
+            are untouched.
+        ProcessError: rank 0 could not write its part, and raises a `CheckpointError`.
     """
     checkpoints = run_dir / "checkpoints"
     final = checkpoints / f"step-{progress.step:08d}"
-    aside = checkpoints / f"writing-{final.name}"
+    partial = checkpoints / f"writing-{final.name}"
+    state = partial / "training_state"
+
+    def start() -> None:
+        _tidy(checkpoints)
+        state.mkdir(parents=True)
+
+    def finish() -> None:
+        (partial / "config.json").write_text(config.to_json(), encoding="utf-8")
+        tokenizer.save(partial / "tokenizer.json")
+        text = json.dumps(asdict(progress), indent=2)
+        (partial / _PROGRESS).write_text(text + "\n", encoding="utf-8")
+        _publish(partial, final)
+        for old in _checkpoints(run_dir)[:-keep_newest]:
+            if _step_of(old) not in keep:
+                _remove(old)
+
     try:
-        if group.is_main:
-            for pattern in ("writing-*", "removing-*"):  # what a killed process left
-                for leftover in checkpoints.glob(pattern):
-                    shutil.rmtree(leftover, ignore_errors=True)
-            (aside / "training_state").mkdir(parents=True)
-        _write_tensors(_weights(model), aside / "model.safetensors", group)
-        state = aside / "training_state"
+        group.broadcast(start)
+        _write_tensors(_weights(model), partial / "model.safetensors", group)
         _write_tensors(_state(model, optimizers), state / "optimizer.safetensors", group)
-        if group.is_main:
-            (aside / "config.json").write_text(config.to_json(), encoding="utf-8")
-            tokenizer.save(aside / "tokenizer.json")
-            text = json.dumps(asdict(progress), indent=2)
-            (aside / _PROGRESS).write_text(text + "\n", encoding="utf-8")
-            _finish(aside, final)
-            for old in _checkpoints(run_dir)[:-keep_newest]:
-                if _step_of(old) not in keep:
-                    _remove(old)
-        group.barrier()
+        group.broadcast(finish)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         newest = _checkpoints(run_dir)
         raise CheckpointError(
             f"cannot save a checkpoint in {checkpoints}: {error}. "
             f"The newest whole one is {newest[-1] if newest else 'none yet'}; free some space or "
-            "make the folder writable, then go on with --resume"
+            "make the folder writable, then continue with --resume"
         ) from error
     return final
 
 
-def _finish(aside: Path, final: Path) -> None:
-    """Gives what was written aside its name, when all of it is on the disk."""
+def _tidy(checkpoints: Path) -> None:
+    """Removes what a killed process left, and puts back a checkpoint that it had set aside."""
+    for pattern in ("writing-*", "removing-*"):
+        for leftover in checkpoints.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+    for replaced in checkpoints.glob("replaced-*"):
+        final = replaced.with_name(replaced.name.removeprefix("replaced-"))
+        if final.exists():
+            _remove(replaced)
+        else:
+            replaced.rename(final)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Flushes a complete checkpoint to the disk, then gives it its name."""
     checkpoints, run_dir = final.parent, final.parent.parent
-    sums = {str(file.relative_to(aside)): _sha256(file) for file in _files(aside)}
-    (aside / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-    for path in [*_files(aside), aside / "training_state", aside]:
+    sums = {str(file.relative_to(partial)): _sha256(file) for file in _files(partial)}
+    (partial / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+    for path in [*_files(partial), partial / "training_state", partial]:
         flush(path)
-    replaced = checkpoints / f"removing-{final.name}"
+    # A step that is saved again: between two renames, its checkpoint has this name.
+    replaced = checkpoints / f"replaced-{final.name}"
     if final.exists():
         final.rename(replaced)
-    aside.rename(final)
+    partial.rename(final)
     flush(checkpoints)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        _remove(replaced)
     for name in ("model.safetensors", "training_state"):
         _link(run_dir / name, Path("checkpoints") / final.name / name)
     flush(run_dir)
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], file: Path, group: ProcessGroup) -> None:
-    """One safetensors file of what all processes have, whether parts or wholes."""
-    if group.size == 1 or not tensors:  # there is no state before the first step
-        if group.is_main:
-            save_file(_cpu(tensors), file)
+    """Writes the tensors of all ranks, whether parts or wholes, into one safetensors file."""
+    if group.size == 1 or not tensors:  # optimizers have no state before the first step
+        group.broadcast(lambda: save_file(_cpu(tensors), file))
         return
-    # Imported where it is used: it takes half a second.
+    # Imported here: it takes half a second.
     import torch.distributed.checkpoint as dcp
 
-    # Each process writes a file of its own, and the first one puts them together.
+    # Each rank writes a file of its own, and rank 0 consolidates them.
     parts = file.with_suffix("")
-    group.barrier()  # for the folder
     writer = dcp.HuggingFaceStorageWriter(
         str(parts), save_distributed=True, enable_consolidation=True
     )
@@ -161,21 +178,26 @@ def _write_tensors(tensors: Mapping[str, Tensor], file: Path, group: ProcessGrou
         dcp.save(dict(tensors), storage_writer=writer)
     except dcp.CheckpointException as error:
         raise _first_failure(error) from error
-    if group.is_main:
-        (whole,) = parts.glob("*.safetensors")
-        whole.rename(file)
+
+    def move() -> None:
+        found = list(parts.glob("*.safetensors"))
+        if len(found) != 1:
+            raise OSError(f"{parts} has {len(found)} consolidated files instead of one")
+        found[0].rename(file)
         shutil.rmtree(parts)
+
+    group.broadcast(move)
 
 
 def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
-    """The folder itself if it is a checkpoint, else the newest one of the run in it.
+    """The folder itself if it is a checkpoint, otherwise the newest checkpoint of the run in it.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the folder has no checkpoint.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; give a run's folder or a checkpoint in it")
+        raise CheckpointError(f"{folder} is not a folder; give a run or a checkpoint in it")
     found = _checkpoints(folder)
     if found:
         return found[-1]
@@ -184,6 +206,11 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
             f"{folder} holds no checkpoint: neither checkpoints/step-* nor model.safetensors"
         )
     return folder
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run can be resumed: its folder has a whole checkpoint."""
+    return bool(_checkpoints(run_dir))
 
 
 def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig]:
@@ -204,7 +231,7 @@ def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig]:
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     file = checkpoint / "model.safetensors"
-    # Shapes first, without memory: settings that do not belong to the weights must not allocate.
+    # Shapes first, without memory: settings that do not match the weights must not allocate.
     with torch.device("meta"):
         model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
     expected = {name: list(tensor.shape) for name, tensor in _weights(model).items()}
@@ -230,7 +257,7 @@ def _is_gpt2(config: Path) -> bool:
 
 
 def _first_failure(error: Any) -> BaseException:
-    """What happened, without the tracebacks of all processes that PyTorch puts into one text."""
+    """The error itself, without the tracebacks of all ranks that PyTorch joins into one text."""
     failure, _ = next(iter(error.failures.values()))
     return failure if isinstance(failure, (OSError, SafetensorError)) else error
 
@@ -241,11 +268,11 @@ def load_training_state(
     optimizers: Sequence[torch.optim.Optimizer],
     group: ProcessGroup = SINGLE,
 ) -> Progress:
-    """Fills the optimizers and tells how far the run was.
+    """Fills the optimizers and returns how far the run was.
 
     Args:
-        model: whose parameters they update; parts of them where it is divided among processes.
-        group: who trains together; all call this.
+        model: the model, or this rank's part of it, whose parameters the optimizers update.
+        group: the processes that train together; all of them call this.
 
     Raises:
         CheckpointError: a file is missing, truncated, changed or foreign.
@@ -277,7 +304,7 @@ def load_training_state(
 
 
 def read_progress(checkpoint: Path) -> Progress | None:
-    """How far the run was; None in a folder that holds a model alone.
+    """How far the run was; None for a folder with only a model.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -292,19 +319,19 @@ def read_progress(checkpoint: Path) -> Progress | None:
 
 
 def _names(optimizer: torch.optim.Optimizer, model: DecoderModel) -> list[str]:
-    """The names of the parameters that an optimizer counts by number."""
+    """The names of the optimizer's parameters, in the order of its state dict."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[p] for group in optimizer.param_groups for p in group["params"]]
 
 
 def _state(model: DecoderModel, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """What the optimizers keep, by what it is and whose: `exp_avg.lm_head.weight`."""
+    """The optimizers' state, named by entry and parameter: `exp_avg.lm_head.weight`."""
     tensors = {}
     for optimizer in optimizers:
         names = _names(optimizer, model)
         for i, entries in optimizer.state_dict()["state"].items():
             for entry, value in entries.items():
-                # As [1]: PyTorch loses a number when it puts the files of processes together.
+                # Scalars as [1]: PyTorch loses scalars when it consolidates the files of ranks.
                 tensors[f"{entry}.{names[i]}"] = value if value.ndim else value.view(1)
     return tensors
 
@@ -312,8 +339,8 @@ def _state(model: DecoderModel, optimizers: Sequence[torch.optim.Optimizer]) -> 
 def _read_parts(
     file: Path, parameters: Mapping[str, Tensor], group: ProcessGroup
 ) -> dict[str, dict[str, Tensor]]:
-    """What `_state` gave of these parameters, in full or in parts as they are here."""
-    here: dict[str, dict[str, Tensor]] = {}
+    """The optimizer state of these parameters, sharded as they are on this rank."""
+    own: dict[str, dict[str, Tensor]] = {}
     flat = {}
     shapes = _shapes(file)
     for key, shape in shapes.items():
@@ -322,14 +349,14 @@ def _read_parts(
         if like is None:
             continue
         if entry == "step":
-            number = here.setdefault(name, {})[entry] = torch.zeros(())
+            number = own.setdefault(name, {})[entry] = torch.zeros(())
             flat[key] = number.view(1)
         elif list(like.shape) == shape:
-            flat[key] = here.setdefault(name, {})[entry] = torch.zeros_like(like).detach()
+            flat[key] = own.setdefault(name, {})[entry] = torch.zeros_like(like).detach()
         else:
             raise ValueError(f"'{key}' is {shape}, expected {list(like.shape)}")
-    if shapes and not here:
-        raise ValueError("it holds nothing of this model")
+    if shapes and not own:
+        raise ValueError("it has no state of this model")
     if group.size == 1:
         with safe_open(file, framework="pt") as tensors:
             for key, tensor in flat.items():
@@ -341,11 +368,11 @@ def _read_parts(
             dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(file.parent)))
         except dcp.CheckpointException as error:
             raise _first_failure(error) from error
-    return here
+    return own
 
 
 def _weights(model: DecoderModel) -> dict[str, Tensor]:
-    """The state dict, a tied weight once: safetensors refuses memory that two tensors share."""
+    """The state dict without the head if it is tied: safetensors refuses shared memory."""
     weights = model.state_dict()
     if model.tie_word_embeddings:
         del weights["lm_head.weight"]
@@ -372,7 +399,7 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
 
 def _verify(checkpoint: Path) -> None:
-    """Compares every file with its checksum; a folder without checksums is somebody's export."""
+    """Compares files with their checksums; folders without checksums (exports) are not verified."""
     file = checkpoint / _CHECKSUMS
     if not file.exists():
         return
@@ -384,18 +411,25 @@ def _verify(checkpoint: Path) -> None:
     if changed:
         raise CheckpointError(
             f"{checkpoint / changed[0]} is damaged: its content is not what was saved. Use another "
-            f"checkpoint, or delete {checkpoint} to go on from the one before"
+            f"checkpoint, or delete {checkpoint} to continue from the previous one"
         )
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step-*")
-    return sorted((f for f in folders if _STEP_NAME.fullmatch(f.name)), key=_step_of)
+    """The whole checkpoints of a run, oldest first.
+
+    One that was set aside while its successor was written counts, unless the successor has its
+    name: the process died between the two renames.
+    """
+    by_step: dict[int, Path] = {}
+    for folder in sorted((run_dir / "checkpoints").glob("*step-*")):  # replaced-* before step-*
+        if _STEP_NAME.fullmatch(folder.name):
+            by_step[_step_of(folder)] = folder
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _files(folder: Path) -> list[Path]:
@@ -411,10 +445,10 @@ def _sha256(file: Path) -> str:
 
 
 def _link(link: Path, target: Path) -> None:
-    aside = link.with_name(f"writing-{link.name}")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target)
-    aside.replace(link)
+    partial = link.with_name(f"writing-{link.name}")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target)
+    partial.replace(link)
 
 
 def _remove(checkpoint: Path) -> None:

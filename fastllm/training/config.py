@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -258,6 +259,43 @@ class TrainConfig(OptimizationSettings):
         )
         model.gradient_checkpointing = self.gradient_checkpointing
         return model
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A training run: its settings as given, and what they resolved to on this machine.
+
+    Attributes:
+        run_dir: the folder of the run.
+        device: the CPU if CUDA was asked for and is not available.
+        precision: never auto.
+        resume: whether the run continues from its last checkpoint, as it also does when torchrun
+            restarts it.
+        threads: CPU threads of this process.
+        data_workers: processes that load data for this one.
+    """
+
+    config: TrainConfig
+    run_dir: Path
+    device: Device
+    precision: Precision
+    resume: bool
+    threads: int
+    data_workers: int
+
+    @property
+    def recorded(self) -> TrainConfig:
+        """The settings that config.json records, whenever it is written.
+
+        They are as given, except that device, precision and num_workers are what they resolved to:
+        a run that began with precision auto resumes with the precision it computed in.
+        """
+        resolved = {
+            "device": self.device,
+            "precision": self.precision,
+            "num_workers": self.data_workers,
+        }
+        return self.config.model_copy(update=resolved)
 
 
 def parse_train_config(arguments: list[str]) -> TrainConfig:

@@ -11,7 +11,7 @@ from fastllm.data.loader import TextDataset, collate
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import Tokenizer
 from fastllm.training.distributed import SINGLE
-from fastllm.training.engine import Engine, something_to_predict
+from fastllm.training.engine import Engine, dummy_sequence
 
 
 class Evaluation(NamedTuple):
@@ -22,7 +22,7 @@ class Evaluation(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
+        """exp(loss), or infinity if that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
@@ -30,15 +30,15 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: DecoderModel, dataset: TextDataset, batch_size: int, engine: Engine | None = None
 ) -> Evaluation:
-    """Mean loss over every chunk of `dataset`, each predicted token weighted alike.
+    """Mean loss over every sequence of `dataset`; every predicted token has the same weight.
 
     Args:
-        batch_size: sequences that are computed at once.
-        engine: of the model's training. Its processes call this together, share the work out, and
-            get the same.
+        batch_size: sequences in a forward.
+        engine: of the model's training. All of its ranks call this together, each takes a shard of
+            the sequences, and all get the same result.
 
     Raises:
-        ValueError: there is nothing to predict.
+        ValueError: there is no token to predict.
     """
     loss = engine.loss if engine else lambda ids: model.loss(ids, ids)
     data_group, in_step = (engine.data_group, engine.in_step) if engine else (SINGLE, False)
@@ -52,7 +52,7 @@ def evaluate(
         ids = batch["input_ids"].to(device)
         predicted = int((model.targets(ids) != -100).sum())
         if predicted or in_step:
-            total += float(loss(ids if predicted else something_to_predict(ids, model))) * predicted
+            total += float(loss(ids if predicted else dummy_sequence(ids, model))) * predicted
             count += predicted
     model.train(was_training)
     total, count = data_group.all_reduce(total, count)
@@ -62,9 +62,9 @@ def evaluate(
 
 
 def bits_per_character(loss: float, dataset: TextDataset) -> float | None:
-    """What a loss in nats per token is in bits per character of the dataset's text.
+    """Converts a loss in nats per token into bits per character of the dataset's text.
 
-    None for a tokenizer that does not give its text back, so that nobody knows how long it was.
+    None for lossy tokenizers.
     """
     tokenizer = cast(Tokenizer, dataset.tokenizer)
     if not tokenizer.is_lossless:

@@ -1,7 +1,7 @@
 """The training loop: what happens between a model and a trained model.
 
 Every random number of a step is a function of (seed, step), and the order of the data one of
-(seed, epoch). So the step count is all that a resumed run needs to go on bit for bit, from any
+(seed, epoch). So the step count is all that a resumed run needs to continue bit for bit, from any
 step, and validating or sampling on the way changes nothing.
 """
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,19 +25,30 @@ from fastllm.command import StopRequest, stop_on_signals
 from fastllm.data.loader import TextDataset, collate
 from fastllm.device import autocast
 from fastllm.generation.decoding import generate_tokens
-from fastllm.models.decoder import DecoderModel
 from fastllm.optim import local
 from fastllm.tokenization import Tokenizer
 from fastllm.training.checkpoint import Progress, save_checkpoint
-from fastllm.training.config import TrainConfig
+from fastllm.training.config import ResolvedRun
 from fastllm.training.distributed import SINGLE, ProcessGroup
-from fastllm.training.engine import DDP, FSDP, Engine, Pipeline
+from fastllm.training.engine import Engine
 from fastllm.training.evaluation import Evaluation, evaluate
 from fastllm.training.metrics import MetricsLog, resident_mb
 
 
 class TrainingError(Exception):
-    """Training cannot go on; the message says why and what to try."""
+    """Training cannot continue; the message says why and what to try."""
+
+
+class StepResult(NamedTuple):
+    """A finished step: mean loss, gradient norm (None if one overflowed) and learning rate.
+
+    `is_late` says that the time limit of the command has passed.
+    """
+
+    loss: float
+    grad_norm: float | None
+    lr: float
+    is_late: bool
 
 
 def batches(
@@ -48,9 +59,9 @@ def batches(
     first_batch: int,
     data_group: ProcessGroup = SINGLE,
 ) -> Iterator[list[int]]:
-    """Indices of every batch from `first_batch` of `epoch` on, epoch after epoch, for ever.
+    """Indices of every batch from `first_batch` of `epoch` on, epoch after epoch, without end.
 
-    Of each batch, this process's share; a last batch of few sequences may have none for it.
+    Each process gets its shard of a batch, which may be empty in the last batch of an epoch.
     """
     while True:
         generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
@@ -60,209 +71,166 @@ def batches(
         epoch, first_batch = epoch + 1, 0
 
 
-def choose_engine(config: TrainConfig, group: ProcessGroup) -> type[Engine]:
-    """What computes the steps of a run."""
-    if config.launcher == "deepspeed":
-        from fastllm.integrations.deepspeed import DeepSpeed
-
-        return DeepSpeed
-    if group.size == 1:
-        return Engine
-    return {"ddp": DDP, "fsdp": FSDP, "pipeline": Pipeline}[config.parallel]
-
-
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any parts: equal for equal ones, unrelated for others."""
+    """A 63-bit seed from any parts: the same for the same parts, unrelated for others."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class Trainer:
-    """Trains `model` on `train_set` as `config` says, recording and saving in `run_dir`.
+    """Trains a model as the settings of a run say, recording and saving in the run's folder.
 
     Args:
-        model: on its device.
-        val_set: what is held out, or None.
-        checkpoint: continue from this one.
-        group: who trains together; each has a trainer of its own.
+        val_set: the text held out for validation, or None.
+        engine: computes the steps; it holds the model and the process group. Each process of a
+            group has a trainer of its own.
+        checkpoint: the checkpoint to continue from.
 
     Attributes:
-        engine: computes the steps.
         progress: how far the run is.
-        total_steps: where it ends.
+        total_steps: the step at which it ends.
+        max_minutes: time after which `train` saves and stops; 0 for no limit.
         evaluation: the last validation of `train`, or None.
-        max_minutes: limit of the next `train`, from its start; 0 for none.
         stopped_by: the signal that ended `train` early, or None.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
-        model: DecoderModel,
+        run: ResolvedRun,
         tokenizer: Tokenizer,
         train_set: TextDataset,
         val_set: TextDataset | None,
-        run_dir: Path,
+        engine: Engine,
         checkpoint: Path | None = None,
-        group: ProcessGroup = SINGLE,
     ) -> None:
-        self.config = config
-        self.model = model
-        self.group = group
+        self.run = run
+        self.config = config = run.config
+        self.run_dir = run.run_dir
         self.tokenizer = tokenizer
         self.train_set = train_set
         self.val_set = val_set
-        self.run_dir = run_dir
-        self.engine = choose_engine(config, group)(config, model, group)
+        self.engine = engine
+        self.model = engine.model
+        self.group = engine.group
         self.progress = Progress(text_sha256=train_set.text_sha256)
         if checkpoint is not None:
-            self.progress = self.engine.load(checkpoint)
-            if self.progress.text_sha256 != train_set.text_sha256:
-                raise ValueError(
-                    f"{train_set.file_path} is not the text that this run began with; give its "
-                    "text back, or start a new run in another out_dir"
-                )
-            if self.progress.loss_scale and self.engine.scaler.is_enabled():
-                self.engine.scaler.load_state_dict(self.progress.loss_scale)
+            self._load(checkpoint)
         self.batches_per_epoch = math.ceil(len(train_set) / config.batch_size)
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.grad_accum)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
         self.max_minutes = config.max_minutes
-        self.stopped_by: signal.Signals | None = None
-        self._asked = StopRequest()  # the processes agree on it between two steps
         self.evaluation: Evaluation | None = None
+        self.stopped_by: signal.Signals | None = None
+        self._stop_request = StopRequest()  # of this process; ranks agree on it in every step
         self._saved_step = self.progress.step if checkpoint is not None else -1
+
+    def _load(self, checkpoint: Path) -> None:
+        self.progress = self.engine.load(checkpoint)
+        if self.progress.text_sha256 != self.train_set.text_sha256:
+            raise ValueError(
+                f"{self.train_set.file_path} is not the text that this run began with; restore "
+                "that text, or start a new run in another out_dir"
+            )
+        if self.progress.loss_scale and self.engine.scaler.is_enabled():
+            self.engine.scaler.load_state_dict(self.progress.loss_scale)
 
     def train(self) -> None:
         """Runs to the end, or until a signal or a limit; saves a checkpoint in every case.
 
         Raises:
-            TrainingError: the loss is no longer a number.
+            TrainingError: the loss is not finite.
             CheckpointError: a checkpoint cannot be written.
         """
         config, progress = self.config, self.progress
-        start, before = time.monotonic(), progress.elapsed_s
+        start, elapsed_before = time.monotonic(), progress.elapsed_s
         deadline = start + 60 * self.max_minutes if self.max_minutes else math.inf
-        logged_tokens, logged_s = progress.tokens, progress.training_s
-        sample_interval = 0 if config.quiet else config.sample_interval
         loader = self._loader()
         self.model.train()
         with (
-            stop_on_signals(self._asked),
+            stop_on_signals(self._stop_request),
             self._profiler() as profiler,
-            contextlib.closing(
-                MetricsLog(self.run_dir / "metrics.jsonl", progress.step + 1)
-                if self.group.is_main
-                else _NoLog()
-            ) as log,
-            tqdm(
-                total=self.total_steps,
-                initial=progress.step,
-                disable=config.quiet or not self.group.is_main,
-                unit="step",
-                # In a log file, a line now and then is enough.
-                mininterval=0.1 if sys.stderr.isatty() else 10,
-            ) as bar,
+            contextlib.closing(_Recorder(self)) as recorder,
         ):
-            ending = progress.step >= self.total_steps
-            while not ending:
-                step_start = time.monotonic()
-                outcome = self._step(loader, deadline)
-                if outcome is None:  # a signal came between two batches of the step
+            is_finished = progress.step >= self.total_steps
+            while not is_finished and not self.stopped_by:
+                result = self._step(loader, deadline)
+                if result is None:  # interrupted between two batches of the step
                     break
-                loss, grad_norm, lr, is_late = outcome
-                step = progress.step
-                progress.training_s += time.monotonic() - step_start
-                profiler.step()
-                ending = step >= self.total_steps or is_late
-
-                new_val_loss = None
-                if self.val_set is not None and (
-                    ending or step % (config.eval_interval or self.steps_per_epoch) == 0
-                ):
-                    new_val_loss = self._validate(self.val_set)
-                    patience = config.patience or math.inf
-                    ending = ending or progress.evaluations_since_best >= patience
-                progress.elapsed_s = before + time.monotonic() - start
-                if new_val_loss is not None or ending or step % config.log_interval == 0:
-                    speed = (progress.tokens - logged_tokens) / (progress.training_s - logged_s)
-                    logged_tokens, logged_s = progress.tokens, progress.training_s
-                    memory = resident_mb()
-                    log.write(
-                        step=step,
-                        epoch=(step - 1) // self.steps_per_epoch + 1,
-                        loss=loss,
-                        val_loss=new_val_loss,
-                        lr=lr,
-                        grad_norm=grad_norm,
-                        tokens=progress.tokens,
-                        tokens_per_second=round(speed, 1),
-                        elapsed_s=round(progress.elapsed_s, 3),
-                        rss_mb=round(memory, 1),
-                    )
-                    bar.set_postfix_str(
-                        f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory:,.0f} MiB", refresh=False
-                    )
-                bar.update()
-                if sample_interval and step % sample_interval == 0:
-                    sample = self.sample()
-                    if self.group.is_main:
-                        bar.write(f"--- step {step}\n{sample}\n---", file=sys.stderr)
-                if step % config.save_interval == 0 or progress.best_step == step:
+                if profiler is not None:
+                    profiler.step()
+                is_finished = progress.step >= self.total_steps or result.is_late
+                val_loss = None
+                if self.val_set is not None and (is_finished or self._validates_now()):
+                    val_loss = self._validate(self.val_set)
+                    is_finished = is_finished or self._is_out_of_patience()
+                progress.elapsed_s = elapsed_before + time.monotonic() - start
+                recorder.record(result, val_loss, is_finished)
+                if self._samples_now():
+                    recorder.write_sample(self.sample())
+                if progress.step % config.save_interval == 0 or progress.best_step == progress.step:
                     self.save()
-                if self.group.size == 1:  # else all have agreed within the step
-                    self.stopped_by = self._asked.poll()
-                if self.stopped_by:
-                    break
+                self._check_stop_request()
             if self._saved_step != progress.step:
                 self.save()
-            if self.group.size == 1:
-                self.stopped_by = self._asked.poll()
+            self._check_stop_request()
 
     def stop(self, number: signal.Signals) -> None:
-        """Has `train` save and stop after the step at hand, as this signal to the process would."""
-        self._asked.stopped_by = number
+        """Has `train` save and stop after the current step, as this signal would."""
+        self._stop_request.stopped_by = number
 
-    def _step(
-        self, loader: Iterator[dict[str, Tensor]], deadline: float
-    ) -> tuple[float, float | None, float, bool] | None:
-        """One optimizer step: loss, gradient norm, learning rate and whether the time is over.
+    def _check_stop_request(self) -> None:
+        if self.group.size == 1:  # otherwise the ranks agreed on it within the step
+            self.stopped_by = self._stop_request.poll()
 
-        None if a signal came before it was done.
-        """
+    def _validates_now(self) -> bool:
+        return self.progress.step % (self.config.eval_interval or self.steps_per_epoch) == 0
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self.config.patience or math.inf
+        return self.progress.evaluations_since_best >= patience
+
+    def _samples_now(self) -> bool:
+        interval = 0 if self.config.quiet else self.config.sample_interval
+        return bool(interval) and self.progress.step % interval == 0
+
+    def _step(self, loader: Iterator[dict[str, Tensor]], deadline: float) -> StepResult | None:
+        """One optimizer step; None if a signal interrupted it before it changed anything."""
         config, progress, engine = self.config, self.progress, self.engine
-        # All that a step draws comes from this generator; seeding every device's would take 0.1 ms.
+        start = time.monotonic()
+        # All random numbers of a step come from this generator; seeding those of every device would
+        # take 0.1 ms.
         rank = [self.group.rank] if self.group.rank else []
         torch.default_generator.manual_seed(derive_seed(config.seed, "step", progress.step, *rank))
         in_epoch = progress.step % self.steps_per_epoch
         count = min(config.grad_accum, self.batches_per_epoch - in_epoch * config.grad_accum)
         step_batches = [next(loader)["input_ids"].to(engine.device) for _ in range(count)]
         predicted = [int((self.model.targets(ids) != -100).sum()) for ids in step_batches]
-        all_predicted, seen = engine.data_group.all_reduce(
+        all_predicted, all_tokens = engine.data_group.all_reduce(
             sum(predicted), sum(ids.numel() for ids in step_batches)
         )
         loss = 0.0
         for i, (ids, tokens) in enumerate(zip(step_batches, predicted, strict=True), 1):
-            if self._asked.poll() and config.grad_accum > 1 and self.group.size == 1:
-                # The step has changed nothing yet; a resumed run does it from its first batch.
+            if config.grad_accum > 1 and self.group.size == 1 and self._stop_request.poll():
+                # A resumed run takes this step again from its first batch.
                 engine.zero_grad()
-                self.stopped_by = self._asked.stopped_by
+                self.stopped_by = self._stop_request.stopped_by
                 return None
             if all_predicted:
-                # By its tokens, so that the sum is the gradient of one big batch.
+                # Weighted by tokens, so that the sum is the gradient of one large batch.
                 loss += engine.backward(ids, tokens / all_predicted, last=i == count)
-        came = self._asked.poll()
-        late = self.group.is_main and time.monotonic() >= deadline
-        loss, stops, lates = self.group.all_reduce(loss, came is not None, late)
+        own_signal = self._stop_request.poll()
+        is_late = self.group.is_main and time.monotonic() >= deadline
+        loss, stops, late_ranks = self.group.all_reduce(loss, own_signal is not None, is_late)
         if stops:
-            self.stopped_by = came or signal.SIGTERM
+            self.stopped_by = own_signal or signal.SIGTERM
         self._check_finite("loss", loss)
         factor = self.learning_rate_factor(progress.step)
         engine.set_learning_rates(factor)
         grad_norm = engine.update() if all_predicted else 0.0
         progress.step += 1
-        progress.tokens += int(seen)
-        return loss, grad_norm, factor * config.lr, lates > 0
+        progress.tokens += int(all_tokens)
+        progress.training_s += time.monotonic() - start
+        return StepResult(loss, grad_norm, factor * config.lr, late_ranks > 0)
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
@@ -275,7 +243,7 @@ class Trainer:
         )
 
     def learning_rate_factor(self, step: int) -> float:
-        """What the learning rates are multiplied by at `step`, counted from 0."""
+        """The factor on all learning rates at `step`, counted from 0."""
         config = self.config
         warmup = config.warmup_steps
         if step < warmup:
@@ -302,15 +270,15 @@ class Trainer:
             DataLoader(
                 self.train_set,
                 batch_sampler=order,
-                num_workers=self.config.num_workers,
+                num_workers=self.run.data_workers,
                 collate_fn=collate,
-                worker_init_fn=_leave_signals_to_the_trainer,
+                worker_init_fn=_ignore_signals,
             )
         )
 
     def _validate(self, val_set: TextDataset) -> float:
         progress = self.progress
-        with autocast(self.engine.device.type, self.config.precision):
+        with autocast(self.engine.device.type, self.run.precision):
             self.evaluation = evaluate(self.model, val_set, self.config.batch_size, self.engine)
         progress.val_loss = self.evaluation.loss
         self._check_finite("validation loss", progress.val_loss)
@@ -322,9 +290,9 @@ class Trainer:
         return progress.val_loss
 
     def sample(self, tokens: int = 300) -> str:
-        """Text that the model makes up, the same for the same weights.
+        """Text generated by the model, the same for the same weights.
 
-        All processes call this together; the text comes from the first, "" from the others.
+        A collective operation: all ranks call it together; rank 0 gets the text, the others "".
         """
         model = self.engine.whole_model()
         if model is None:
@@ -338,10 +306,10 @@ class Trainer:
         return text
 
     def save(self) -> None:
-        """Writes a checkpoint of this step.
+        """Writes a checkpoint of this step; a collective operation.
 
         Raises:
-            TrainingError: a weight is no longer a finite number.
+            TrainingError: a weight is not finite.
             CheckpointError: the checkpoint cannot be written.
         """
         progress = self.progress
@@ -349,11 +317,11 @@ class Trainer:
         problem = next(filter(None, starmap(why_not_finite, model.named_parameters())), None)
         (problems,) = self.group.all_reduce(problem is not None)
         if problems:
-            raise self._diverged(problem or "a weight in another process is no finite number")
+            raise self._diverged(problem or "a weight on another rank is not finite")
         progress.loss_scale = self.engine.scaler.state_dict()
         save_checkpoint(
             self.run_dir,
-            self.config,
+            self.run.recorded,
             self.tokenizer,
             model,
             optimizers,
@@ -364,39 +332,83 @@ class Trainer:
         )
         self._saved_step = progress.step
 
-    def _profiler(self) -> Any:
+    def _profiler(self) -> contextlib.AbstractContextManager[Any]:
         if not self.config.profile or not self.group.is_main:
-            return contextlib.nullcontext(_NoProfiler())
+            return contextlib.nullcontext()
         return torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1),
             on_trace_ready=lambda p: p.export_chrome_trace(str(self.run_dir / "profile.json")),
         )
 
 
+class _Recorder:
+    """The lines of metrics.jsonl and the progress bar of a trainer; rank 0 has both."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        progress, is_main = trainer.progress, trainer.group.is_main
+        self._logged_tokens, self._logged_s = progress.tokens, progress.training_s
+        self._metrics = None
+        if is_main:
+            self._metrics = MetricsLog(trainer.run_dir / "metrics.jsonl", progress.step + 1)
+        self._bar = tqdm(
+            total=trainer.total_steps,
+            initial=progress.step,
+            disable=trainer.config.quiet or not is_main,
+            unit="step",
+            # In a log file, a line now and then is enough.
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+        )
+
+    def record(self, result: StepResult, val_loss: float | None, is_finished: bool) -> None:
+        """Advances the bar; logs every `log_interval` steps, validations and the last step."""
+        trainer, progress = self._trainer, self._trainer.progress
+        is_due = progress.step % trainer.config.log_interval == 0
+        if self._metrics and (is_due or is_finished or val_loss is not None):
+            seconds = progress.training_s - self._logged_s
+            speed = (progress.tokens - self._logged_tokens) / seconds
+            self._logged_tokens, self._logged_s = progress.tokens, progress.training_s
+            memory = resident_mb()
+            self._metrics.write(
+                step=progress.step,
+                epoch=(progress.step - 1) // trainer.steps_per_epoch + 1,
+                loss=result.loss,
+                val_loss=val_loss,
+                lr=result.lr,
+                grad_norm=result.grad_norm,
+                tokens=progress.tokens,
+                tokens_per_second=round(speed, 1),
+                elapsed_s=round(progress.elapsed_s, 3),
+                rss_mb=round(memory, 1),
+            )
+            self._bar.set_postfix_str(
+                f"loss {result.loss:.3f}, {speed:,.0f} tokens/s, {memory:,.0f} MiB", refresh=False
+            )
+        self._bar.update()
+
+    def write_sample(self, text: str) -> None:
+        """Prints generated text above the bar."""
+        if self._metrics:
+            step = self._trainer.progress.step
+            self._bar.write(f"--- step {step}\n{text}\n---", file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._metrics:
+            self._metrics.close()
+
+
 def why_not_finite(name: str, parameter: Tensor) -> str | None:
-    """Names a number in a parameter that is not finite; None where all are."""
-    here = local(parameter.detach())
-    for extreme in torch.aminmax(here) if here.numel() else ():
+    """Names a value of a parameter that is not finite; None if all are."""
+    own = local(parameter.detach())
+    for extreme in torch.aminmax(own) if own.numel() else ():
         if not extreme.isfinite():
-            return f"the largest or smallest number of {name} is {extreme.item()}"
+            return f"the largest or smallest value of {name} is {extreme.item()}"
     return None
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    # Ctrl-C, or a service manager's stop, reaches every process of the group; the training process
-    # still needs its workers, who end with it.
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C, or a service manager's stop, reaches every process of the group. The training process
+    # still needs its data workers, and they end with it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-class _NoLog:
-    def write(self, **values: Any) -> None:
-        """Nothing: the first process keeps the record."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class _NoProfiler:
-    def step(self) -> None:
-        """Nothing: profiling is off."""

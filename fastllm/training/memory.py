@@ -1,16 +1,54 @@
-"""How much memory training takes, and whether this machine has it."""
+"""Estimates how much memory training takes, and refuses runs that the machine cannot hold."""
 
+import math
+import os
+
+import psutil
+
+from fastllm.command import Log
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import decoder_loss, dispatch
 from fastllm.ops.parameters import LARGE
-from fastllm.training.config import TrainConfig
+from fastllm.training.config import ResolvedRun, TrainConfig
+from fastllm.training.distributed import ProcessGroup
+
+# MiB of libraries that are loaded during training: PyTorch's own kernels, matplotlib.
+LIBRARIES_MB = 125
+
+
+def check_memory(
+    run: ResolvedRun, model: DecoderModel, group: ProcessGroup, resident_mb: float, log: Log
+) -> None:
+    """Logs the peak memory that is expected on this machine, if it can be estimated.
+
+    Args:
+        model: may be on the meta device.
+        resident_mb: of this process before it made anything of the run.
+
+    Raises:
+        ValueError: the machine has less.
+    """
+    if run.device != "cpu" or (group.size > 1 and run.config.parallel != "ddp"):
+        return
+    batch_size = math.ceil(run.config.batch_size / group.size)
+    own = run.config.model_copy(update={"batch_size": batch_size})
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = processes_here * (resident_mb + estimate_memory_mb(model, own, run.threads))
+    log(f"memory      about {needed:,.0f} MiB at its peak")
+    available = psutil.virtual_memory().total / 2**20
+    if needed > available:
+        raise ValueError(
+            f"training needs about {needed:,.0f} MiB of memory and this machine has "
+            f"{available:,.0f}; choose a smaller model, batch_size or max_seq_len, or "
+            "gradient_checkpointing"
+        )
 
 
 def estimate_memory_mb(model: DecoderModel, config: TrainConfig, threads: int) -> float:
-    """What training adds to the resident memory, in MiB, to about 10 % on a CPU.
+    """MiB that training adds to the resident memory on a CPU, to about 10 %.
 
-    The peak is either where the backward begins, with weights, two moments and all activations
-    there, or where it ends, with all gradients.
+    The peak is either at the start of the backward, with weights, two moments and all activations,
+    or at its end, with all gradients.
 
     Args:
         model: may be on the meta device.
@@ -29,30 +67,31 @@ def estimate_memory_mb(model: DecoderModel, config: TrainConfig, threads: int) -
         activations = _reference_floats(config, V)
         floats = 3 * parameters + max(activations, gradients)
     elif decoder_loss.why_not_shape(B, S, V) is None:
-        # A group of sequences goes through all layers in each thread; weights are packed twice.
-        rows = -(-decoder_loss.GROUP_ROWS // S) * S
+        # Each thread takes a group of sequences through all layers, and no more threads work than
+        # there are groups. Weights are packed twice.
+        sequences = math.ceil(decoder_loss.GROUP_ROWS / S)
+        busy_threads = min(threads, math.ceil(B / sequences))
         per_row = (10 * L + 16) * H + V
-        floats = 5 * parameters + gradients + threads * rows * per_row
+        floats = 5 * parameters + gradients + busy_threads * sequences * S * per_row
     else:
-        # A layer keeps 10 H floats a token, its backward works on as many. Under gradient
-        # checkpointing a third of it stays behind in the allocator.
+        # A layer keeps 10 H floats a token, and its backward works on as many. With gradient
+        # checkpointing, a third of that remains in the allocator.
         layers = 1 + L // 3 if config.gradient_checkpointing else L
         activations = B * S * H * (10 * layers + L + 10)
         logits = min(B * S * V, 2**24)
         floats = 3 * parameters + max(V * H + activations, gradients) + logits
-        # A checkpoint adds up one weight after the other in float64, in a copy that finds room
-        # where gradients were, but for those that keep their memory.
+        # Saving copies one weight at a time, in room that gradients have left, except gradients so
+        # large that their memory goes back to the system.
         floats += 2 * max((p.numel() for p in model.parameters() if p.nbytes >= LARGE), default=0)
-    libraries = 125  # loaded on the way: kernels of PyTorch's own, matplotlib
-    return libraries + 4 * floats / 2**20
+    return LIBRARIES_MB + 4 * floats / 2**20
 
 
 def _reference_floats(config: TrainConfig, V: int) -> int:
     """Activations and logits of the reference.
 
     A layer keeps 30 H + 3 N S floats a token with dropout and 27 H + 2 N S without (measured).
-    Under gradient checkpointing every layer keeps its input, one has all of that, and a third of it
-    stays behind in the allocator for each of the others.
+    With gradient checkpointing every layer keeps its input, one layer has all of that, and a third
+    of it remains in the allocator for each of the others.
     """
     B, S, N, L, H = (
         config.batch_size,

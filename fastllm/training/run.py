@@ -1,4 +1,4 @@
-"""A training run from its settings to its report: folder, data, model, training."""
+"""A training run from its settings to its report: folder, data, tokenizer, model, training."""
 
 import contextlib
 import os
@@ -6,14 +6,13 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 
 from fastllm import command
-from fastllm.command import errors_in_one_line
+from fastllm.command import Log, errors_in_one_line, no_log
 from fastllm.data.loader import TextDataset
 from fastllm.data.text import clean_lines, read_text
-from fastllm.device import choose_device, choose_precision
+from fastllm.device import Device, choose_device, choose_precision
 from fastllm.files import replace_file
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import implementation_line
@@ -25,74 +24,80 @@ from fastllm.tokenization import (
     Tokenizer,
     load_tokenizer,
 )
-from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
-from fastllm.training.config import RunSettings, TrainConfig
-from fastllm.training.distributed import (
-    SINGLE,
-    ProcessError,
-    ProcessGroup,
-    process_group,
+from fastllm.training.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    has_checkpoint,
+    load_model,
 )
+from fastllm.training.config import ResolvedRun, RunSettings, TrainConfig
+from fastllm.training.distributed import SINGLE, ProcessError, ProcessGroup, process_group
+from fastllm.training.engine import Engine, choose_engine
 from fastllm.training.evaluation import bits_per_character
 from fastllm.training.loop import Trainer, TrainingError, derive_seed
-from fastllm.training.memory import estimate_memory_mb
+from fastllm.training.memory import check_memory
 from fastllm.training.metrics import plot_losses, resident_mb
 
-Log = Callable[..., None]
+# What a user can fix: told in one line, before any work is lost.
+INPUT_ERRORS = (ImplementationError, CheckpointError, OSError, ValueError, KeyError, ImportError)
 
 
-def train(config: TrainConfig, begun: Callable[[Trainer], None] = lambda trainer: None) -> None:
-    """Trains in this process, with the others of its run if there are any.
+def train(
+    config: TrainConfig,
+    on_start: Callable[[Trainer], None] = lambda trainer: None,
+    engine_class: type[Engine] | None = None,
+) -> None:
+    """Trains in this process, together with the other processes of its run if there are any.
 
     Args:
-        begun: is told of the trainer, before it trains.
+        on_start: called with the trainer just before it trains.
+        engine_class: computes the steps; by default the one that `config.parallel` names.
     """
-    threads = set_threads(config.threads)
-    bad_input = (ImplementationError, CheckpointError, OSError, ValueError, KeyError, ImportError)
+    set_threads(config.threads)
     with contextlib.ExitStack() as stack:
-        with errors_in_one_line(ProcessError, *bad_input):
-            # FASTLLM_IMPL speaks where the flag is silent.
-            if config.impl != "auto":
+        with errors_in_one_line(ProcessError, *INPUT_ERRORS):
+            if config.impl != "auto":  # otherwise FASTLLM_IMPL applies
                 stack.enter_context(use(config.impl))
-            config.device = choose_device(config.device)
+            device = choose_device(config.device)
+            # DeepSpeed needs a process group even for a single process.
             group = stack.enter_context(
-                process_group(config.device, even_alone=config.launcher == "deepspeed")
+                process_group(device, even_single=config.launcher == "deepspeed")
             )
             stack.enter_context(errors_in_one_line(ProcessError))
             stack.enter_context(group.reporting_peer_loss())
-            group.check_agreement(config.model_dump(mode="json"))
-            if config.launcher:  # it has started its processes; none is for data
-                config.num_workers = 0
-            info: Log = command.log if group.is_main and not config.quiet else lambda *parts: None
-            operations = implementation_line(config.device)
+            group.check_agreement({**config.model_dump(mode="json"), "device": device})
+            log: Log = command.log if group.is_main and not config.quiet else no_log
+            operations = implementation_line(device)
             if config.parallel != "ddp" and group.size == 1:
-                info(
+                log(
                     f"warning: parallel {config.parallel} divides a step among several processes, "
                     "and this is one; torchrun or --launcher ray start several"
                 )
-            run_dir, config.resume = group.broadcast(lambda: begin_or_go_on(config))
-            trainer = prepare(config, run_dir, info, group)
-            info(f"run         {run_dir}")
-            info(f"threads     {threads}{' in each process' if group.size > 1 else ''}")
-            info(f"operations  {operations}{trainer.engine.caveat}")
-            begun(trainer)
+            run_dir, resume = group.broadcast(lambda: start_or_restart(config))
+            run = resolve(config, run_dir, device, resume)
+            group.check_agreement({"precision": run.precision})
+            trainer = prepare(run, log, group, engine_class)
+            log(f"run         {run_dir}")
+            log(f"threads     {run.threads}{' in each process' if group.size > 1 else ''}")
+            log(f"operations  {operations}{trainer.engine.caveat}")
+            on_start(trainer)
         with errors_in_one_line(CheckpointError, TrainingError, ImplementationError, OSError):
             trainer.train()
             if group.is_main:
                 plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
-        report(trainer, run_dir, info)
+        report(trainer, log)
     if trainer.stopped_by:
         raise SystemExit(128 + trainer.stopped_by)
 
 
-def begin_or_go_on(config: TrainConfig) -> tuple[Path, bool]:
-    """The run's folder, and whether to resume the run in it.
+def start_or_restart(config: TrainConfig) -> tuple[Path, bool]:
+    """The run's folder, and whether the run in it is resumed.
 
-    Where torchrun starts processes again, they go on from the last checkpoint; a note in the
-    folder tells whether what is there is of this start of torchrun.
+    Processes that torchrun restarts resume from the last checkpoint. A note in the run's folder
+    names the launch of torchrun that started the run.
 
     Raises:
-        ValueError: the folder holds another run, or there is none for a restart to find.
+        ValueError: the folder holds another run, or a restart could not find the run.
     """
     launch = torchrun_launch()
     if launch is None:
@@ -101,7 +106,7 @@ def begin_or_go_on(config: TrainConfig) -> tuple[Path, bool]:
         raise ValueError("torchrun's --max_restarts needs --out_dir, where a restart finds the run")
     note = config.out_dir / "torchrun.txt"
     if note.exists() and note.read_text(encoding="utf-8") == launch:
-        found = any(config.out_dir.glob("checkpoints/step-*"))
+        found = has_checkpoint(config.out_dir)
         if not config.quiet:
             where = "from the last checkpoint" if found else "from the beginning"
             command.log(f"torchrun has restarted this run {where}")
@@ -113,11 +118,11 @@ def begin_or_go_on(config: TrainConfig) -> tuple[Path, bool]:
 
 
 def torchrun_launch() -> str | None:
-    """What tells one start of torchrun from another; None where it starts nothing again."""
+    """A name that identifies this launch of torchrun; None if it does not restart processes."""
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return None
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    # Without an id, the first process always has the same agent.
+    # Without an id: the agent of rank 0, which stays the same through all restarts.
     return f"{name} {socket.gethostname()} {os.getppid()}" if name == "none" else name
 
 
@@ -129,11 +134,10 @@ def choose_run_dir(config: RunSettings, name: str) -> Path:
     """The folder of the run: the one given, or a new one, runs/NAME or runs/NAME-2 and so on.
 
     Raises:
-        ValueError: it holds a run already, and that is not to be resumed.
+        ValueError: the folder already holds a run, which is not to be resumed.
     """
     if config.out_dir is not None:
-        # A checkpoint whose writing was cut off is none.
-        if any(config.out_dir.glob("checkpoints/[!w]*")) and not config.resume:
+        if has_checkpoint(config.out_dir) and not config.resume:
             raise ValueError(
                 f"{config.out_dir} holds a run already; --resume continues it, another --out_dir "
                 "keeps it"
@@ -145,83 +149,61 @@ def choose_run_dir(config: RunSettings, name: str) -> Path:
     return run_dir
 
 
-def prepare(config: TrainConfig, run_dir: Path, log: Log, group: ProcessGroup = SINGLE) -> Trainer:
-    """Everything that can go wrong before any work is lost: data, tokenizer, model, folder."""
-    checkpoint = group.broadcast(lambda: find_checkpoint(run_dir)) if config.resume else None
-    with group.main_first():  # it makes the files that all of them use
-        parts = read(config, run_dir, checkpoint, log, group)
-    group.check_agreement({"precision": config.precision})
-    if config.launcher == "deepspeed" and config.deepspeed_config is None:
-        config.deepspeed_config = run_dir / "deepspeed.json"
-    return Trainer(config, *parts, run_dir, checkpoint, group)
+def resolve(
+    config: TrainConfig, run_dir: Path, device: Device | None = None, resume: bool | None = None
+) -> ResolvedRun:
+    """What the settings come to on this machine, in this process.
 
-
-def read(
-    config: TrainConfig, run_dir: Path, checkpoint: Path | None, log: Log, group: ProcessGroup
-) -> tuple[DecoderModel, Tokenizer, TextDataset, TextDataset | None]:
-    """Model, tokenizer, and what to train and to validate on."""
-    at_start = resident_mb()
-    if checkpoint:
-        model, tokenizer, _ = load_model(checkpoint)
-        model.gradient_checkpointing = config.gradient_checkpointing
-    device = config.device = choose_device(config.device)
-    config.precision = choose_precision(config.precision, config.hidden_size, device)
-    text = config.file_path or demo_text(run_dir, log)
-    if not checkpoint:
-        tokenizer = (
-            make_tokenizer(config, text)
-            if group.is_main
-            else load_tokenizer(run_dir / "tokenizer.json")
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    dataset = TextDataset(
-        text,
-        tokenizer,
-        config.max_seq_len,
-        config.overlap,
-        min_line_length=config.min_line_length,
-        dedup_lines=config.dedup_lines,
-        token_file=run_dir / "tokens.bin",
+    Args:
+        device: if chosen already.
+        resume: `config.resume` by default.
+    """
+    device = device or choose_device(config.device)
+    return ResolvedRun(
+        config,
+        run_dir,
+        device,
+        precision=choose_precision(config.precision, config.hidden_size, device),
+        resume=config.resume if resume is None else resume,
+        threads=torch.get_num_threads(),
+        # Under a launcher, num_workers counts training processes.
+        data_workers=0 if config.launcher else config.num_workers,
     )
-    if len(dataset.tokens) < 2:
-        raise ValueError(f"{text} has no text to learn from, after cleaning")
-    train_set, val_set = dataset, None
-    if config.val_fraction:
-        train_set, val_set = dataset.split(config.val_fraction)
-    with torch.device("meta"):
-        sketch = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
-    log(
-        f"data        {text}: {len(dataset.tokens):,} tokens of {tokenizer.vocab_size:,} "
-        f"kinds, {len(train_set):,} training sequences"
-    )
-    log(f"parameters  {sum(p.numel() for p in sketch.parameters()):,}")
-    log(f"precision   {config.precision}")
-    if device == "cpu" and (group.size == 1 or config.parallel == "ddp"):
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
-        part = config.model_copy(update={"batch_size": -(-config.batch_size // group.size)})
-        memory = here * (at_start + estimate_memory_mb(sketch, part, torch.get_num_threads()))
-        log(f"memory      about {memory:,.0f} MiB at its peak")
-        there = psutil.virtual_memory().total / 2**20
-        if memory > there:
-            raise ValueError(
-                f"training needs about {memory:,.0f} MiB of memory and this machine has "
-                f"{there:,.0f}; choose a smaller model, batch_size or max_seq_len, or "
-                "gradient_checkpointing"
-            )
-    if not checkpoint:
-        torch.manual_seed(derive_seed(config.seed, "start"))
-        model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
-    model.to(device)
-    if group.is_main:
-        if not checkpoint:
-            tokenizer.save(run_dir / "tokenizer.json")
-        with replace_file(run_dir / "config.json") as file:
-            file.write(config.to_json().encode())
-        if config.launcher == "deepspeed":
-            from fastllm.integrations.deepspeed import write_settings
 
-            write_settings(config, run_dir)
-    return model, tokenizer, train_set, val_set
+
+def prepare(
+    run: ResolvedRun,
+    log: Log,
+    group: ProcessGroup = SINGLE,
+    engine_class: type[Engine] | None = None,
+) -> Trainer:
+    """Data, tokenizer, model and trainer of a run; errors in its input are found here."""
+    resident_at_start = resident_mb()
+    checkpoint = group.broadcast(lambda: find_checkpoint(run.run_dir)) if run.resume else None
+    with group.main_first():  # rank 0 makes files that the other ranks read
+        model, tokenizer = None, None
+        if checkpoint:
+            model, tokenizer, _ = load_model(checkpoint)
+            model.gradient_checkpointing = run.config.gradient_checkpointing
+        text = run.config.file_path or demo_text(run.run_dir, log)
+        if tokenizer is None:
+            tokenizer = run_tokenizer(run, text, group)
+        train_set, val_set = read_data(run, text, tokenizer, log)
+        with torch.device("meta"):
+            sketch = run.config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
+        log(f"parameters  {sum(p.numel() for p in sketch.parameters()):,}")
+        log(f"precision   {run.precision}")
+        check_memory(run, sketch, group, resident_at_start, log)
+        if model is None:
+            model = new_model(run.config, tokenizer)
+        if group.is_main:
+            if checkpoint is None:
+                tokenizer.save(run.run_dir / "tokenizer.json")
+            with replace_file(run.run_dir / "config.json") as file:
+                file.write(run.recorded.to_json().encode())
+    engine_class = engine_class or choose_engine(run.config, group)
+    engine = engine_class(run, model.to(run.device), group)
+    return Trainer(run, tokenizer, train_set, val_set, engine, checkpoint)
 
 
 def demo_text(run_dir: Path, log: Log) -> Path:
@@ -236,8 +218,11 @@ def demo_text(run_dir: Path, log: Log) -> Path:
     return path
 
 
-def make_tokenizer(config: TrainConfig, text: Path) -> Tokenizer:
-    """The tokenizer that the settings ask for, made from the text or loaded."""
+def run_tokenizer(run: ResolvedRun, text: Path, group: ProcessGroup) -> Tokenizer:
+    """The tokenizer of a new run: rank 0 makes or loads it, the other ranks read rank 0's file."""
+    config = run.config
+    if not group.is_main:
+        return load_tokenizer(run.run_dir / "tokenizer.json")
     if isinstance(config.tokenizer, Path):
         return load_tokenizer(config.tokenizer)
     pieces = clean_lines(read_text(text), config.min_line_length, config.dedup_lines)
@@ -246,18 +231,55 @@ def make_tokenizer(config: TrainConfig, text: Path) -> Tokenizer:
     return SubwordTokenizer.train(pieces, config.tokenizer, config.vocab_size)
 
 
-def report(trainer: Trainer, run_dir: Path, log: Log) -> None:
-    """What a finished run has to say."""
-    progress = trainer.progress
-    wanted = not trainer.config.quiet and not trainer.stopped_by
-    sample = trainer.sample() if wanted else ""  # by all processes together
+def read_data(
+    run: ResolvedRun, text: Path, tokenizer: Tokenizer, log: Log
+) -> tuple[TextDataset, TextDataset | None]:
+    """The training set, and the validation set if the settings hold one out.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    config = run.config
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    dataset = TextDataset(
+        text,
+        tokenizer,
+        config.max_seq_len,
+        config.overlap,
+        min_line_length=config.min_line_length,
+        dedup_lines=config.dedup_lines,
+        token_file=run.run_dir / "tokens.bin",
+    )
+    if len(dataset.tokens) < 2:
+        raise ValueError(f"{text} has no text to learn from, after cleaning")
+    train_set, val_set = (
+        dataset.split(config.val_fraction) if config.val_fraction else (dataset, None)
+    )
+    log(
+        f"data        {text}: {len(dataset.tokens):,} tokens of {tokenizer.vocab_size:,} "
+        f"kinds, {len(train_set):,} training sequences"
+    )
+    return train_set, val_set
+
+
+def new_model(config: TrainConfig, tokenizer: Tokenizer) -> DecoderModel:
+    """A model with random weights, the same for the same seed."""
+    torch.manual_seed(derive_seed(config.seed, "start"))
+    return config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
+
+
+def report(trainer: Trainer, log: Log) -> None:
+    """Logs the results of a run that has ended."""
+    progress, run_dir = trainer.progress, trainer.run_dir
+    wants_sample = not trainer.config.quiet and not trainer.stopped_by
+    sample = trainer.sample() if wants_sample else ""  # a collective operation
     if not trainer.group.is_main:
         return
     if trainer.stopped_by:
         several = trainer.group.size > 1
         again = "the same command" if several else f"python -m fastllm.train --out_dir {run_dir}"
         command.log(
-            f"stopped by {trainer.stopped_by.name} at step {progress.step:,}; go on with: "
+            f"stopped by {trainer.stopped_by.name} at step {progress.step:,}; continue with: "
             f"{again} --resume"
         )
         return

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fastllm.train import main
 from tests.conftest import REPOSITORY
-from tests.training.test_distributed import SMALL, losses, start_and_wait
+from tests.training.test_distributed import SMALL, losses, spawn, train_together
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
 pytestmark = pytest.mark.deepspeed
@@ -46,11 +46,11 @@ RUNS = {
 }
 # In two processes each of these ends with a message.
 REFUSED = {
-    "--batch_size 1": "a batch of 1 cannot be shared out among 2 processes; start fewer",
+    "--batch_size 1": "a batch of 1 cannot be sharded over 2 processes; start fewer",
     "--deepspeed_config {folder}/nothing.json": "nothing.json",
     "--deepspeed_config {folder}/stage-2.json --zero_stage 3": "zero_stage 2, not 3; leave the",
     "--deepspeed_config {folder}/typo.json": "typo.json: stagee: Extra inputs are not permitted",
-    "--deepspeed_config {folder}/own-lr.json": "sets optimizer, which is for --optimizer to say",
+    "--deepspeed_config {folder}/own-lr.json": "sets optimizer, which --optimizer determines",
 }
 
 
@@ -90,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             for text in REFUSED
         },
     }
-    start_and_wait(2, folder, two)
+    spawn(2, train_together, folder, two)
     yield folder
 
 

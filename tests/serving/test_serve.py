@@ -16,11 +16,12 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="pip install '.[test]' brings the client")
 
+from fastllm.command import no_log  # noqa: E402
 from fastllm.generation.text_stream import generate_text  # noqa: E402
 from fastllm.serve import main  # noqa: E402
 from fastllm.serving.server import listen  # noqa: E402
 from fastllm.training.checkpoint import find_checkpoint, load_model  # noqa: E402
-from fastllm.training.run import prepare  # noqa: E402
+from fastllm.training.run import prepare, resolve  # noqa: E402
 from tests.conftest import WORDS, make_config  # noqa: E402
 
 
@@ -30,7 +31,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = folder / "text.txt"
     text.write_text(WORDS * 60)
     flags = "--max_steps 2 --max_seq_len 400 --val_fraction 0".split()
-    trainer = prepare(make_config(folder / "book", text, *flags), folder / "book", lambda *a: None)
+    run = resolve(make_config(folder / "book", text, *flags), folder / "book")
+    trainer = prepare(run, no_log)
     trainer.train()
     return trainer.run_dir
 

@@ -54,7 +54,7 @@ def test_layout_of_a_run(trained: Trainer) -> None:
 
 def test_model_and_optimizer_come_back_bit_for_bit(trained: Trainer) -> None:
     model, tokenizer, config = load_model(find_checkpoint(trained.run_dir))
-    assert config.to_json() == trained.config.to_json()
+    assert config.to_json() == trained.run.recorded.to_json()
     assert tokenizer.fingerprint == trained.tokenizer.fingerprint
     for name, tensor in trained.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -156,7 +156,7 @@ def test_leftovers_of_a_kill_are_no_checkpoints(trained: Trainer) -> None:
 
 
 def test_folders_without_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         find_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         find_checkpoint(tmp_path)
@@ -285,6 +285,34 @@ def test_saving_twice_at_one_step_replaces(trained: Trainer) -> None:
     trained.save()
     assert steps(trained.run_dir)[-1] == "step-00000004"
     load_model(find_checkpoint(trained.run_dir))
+
+
+def test_a_kill_between_the_renames_of_a_step_saved_twice(
+    trained: Trainer, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that was set aside is found, resumed from, and put back by the next save."""
+    rename = Path.rename
+
+    def die_before_the_new_one_gets_its_name(path: Path, target: Path) -> Path:
+        if path.name.startswith("writing-"):
+            raise SystemExit("killed")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", die_before_the_new_one_gets_its_name)
+    with pytest.raises(SystemExit, match="killed"):
+        trained.save()
+    monkeypatch.undo()
+    assert "step-00000004" not in steps(trained.run_dir)
+    newest = find_checkpoint(trained.run_dir)
+    assert newest.name == "replaced-step-00000004"
+    model, _, _ = load_model(newest)
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    resumed = make_trainer("run", "--resume", "--max_steps", "5", "--keep_checkpoints", "9")
+    assert resumed.progress.step == 4
+    resumed.train()
+    assert steps(trained.run_dir)[-2:] == ["step-00000004", "step-00000005"]
+    assert all(name.startswith("step-") for name in steps(trained.run_dir))
 
 
 def test_read_only_folder(trained: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

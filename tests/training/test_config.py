@@ -1,10 +1,13 @@
 import json
 import random
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from fastllm.training.config import TrainConfig, parse_train_config, read_config
+from fastllm.training.run import resolve
 
 
 def test_the_first_flags_and_their_defaults() -> None:
@@ -113,6 +116,27 @@ def test_config_json_holds_every_setting_and_the_version(tmp_path: Path) -> None
     file.write_text(config.to_json())
     assert "fastllm_version" in json.loads(file.read_text())
     assert read_config(file, TrainConfig) == config
+
+
+def test_settings_do_not_change() -> None:
+    config = parse_train_config([])
+    with pytest.raises(ValidationError, match="frozen"):
+        config.lr = 1.0
+    with pytest.raises(FrozenInstanceError):
+        resolve(config, Path("run")).precision = "bf16"  # type: ignore[misc]
+
+
+def test_what_settings_resolve_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.json records what they resolved to; the settings themselves stay as given."""
+    monkeypatch.setattr("fastllm.training.run.choose_precision", lambda *arguments: "bf16")
+    flags = "--precision auto --launcher ray --num_workers 2 --out_dir run --resume"
+    config = parse_train_config(flags.split()[:-1])
+    run = resolve(config, Path("run"), "cpu", resume=True)
+    assert (run.precision, run.data_workers, run.resume) == ("bf16", 0, True)
+    assert (run.config.precision, run.config.num_workers, run.config.resume) == ("auto", 2, False)
+    recorded = json.loads(run.recorded.to_json())
+    assert (recorded["precision"], recorded["num_workers"]) == ("bf16", 0)
+    assert "launcher" not in recorded and "out_dir" not in recorded
 
 
 def test_mutated_configs_load_or_say_what_is_wrong(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,11 +12,20 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from fastllm import SimpleCharacterTokenizer
 from fastllm.train import main
-from fastllm.training.checkpoint import find_checkpoint, load_model
-from fastllm.training.distributed import ProcessGroup
+from fastllm.training.checkpoint import (
+    CheckpointError,
+    Progress,
+    find_checkpoint,
+    load_model,
+    save_checkpoint,
+)
+from fastllm.training.config import parse_train_config
+from fastllm.training.distributed import LostProcessError, ProcessError, ProcessGroup
 from fastllm.training.loop import batches
 from fastllm.training.metrics import read_metrics
 
@@ -64,42 +73,23 @@ FIRST_ALONE = {
 }
 REFUSED = {
     **FIRST_ALONE,
-    "--batch_size 1": "a batch of 1 cannot be shared out among 2 processes; start fewer",
-    "--batch_size 1 --parallel fsdp": "a batch of 1 cannot be shared out among 2 processes",
+    "--batch_size 1": "a batch of 1 cannot be sharded over 2 processes; start fewer",
+    "--batch_size 1 --parallel fsdp": "a batch of 1 cannot be sharded over 2 processes",
     "--num_layers 1 --parallel pipeline": "1 layers cannot be divided among 2 processes",
     "--tie_word_embeddings --parallel pipeline": "pipeline cannot tie the embeddings",
     "--optimizer muon --parallel fsdp": "muon needs whole matrices",
-    "--lr 0.{rank}1": "process 1 has lr 0.11, the first one 0.01; start all of them with the same",
+    "--lr 0.{rank}1": "rank 1 has lr 0.11, but rank 0 has 0.01; start all processes with the same",
 }
 
 
-def train_together(
-    rank: int, count: int, port: int, folder: Path, runs: dict[str, list[str]]
-) -> None:
-    """In a child process: each of the runs, as one of `count`; what they say goes into files."""
-    torch.distributed.init_process_group(
-        "gloo", f"tcp://127.0.0.1:{port}", world_size=count, rank=rank
-    )
-    for name, flags in runs.items():
-        said = io.StringIO()
-        with redirect_stderr(said):
-            try:
-                main([flag.format(rank=rank) for flag in flags])
-            except SystemExit as end:
-                said.write(str(end))
-        (folder / f"{name}.{rank}.txt").write_text(said.getvalue())
-    torch.distributed.destroy_process_group()
-    # Everything is written. What is left of so many groups of PyTorch's may abort at the very end.
-    os._exit(0)
-
-
-def start_and_wait(count: int, folder: Path, runs: dict[str, list[str]]) -> None:
+def spawn(count: int, target: Callable[..., None], *arguments: object) -> None:
+    """Runs `target(rank, count, port, *arguments)` in processes that all end with status 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = get_context("spawn")
     children = [
-        context.Process(target=train_together, args=(rank, count, port, folder, runs))
+        context.Process(target=target, args=(rank, count, port, *arguments))
         for rank in range(count)
     ]
     for child in children:
@@ -110,6 +100,24 @@ def start_and_wait(count: int, folder: Path, runs: dict[str, list[str]]) -> None
     for child in children:
         child.kill()
     assert ended == [0] * count
+
+
+def train_together(
+    rank: int, count: int, port: int, folder: Path, runs: dict[str, list[str]]
+) -> None:
+    """In a child process: each of the runs, as one of `count`; what they print goes into files."""
+    connect(rank, count, port)
+    for name, flags in runs.items():
+        printed = io.StringIO()
+        with redirect_stderr(printed):
+            try:
+                main([flag.format(rank=rank) for flag in flags])
+            except SystemExit as end:
+                printed.write(str(end))
+        (folder / f"{name}.{rank}.txt").write_text(printed.getvalue())
+    torch.distributed.destroy_process_group()
+    # Everything is written. At exit, the remains of so many process groups may abort.
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for flags in REFUSED:
         own = flags.format(used=used, rank="{rank}").split()
         together[place(flags)] = [*flags_of("refused", "run", ""), *own]
-    start_and_wait(2, folder, together)
+    spawn(2, train_together, folder, together)
     yield folder
 
 
@@ -210,7 +218,7 @@ def test_one_process_goes_on_with_the_run_of_two(folder: Path) -> None:
 def test_refused(folder: Path, flags: str) -> None:
     for rank in (0, 1):
         said = (folder / f"{place(flags)}.{rank}.txt").read_text()
-        others = "the first process could not go on; its message says why"
+        others = "rank 0 failed; its message says why"
         assert (others if rank and flags in FIRST_ALONE else REFUSED[flags]) in said
         assert said.count("\n") == 0
 
@@ -228,3 +236,74 @@ def test_every_sequence_is_read_once_by_any_number(count: int) -> None:
         assert [index for share in shares for index in share] == next(alone)
         sizes = [len(share) for share in shares]
         assert max(sizes) - min(sizes) <= 1
+
+
+def connect(rank: int, count: int, port: int) -> ProcessGroup:
+    torch.distributed.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", world_size=count, rank=rank
+    )
+    return ProcessGroup(rank, count)
+
+
+def save_with_failures(rank: int, count: int, port: int, folder: Path) -> None:
+    """In a child process: rank 0 fails in its own part of saving, then both save.
+
+    Every rank lives until the end, so the others are told of a failure, and do not conclude it from
+    a closed connection.
+    """
+    group = connect(rank, count, port)
+    config = parse_train_config("--hidden_size 8 --num_layers 1".split())
+    tokenizer = SimpleCharacterTokenizer(["abc"])
+    model = config.build_model(tokenizer.vocab_size, None)
+
+    def save() -> str:
+        try:
+            save_checkpoint(folder, config, tokenizer, model, [], Progress(1), group)
+        except (CheckpointError, ProcessError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "saved"
+
+    def fail(*arguments: object) -> None:
+        raise OSError("the disk is full")
+
+    outcomes = []
+    for step in ("_tidy", "_publish"):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr(f"fastllm.training.checkpoint.{step}", fail)
+            outcomes.append(save())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp.HuggingFaceStorageWriter, "finish", lambda *args, **kwargs: None)
+        outcomes.append(save())
+    outcomes.append(save())
+    (folder / f"outcomes.{rank}.json").write_text(json.dumps(outcomes))
+    torch.distributed.destroy_process_group()
+
+
+def test_all_ranks_learn_that_rank_0_cannot_save(tmp_path: Path) -> None:
+    spawn(2, save_with_failures, tmp_path)
+    first, second = (
+        json.loads((tmp_path / f"outcomes.{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert [outcome.startswith("CheckpointError: ") for outcome in first] == [True] * 3 + [False]
+    assert all("the disk is full" in outcome for outcome in first[:2])
+    assert "consolidated files instead of one" in first[2]
+    assert second[:3] == ["ProcessError: rank 0 failed; its message says why"] * 3
+    assert first[3] == second[3] == "saved"
+
+
+def lose_rank_1(rank: int, count: int, port: int, folder: Path) -> None:
+    """In a child process: rank 1 ends while rank 0 waits for it."""
+    group = connect(rank, count, port)
+    group.all_reduce(1.0)
+    if rank == 1:
+        os._exit(0)
+    lost = pytest.raises(LostProcessError, match="another process of this run has ended")
+    with lost, group.reporting_peer_loss():
+        group.all_reduce(1.0)
+    os._exit(0)
+
+
+def test_the_loss_of_a_process_is_reported_in_one_line(tmp_path: Path) -> None:
+    """The wording of gloo's error, by which it is recognized, is still that of this PyTorch."""
+    spawn(2, lose_rank_1, tmp_path)

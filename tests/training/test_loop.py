@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import fastllm
+from fastllm.command import no_log
 from fastllm.training.checkpoint import find_checkpoint, load_model, load_training_state
 from fastllm.training.config import parse_train_config
 from fastllm.training.engine import make_optimizers
 from fastllm.training.evaluation import evaluate
 from fastllm.training.loop import Trainer, TrainingError, batches
 from fastllm.training.metrics import read_metrics
+from fastllm.training.run import prepare, resolve
 from tests.commands import run_command
 from tests.conftest import MakeTrainer, make_config
 
@@ -161,6 +163,35 @@ def test_what_makes_a_run_cannot_change_on_the_way(make_trainer: MakeTrainer) ->
         make_trainer("run", "--resume", "--tie_word_embeddings")
 
 
+def test_config_json_stays_the_same(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its first write to the end, in every checkpoint and after resuming the run.
+
+    The precision that auto resolved to is the one that the run resumes with, on any machine.
+    """
+    chosen = []
+
+    def choose(asked: str, *others: object) -> str:
+        chosen.append(asked)
+        return "bf16" if asked == "auto" else asked
+
+    monkeypatch.setattr("fastllm.training.run.choose_precision", choose)
+    flags = "--precision auto --save_interval 1 --keep_checkpoints 9".split()
+    trainer = make_trainer("run", "--max_steps", "2", *flags)
+    first = (trainer.run_dir / "config.json").read_text()
+    assert json.loads(first)["precision"] == "bf16"
+    with fastllm.use("ref"):
+        trainer.train()
+        resumed = make_trainer("run", "--resume")
+        resumed.progress.step = 1  # as if its last checkpoint had been that of step 1
+        resumed.train()
+    files = [trainer.run_dir / "config.json", *trainer.run_dir.glob("checkpoints/*/config.json")]
+    assert len(files) == 3
+    assert {file.read_text() for file in files} == {first}
+    assert chosen == ["auto", "bf16"]
+
+
 def test_the_text_cannot_change_on_the_way(make_trainer: MakeTrainer, text: Path) -> None:
     make_trainer("run", "--max_steps", "1").train()
     text.write_text(text.read_text().replace("fox", "cat"))
@@ -287,12 +318,10 @@ LONG_RUN = ["--max_steps", "100000", "--val_fraction", "0"]
 
 def train_slowly(run_dir: Path, text: Path, resume: bool) -> None:
     """In a child process: a run that saves after every step."""
-    from fastllm.training.run import prepare
-
     torch.set_num_threads(1)
     flags = ["--resume"] if resume else [*LONG_RUN, "--save_interval", "1"]
     config = make_config(run_dir, text, *flags)
-    prepare(config, run_dir, log=lambda *parts: None).train()
+    prepare(resolve(config, run_dir), no_log).train()
 
 
 @pytest.mark.kill
@@ -353,12 +382,10 @@ def test_metrics_after_a_step(tmp_path: Path) -> None:
 
 def run_to(run_dir: Path, text: Path, step: int) -> Trainer:
     """The run of `train_slowly`, stopped by a signal after a step."""
-    from fastllm.training.run import prepare
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     config = make_config(run_dir, text, *LONG_RUN, "--save_interval", "100000")
-    trainer = prepare(config, run_dir, log=lambda *parts: None)
+    trainer = prepare(resolve(config, run_dir), no_log)
     interrupt_before(trainer, step)
     trainer.train()
     torch.set_num_threads(threads)
