@@ -1,7 +1,7 @@
 """Builds the extension: kernels.cpp once per instruction set, bindings.cpp once.
 
-Everything else about the package stands in pyproject.toml. Without a working C++ compiler the
-package is installed all the same and runs on its plain-PyTorch reference.
+Everything else about the package is in pyproject.toml. Without a working C++ compiler the package
+still installs and runs on its plain-PyTorch reference.
 """
 
 import os
@@ -14,8 +14,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# For make sanitize: what GCC's -fsanitize takes. Unwritten memory that is read shows as well, and
-# so do integers that overflow, although Python has its extensions built with -fwrapv.
+# For make sanitize: the value of GCC's -fsanitize. Such builds also detect reads of unwritten memory
+# and integer overflow, although Python builds its extensions with -fwrapv.
 SANITIZE: list[str] = []
 if sanitizers := os.environ.get("FASTLLM_SANITIZE"):
     SANITIZE = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
@@ -23,7 +23,7 @@ if sanitizers := os.environ.get("FASTLLM_SANITIZE"):
 # Square roots need not set errno. The warnings are false alarms in GCC's own headers.
 KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
-OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler lacks it
 
 ISAS: dict[str, list[str]] = {"base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -54,10 +54,10 @@ class BuildKernels(build_ext):
                     depends=ext.depends,
                 )
             super().build_extension(ext)
-            # Python started in this folder imports the sources of it, installed or not.
+            # Python started in this folder imports its sources, whether installed or not.
             if not (self.inplace or SANITIZE):
                 self.copy_file(self.get_ext_fullpath(ext.name), "fastllm")
-        except Exception as error:  # whatever the compiler's driver raises: the install goes on
+        except Exception as error:  # the compiler driver may raise anything; the install goes on
             if SANITIZE:
                 raise
             print(NO_EXTENSION.format(error=error), file=sys.stderr)

@@ -1,7 +1,7 @@
-// The kernels of one instruction set. setup.py compiles this file once for each, with
-// FASTLLM_ISA naming the table. Everything else is in anonymous namespaces and nothing of the
-// C++ library is used: whatever the linker could share between two such objects, a processor
-// might run that lacks the instructions.
+// The kernels of one instruction set. setup.py compiles this file once per instruction set, with
+// FASTLLM_ISA naming the table. Everything else is in anonymous namespaces, and no code of the C++
+// library is used: the linker could share such code between objects, and a processor without the
+// instructions would run it.
 #include "kernels.h"
 
 #include <stdlib.h>
@@ -15,7 +15,7 @@
 #include <unistd.h>
 #endif
 #if defined(_OPENMP)
-extern "C" int omp_get_num_threads(void);  // of omp.h, which would bring code of its own
+extern "C" int omp_get_num_threads(void);  // declared here because omp.h contains code
 #endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -25,7 +25,7 @@ extern "C" int omp_get_num_threads(void);  // of omp.h, which would bring code o
 
 namespace fastllm {
 
-// What the operations are made of, then the operations.
+// Building blocks, then operations.
 #include "scratch.inc"
 #include "threads.inc"
 #include "gemm.inc"
@@ -34,6 +34,7 @@ namespace fastllm {
 #include "adam.inc"
 #include "dropout.inc"
 #include "layer_norm.inc"
+#include "residual.inc"
 #include "attention.inc"
 #include "multi_head_attention.inc"
 #include "mlp.inc"

@@ -1,11 +1,11 @@
 // Every CPU kernel, by name: the contents page of this folder.
 //
-// kernels.cpp is compiled once per instruction set and fills one table of function pointers each
-// time; bindings.cpp picks the best table that the processor can run. Pointers are to fp32 data
-// without gaps unless strides stand beside them, sizes and strides count elements, and every kernel
-// gives the same bits for any number of threads. The letters are those of the Python side: B
-// sequences, S positions (T of keys), N heads of size D, H = N D, I intermediate size, V
-// vocabulary. Where a pointer may be null, that is said.
+// kernels.cpp is compiled once per instruction set, each time filling one table of function
+// pointers; bindings.cpp picks the best table that the processor can run. Pointers are to
+// contiguous fp32 data unless strides are given, and are not null unless a comment allows it. Sizes
+// and strides count elements. Every kernel gives the same bits for any number of threads. The
+// letters are those of the Python side: B sequences, S positions (T keys), N heads of size D, H = N
+// D, I intermediate size, V vocabulary.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace fastllm {
 
 // Thrown by every kernel if the system refuses scratch memory. The outputs are then undefined.
 struct OutOfMemory {
-    int64_t bytes;  // that were asked for
+    int64_t bytes;  // the size of the refused request
 };
 
 // One parameter with its gradient, its optimizer state and its settings.
@@ -25,26 +25,26 @@ struct AdamTensor {
     float* exp_avg_sq;
     float* step;
     int64_t size;
-    int64_t first_block;  // where its blocks of ADAM_BLOCK elements begin among everybody's
+    int64_t first_block;  // index of its first block of ADAM_BLOCK elements among all tensors'
     double lr, beta1, beta2, eps, weight_decay;
     float step_size, inv_sqrt_bias_correction2;  // filled in by adam_step
 };
 
-// Small enough to share a small model among many threads, large enough that handing out a block
-// costs nothing.
+// Small enough to divide a small model among many threads, large enough that distributing the
+// blocks costs nothing.
 constexpr int64_t ADAM_BLOCK = 8192;
 
-// What the operands of matrix products are rounded to; sums are fp32 always. 8-bit integers, with a
-// scale for each output, are for weights alone.
+// The type that operands of matrix products are rounded to; sums are always fp32. INT8, with a
+// scale per output, is for weights only.
 enum class Precision { FP32, BF16, INT8 };
 
-// Which random numbers an element meets; see csrc/dropout.inc.
+// Selects the random numbers of dropout; see csrc/dropout.inc.
 struct DropoutKey {
     uint64_t seed;
     uint32_t stream;
 };
 
-// A layer norm. The weight is null where an operation has none.
+// A layer norm. The weight is null for an operation without one.
 struct Norm {
     const float* weight;  // [H]
     const float* bias;    // [H]
@@ -55,10 +55,10 @@ struct Norm {
 struct Linear {
     const float* weight;      // [outputs, inputs]
     const float* bias;        // [outputs] or null
-    bool transposed = false;  // the weight, and its gradient, lie in memory as [inputs, outputs]
+    bool transposed = false;  // the weight and its gradient are stored as [inputs, outputs]
 };
 
-// Where gradients go; null where nobody needs them.
+// Destinations of gradients; null if not needed.
 struct NormGrad {
     float* weight;
     float* bias;
@@ -68,7 +68,7 @@ struct LinearGrad {
     float* bias;
 };
 
-// [B, N, rows, D], the last dimension without gaps.
+// [B, N, rows, D] with a contiguous last dimension.
 struct Rows {
     const float* data;
     int64_t strides[3];
@@ -85,13 +85,13 @@ struct Attention {
     Rows q, k, v;
     Mask mask;
     bool causal;  // with T > S, the queries are the last S positions
-    double p;     // of dropping a weight
+    double p;     // probability of dropping a weight
     DropoutKey key;
 };
 
-// [norm ->] qkv -> attention -> out -> dropout [-> residual [-> norm]]; a norm brings the residual.
-// Sequences have S rows each; or, with `starts`, up to S: sequence b those from starts[b] up to
-// starts[b + 1], and no mask.
+// [norm ->] qkv -> attention -> out -> dropout [-> + x [-> norm]]. With a norm, before or after,
+// there is a residual connection. Each sequence has S rows. Or, with `starts`, sequence b has rows
+// [starts[b], starts[b + 1]), at most S of them, and there is no mask.
 struct MultiHeadAttention {
     int64_t B, S, N, D;
     const int64_t* starts;  // [B + 1] or null
@@ -120,7 +120,7 @@ struct MultiHeadAttentionGrad {
 
 enum class Activation { GELU, GELU_TANH, RELU, SILU, LEAKY_RELU };
 
-// [norm ->] fc1 -> activation -> dropout -> fc2 -> dropout [-> residual [-> norm]]; likewise.
+// [norm ->] fc1 -> activation -> dropout -> fc2 -> dropout [-> + x [-> norm]], likewise.
 struct Mlp {
     int64_t rows, H, I;
     Norm norm;
@@ -178,7 +178,7 @@ struct Decoder {
     int64_t layer_count;
     Norm norm;                // of the last layer's output; its weight is null for none
     LinearCrossEntropy head;  // targets are labels [B, S]: each position is scored on the next one
-    int64_t padding_idx;      // neither learnt nor a target; -1 for none
+    int64_t padding_idx;      // neither learned nor a target; -1 for none
 };
 
 struct DecoderGrad {
@@ -189,21 +189,21 @@ struct DecoderGrad {
     LinearGrad head;
 };
 
-// A decoder that continues sequences, each after what is in its cache. Dropout plays no part.
+// A decoder that continues sequences from their caches. Dropout is ignored.
 struct Decoding {
-    const Decoder* model;  // B and S of its parts mean nothing; positions [capacity, H]
+    const Decoder* model;  // B and S of its parts are ignored; positions [capacity, H]
     const float* weights;  // see decode_pack
     Precision precision;   // of the weights
-    int64_t B, capacity;   // sequences, and positions that each has room for
-    float* const* caches;  // [B], each of decode_cache_size floats; null for who has no tokens
+    int64_t B, capacity;   // number of sequences, and maximum length of each
+    float* const* caches;  // [B], each of decode_cache_size floats, or null for an empty sequence
 };
 
-// Logits that are wanted: row `place` of them is for the token after row `row` of the ids.
+// A requested row of logits: row `place` of the output is for the token after row `row` of the ids.
 struct Scored {
     int64_t row, place;
 };
 
-// How a token is chosen; see fastllm/ops/sampling.py.
+// How to choose a token; see fastllm/ops/sampling.py.
 struct Sampling {
     double temperature;
     int64_t top_k;
@@ -213,11 +213,11 @@ struct Sampling {
 
 struct Kernels {
     const char* isa;
-    bool native_bf16;  // bf16 products are faster than fp32 ones
+    bool native_bf16;  // bf16 products are faster than fp32 products
 
-    // adam.inc: clip all gradients together, then update every parameter. `block_sums` is scratch
-    // of one double a block. Returns the norm of all gradients before clipping, or 0 without
-    // clipping (max_grad_norm < 0), when no gradient is read twice.
+    // adam.inc: clip all gradients by their joint norm, then update every parameter. `block_sums`
+    // is scratch of one double per block. Returns the norm before clipping. A negative
+    // max_grad_norm means no clipping: gradients are then read only once, and the result is 0.
     double (*adam_step)(AdamTensor* tensors, int64_t tensor_count, double* block_sums,
                         int64_t block_count, bool decoupled_weight_decay, double max_grad_norm,
                         int threads);
@@ -227,10 +227,10 @@ struct Kernels {
     void (*attention_bwd)(float* grad_q, float* grad_k, float* grad_v, const float* grad_out,
                           const Attention& a, int threads);
 
-    // decode.inc: what Decoding needs, in floats (for its weights, and for each sequence); its
-    // weights, packed; and the logits [., V] that are wanted, after counts[b] more tokens of each
-    // sequence b behind the lengths[b] that its cache holds (ids has those of all sequences one
-    // after the other). Other rows of the logits stay as they are.
+    // decode.inc: the sizes in floats of a Decoding's weights and of one sequence's cache; packing
+    // of the weights; and decoding. decode() appends counts[b] tokens to each sequence b, whose
+    // cache holds lengths[b], and writes the requested rows of logits [., V]; other rows keep their
+    // values. `ids` holds the new tokens of all sequences, one sequence after the other.
     int64_t (*decode_weights_size)(const Decoder& d, Precision precision);
     int64_t (*decode_cache_size)(const Decoding& g);
     void (*decode_pack)(float* weights, const Decoder& d, Precision precision, int threads);
@@ -238,11 +238,11 @@ struct Kernels {
                    const int64_t* lengths, const Scored* scored, int64_t scored_count,
                    int threads);
 
-    // decoder_loss.inc: the mean cross-entropy of the next token, and, unless `grad` is null, the
-    // gradients for a gradient of 1 by it.
+    // decoder_loss.inc: the mean cross-entropy of the next token, and its gradients unless `grad`
+    // is null.
     double (*decoder_loss)(const Decoder& d, const DecoderGrad* grad, int threads);
 
-    // dropout.inc: out = in * keep / (1 - p), element by element; its own backward.
+    // dropout.inc: out = in * mask / (1 - p), element by element. It is its own backward.
     void (*dropout)(float* out, const float* in, int64_t size, double p, DropoutKey key,
                     int threads);
 
@@ -251,8 +251,8 @@ struct Kernels {
     void (*embedding_bwd)(float* grad_weight, float* grad_positions, const float* grad_out,
                           int64_t padding_idx, const Embedding& e, int threads);
 
-    // layer_norm.inc: out = norm(x + residual), the residual or null; stats [rows, 2] and the sum
-    // [rows, H] for the backward, or null (the sum only without a residual).
+    // layer_norm.inc: out = norm(x + residual); the residual may be null. stats [rows, 2] and the
+    // sum [rows, H] are saved for the backward; both may be null.
     void (*layer_norm_fwd)(float* out, float* stats, float* sum, const float* x,
                            const float* residual, int64_t rows, int64_t H, const Norm& norm,
                            int threads);
@@ -260,9 +260,8 @@ struct Kernels {
                            const float* sum, const float* stats, int64_t rows, int64_t H,
                            const Norm& norm, int threads);
 
-    // linear_cross_entropy.inc: the mean of -log softmax(head(x))[target] over the rows that have a
-    // target. With grad_x [rows, H] (or null) or gradients of the head, those as well, for a
-    // gradient of 1 by the mean.
+    // linear_cross_entropy.inc: the mean of -log softmax(head(x))[target] over the rows with a
+    // target, and its gradients. grad_x [rows, H] may be null.
     double (*linear_cross_entropy)(float* grad_x, const LinearGrad& grad, const float* x,
                                    const LinearCrossEntropy& c, int threads);
 
@@ -278,20 +277,20 @@ struct Kernels {
                                      const float* grad_out, const MultiHeadAttentionSaved& saved,
                                      const float* x, const MultiHeadAttention& m, int threads);
 
-    // sampling.inc: tokens [B] for logits [B, V], drawn as each sequence's settings and step say;
-    // `seen` [B, V] is not zero for tokens that were there before, or null. False where the logits
-    // of a sequence give no probabilities.
+    // sampling.inc: draws tokens [B] from logits [B, V] by each sequence's settings, seed and step.
+    // `seen` [B, V] is nonzero for tokens that occurred before, or null. Returns false if the
+    // logits of a sequence contain NaN or their maximum is infinite.
     bool (*sample)(int64_t* tokens, const float* logits, int64_t B, int64_t V,
                    const Sampling* settings, const uint8_t* seen, const uint64_t* seeds,
                    const uint64_t* steps, int threads);
 
-    // scratch.inc: bytes of working memory that all threads hold between calls, and a limit on them,
-    // for tests.
+    // scratch.inc: bytes of working memory that all threads hold between calls, and a limit on
+    // them, for tests.
     int64_t (*scratch_bytes)();
     void (*limit_scratch)(int64_t bytes);
 
-    // machine.inc: what the processor and the memory can do at best. The first two return the
-    // number of floating-point operations done and the sum of what was read.
+    // machine.inc: the peak rates of processor and memory. fma_loop returns the number of
+    // floating-point operations done, memory_read the sum of the data.
     double (*fma_loop)(int64_t iterations, Precision precision, int threads);
     double (*memory_read)(const float* data, int64_t size, int threads);
     void (*memory_update)(float* data, int64_t size, int threads);

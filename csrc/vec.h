@@ -1,5 +1,5 @@
-// One vector register of whatever width the instruction set has, through the GCC/Clang vector
-// extensions: arithmetic is written with plain operators, choices as `mask ? a : b`.
+// One vector register of the instruction set's width, through the GCC/Clang vector extensions:
+// arithmetic uses plain operators, selection is `mask ? a : b`.
 #pragma once
 
 #include <cstdint>
@@ -20,13 +20,13 @@ constexpr int LANES = 4;
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t ints __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint32_t words __attribute__((vector_size(LANES * sizeof(float))));
-// The same bits, seen as half as many integers of twice the width.
+// The same bits as half as many integers of twice the width.
 typedef uint64_t pairs __attribute__((vector_size(LANES * sizeof(float))));
 
 constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// An array from `offset` on, if there is one.
+// x + offset, or null if x is null.
 template <typename T>
 inline T* at(T* x, int64_t offset) {
     return x ? x + offset : nullptr;
@@ -51,7 +51,7 @@ inline words load(const uint32_t* from) {
 
 inline void store(uint32_t* to, words w) { __builtin_memcpy(to, &w, sizeof w); }
 
-// The first `count` lanes, zeros behind them.
+// The first `count` lanes from memory; the others are 0.
 inline vec load(const float* from, int64_t count) {
     if (count == LANES) return load(from);
     vec v = {};
@@ -64,14 +64,14 @@ inline void store(float* to, vec v, int64_t count) {
     __builtin_memcpy(to, &v, count * sizeof(float));
 }
 
-// The first `count` lanes of v, `rest` behind them.
+// The first `count` lanes of v; the others are `rest`.
 inline vec first(vec v, int32_t count, float rest = 0) {
     ints lane = {};
     for (int i = 0; i < LANES; ++i) lane[i] = i;
     return lane < count ? v : splat(rest);
 }
 
-// body(i, count) for the vectors that `size` elements make up; only the last may be short.
+// body(i, count) for each vector of an array of `size` elements; only the last may be short.
 template <typename Body>
 inline void each_vec(int64_t size, Body body) {
     int64_t i = 0;
@@ -81,7 +81,7 @@ inline void each_vec(int64_t size, Body body) {
 
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 
-// Lane i is lane from[i] of a and b side by side; `from` is known when this is compiled.
+// Lane i becomes lane from[i] of a and b side by side; `from` is a compile-time constant.
 inline vec shuffle(vec a, vec b, ints from) {
 #if defined(__clang__)
     vec out = {};
@@ -93,7 +93,7 @@ inline vec shuffle(vec a, vec b, ints from) {
 #endif
 }
 
-// Lanes are combined in pairs, then pairs of pairs: four steps for sixteen lanes.
+// Combines lanes pairwise, in four steps for sixteen lanes.
 template <typename Combine>
 inline float reduce(vec v, Combine combine) {
     float lanes[LANES];
@@ -113,8 +113,8 @@ inline float max(vec v) {
     return reduce(v, [](float a, float b) { return a > b ? a : b; });
 }
 
-// Rows become columns: in step d, lanes whose number has bit d are exchanged with the rows whose
-// number has it.
+// Turns rows into columns. Step d exchanges lanes with bit d in their index for rows with bit d in
+// theirs.
 inline void transpose(vec (&rows)[LANES]) {
 #pragma GCC unroll 4
     for (int d = 1; d < LANES; d *= 2) {
@@ -133,26 +133,25 @@ inline void transpose(vec (&rows)[LANES]) {
     }
 }
 
-// bf16 is the upper half of fp32, rounded to nearest even. Two of them make a word, the first in the
-// lower half.
+// bf16 is the upper half of fp32, rounded to nearest even. A word packs two of them, the first in
+// its lower half.
 inline vec lower_half(words pairs) { return (vec)(pairs << 16); }
 inline vec upper_half(words pairs) { return (vec)(pairs & 0xFFFF0000); }
 
 #if defined(__AVX512BF16__)
 constexpr bool NATIVE_BF16 = true;
 
-// sums + the products of both halves. An Arm row would have vbfdotq_f32 here, which takes its
-// operands in the same order.
+// sums + the products of both halves. On Arm, vbfdotq_f32 takes its operands in the same order.
 inline vec add_dot(vec sums, words a, words b) {
     return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
 }
 
-// Elements 2 i and 2 i + 1 of a and b side by side as word i.
+// Word i packs elements 2 i and 2 i + 1 of the concatenation of a and b.
 inline words narrow_neighbours(vec a, vec b) {
     return (words)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
 }
 
-// Element i of both as word i.
+// Word i packs element i of both.
 inline words narrow(vec lower, vec upper) {
     const auto halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)upper, (__m512)lower);
     typedef uint16_t half_words __attribute__((vector_size(64)));
@@ -170,7 +169,7 @@ inline vec add_dot(vec sums, words a, words b) {
 inline words round_to_bf16(vec x) {
     const words bits = (words)x;
     const words rounded = bits + (0x7FFF + (bits >> 16 & 1));
-    return x == x ? rounded : bits | 0x400000;  // of what is no number, the last bits may be all
+    return x == x ? rounded : bits | 0x400000;  // keeps NaN with payload in the low bits only
 }
 
 inline words narrow(vec lower, vec upper) {
@@ -202,8 +201,8 @@ inline pairs multiply_low_halves(pairs a, pairs b) {
 #endif
 }
 
-// e^x for x <= 0, to 2 units in the last place: Cody and Waite's reduction to |r| <= ln(2) / 2, with
-// the polynomial of the Cephes library's expf. Below the smallest normal number it is 0.
+// e^x for x <= 0, to 2 units in the last place: Cody and Waite's reduction to |r| <= ln(2) / 2,
+// with the polynomial of the Cephes library's expf. Subnormal results are flushed to 0.
 inline vec exp_negative(vec x) {
     constexpr float LOWEST = -87.33654f;
     const vec magic = splat(12582912);  // 1.5 * 2^23: adding it rounds to an integer
@@ -218,10 +217,10 @@ inline vec exp_negative(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1;
-    // Times 2^n, by its exponent; shifting drops the magic number.
+    // Multiply by 2^n through the exponent; the shift drops the magic number.
     const vec scaled = (vec)((words)p + ((words)shifted << 23));
     const vec bounded = x < LOWEST ? vec{} : scaled;
-    return x == x ? bounded : x;  // of what is no number, the last bits may have become one
+    return x == x ? bounded : x;  // the shift may have turned NaN into a number
 }
 
 }  // namespace
