@@ -14,8 +14,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# For make sanitize: the value of GCC's -fsanitize. Such builds also detect reads of unwritten memory
-# and integer overflow, although Python builds its extensions with -fwrapv.
+# For make sanitize: the value of GCC's -fsanitize. Such builds also detect reads of unwritten
+# memory and integer overflow, although Python builds its extensions with -fwrapv.
 SANITIZE: list[str] = []
 if sanitizers := os.environ.get("FASTLLM_SANITIZE"):
     SANITIZE = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
