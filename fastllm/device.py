@@ -7,8 +7,8 @@ import torch
 from fastllm.command import log
 from fastllm.ops import dispatch
 
-# The width from which on training was measured to be faster in bf16 on a CPU that has it.
-NARROWEST_BF16 = 32
+# On CPUs with bf16 dot products, training was measured to be faster in bf16 from this width on.
+MIN_BF16_WIDTH = 32
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
@@ -16,7 +16,7 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(asked: Device) -> Device:
-    """What `--device` comes to on this machine; warns where there is no CUDA."""
+    """The device that `--device` resolves to on this machine; warns if CUDA is not available."""
     if asked == "cuda" and not torch.cuda.is_available():
         log("warning: CUDA requested but not available, falling back to the CPU")
         return "cpu"
@@ -24,15 +24,15 @@ def choose_device(asked: Device) -> Device:
 
 
 def choose_precision(asked: Precision, hidden_size: int, device: Device) -> Precision:
-    """What `--precision` comes to on this machine; warns where it cannot be had."""
+    """The precision that `--precision` resolves to, never auto; warns if it is not supported."""
     if asked == "auto":
-        slow = dispatch.why_not_autocast(torch.bfloat16) or hidden_size < NARROWEST_BF16
-        return "fp32" if slow or device == "cuda" else "bf16"  # on GPUs, nothing was measured
+        slow = dispatch.why_not_autocast(torch.bfloat16) or hidden_size < MIN_BF16_WIDTH
+        return "fp32" if slow or device == "cuda" else "bf16"  # bf16 was not measured on GPUs
     if asked == "fp32" or device == "cuda":
         return asked
     reason = dispatch.why_not_autocast(torch.bfloat16)
     if asked == "fp16":
-        reason = "that is for GPUs"
+        reason = "fp16 is for GPUs"
     if reason:
         log(f"warning: {asked} was asked for, but {reason}; computing in fp32")
         return "fp32"
@@ -40,11 +40,11 @@ def choose_precision(asked: Precision, hidden_size: int, device: Device) -> Prec
 
 
 def check_quantize(quantize: str | None, precision: Precision) -> None:
-    """Raises a `ValueError` where weights are to be rounded in two ways."""
+    """Raises a `ValueError` if the settings would round weights twice."""
     if quantize and precision in TYPES:
         raise ValueError(f"quantize and precision {precision} exclude each other: leave one out")
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
-    """What is computed inside has products of this precision."""
+    """A context in which matrix products round their operands to this precision."""
     return torch.autocast(device, TYPES.get(precision), enabled=precision in TYPES)

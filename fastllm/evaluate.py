@@ -1,4 +1,4 @@
-"""How well a trained model predicts a text: `python -m fastllm.evaluate --checkpoint DIR`."""
+"""Evaluate a trained model on a text: `python -m fastllm.evaluate --checkpoint DIR`."""
 
 import json
 import sys
@@ -33,11 +33,11 @@ class EvaluateConfig(CommandSettings):
     batch_size: Annotated[int, Field(ge=1, le=2**24)] = 32
     """Sequences in a batch."""
     precision: Precision = "fp32"
-    """What matrix products round their operands to; auto takes bf16 on CPUs that have it."""
+    """Type that matrix products round their operands to; auto is bf16 on CPUs that support it."""
     device: Device = "cpu"
-    """Where to compute; the CPU serves where there is no CUDA."""
+    """Device to compute on; falls back to the CPU if CUDA is not available."""
     quantize: Literal["int8"] | None = None
-    """Round the weights to 8 bits, as `generate --quantize` does, to see what that costs."""
+    """Round the weights to 8 bits, as `generate --quantize` does, to see how much worse it gets."""
     json_: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of a table."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         device = choose_device(config.device)
         model.to(device)
         precision = choose_precision(config.precision, model.hidden_size, device)
-        # Overlapping by one, the chunks predict every token but the first exactly once.
+        # With an overlap of one, the sequences predict every token but the first exactly once.
         dataset = TextDataset(config.file_path, tokenizer, model.max_seq_len, overlap=1)
         with autocast(device, precision):
             result = evaluate(model, dataset, config.batch_size)

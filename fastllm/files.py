@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens to the process or the machine."""
+"""Files that are complete or absent, even if the process or the machine dies."""
 
 import contextlib
 import os
@@ -9,27 +9,27 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends without an error.
+    """A binary file that replaces `path` when the block ends without an error.
 
-    It is written under another name in the same folder, fsynced and renamed, so that `path` is at
-    every instant either the old file or the whole new one.
+    It is written under another name in the same folder, fsynced and renamed, so that `path` is
+    always either the old file or the complete new one.
     """
     path = Path(path)
-    # One name for all: what a killed process left is written over.
-    aside = path.with_name(f"{path.name}.partial")
+    # Always the same name, so that the leftover of a killed process is overwritten.
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        with open(aside, "wb") as file:
+        with open(partial, "wb") as file:
             yield file
-        flush(aside)
-        os.replace(aside, path)
+        flush(partial)
+        os.replace(partial, path)
         flush(path.parent)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

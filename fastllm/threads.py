@@ -1,4 +1,4 @@
-"""How many threads to compute with."""
+"""The number of threads to compute with."""
 
 import os
 from pathlib import Path
@@ -10,18 +10,18 @@ def set_threads(requested: int = 0) -> int:
     """Sets PyTorch's thread count, which the C++ kernels share, and returns it.
 
     Args:
-        requested: the number wanted; 0 leaves it to `OMP_NUM_THREADS` where that is set, else
-            takes the physical cores that this process may use. Where a launcher started several
-            processes on this machine they are divided among them, also with OMP_NUM_THREADS=1.
+        requested: the number of threads; 0 for `OMP_NUM_THREADS` if that is set, otherwise for the
+            physical cores that this process may use. Processes that a launcher started on this
+            machine share these cores, also if OMP_NUM_THREADS is 1.
     """
-    told = os.environ.get("OMP_NUM_THREADS")
-    launched = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if launched > 1 and told == "1":
-        told = None  # torchrun and Ray set it so where nobody has said anything
-    if requested or not told:
-        torch.set_num_threads(requested or max(1, available_cores() // launched))
+    configured = os.environ.get("OMP_NUM_THREADS")
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes_here > 1 and configured == "1":
+        configured = None  # the default that torchrun and Ray set
+    if requested or not configured:
+        torch.set_num_threads(requested or max(1, available_cores() // processes_here))
     threads = torch.get_num_threads()
-    # The tokenizers library has a pool of its own, as large as the machine unless told.
+    # The tokenizers library has a thread pool of its own, by default one thread per CPU.
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
     return threads
 
@@ -29,8 +29,8 @@ def set_threads(requested: int = 0) -> int:
 def available_cores() -> int:
     """Physical cores that the affinity mask and the cgroup's CPU quota allow; at least 1.
 
-    Two hardware threads of one core share its arithmetic units, so they count once. A quota of 2.5
-    cores counts as 2: a third thread would make the others wait for the scheduler.
+    The hardware threads of a core share its arithmetic units, so they count once. A quota of 2.5
+    cores counts as 2: with a third thread, the scheduler would throttle all of them.
     """
     if hasattr(os, "sched_getaffinity"):
         cpus = os.sched_getaffinity(0)
@@ -45,24 +45,24 @@ def _core_of(cpu: int) -> str:
     siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return siblings.read_text()
-    except OSError:  # no such folder outside Linux: every CPU is taken for a core
+    except OSError:  # not on Linux: count every CPU as a core
         return str(cpu)
 
 
 def _cgroup_quota(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> float | None:
-    """Cores' worth of time that this process's cgroups may use, or None without a limit."""
+    """The CPU quota of this process's cgroups, in cores; None without a limit."""
     try:
         lines = membership.read_text().splitlines()
-    except OSError:  # no cgroups outside Linux
+    except OSError:  # not on Linux: no cgroups
         lines = []
     quotas = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         top = root / "cpu" if "cpu" in controllers.split(",") else root  # version 1, or 2
         folder = top / path.lstrip("/")
-        # A limit on any folder above holds for those below it.
+        # The limit of a cgroup also holds for those below it.
         for each in (folder, *folder.parents):
             quotas.append(_quota_of(each))
             if each == top:

@@ -9,7 +9,7 @@ import psutil
 
 from fastllm.files import replace_file
 
-# Where `read_metrics` looks for a step: what is shorter is read through.
+# `read_metrics` bisects for a step until this many bytes are left, and reads those.
 BISECTED_BYTES = 2**16
 
 
@@ -18,14 +18,14 @@ class MetricsLog:
 
     Args:
         path: the file.
-        first_step: lines of this step and later ones are dropped: a resumed run writes them again.
+        first_step: drop the lines of this and later steps, which a resumed run writes again.
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         kept = [line for line in read_metrics(path) if line["step"] < first_step]
         with replace_file(path) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
-        # Without a buffer, so that nothing is left to be written when the run ends.
+        # Unbuffered: every line is in the file, however the run ends.
         self._file = path.open("ab", buffering=0)
 
     def write(self, **values: Any) -> None:
@@ -39,10 +39,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path, after: int = -1) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none where there is no file. A line cut off ends them.
+    """The lines of a metrics.jsonl, up to a truncated one; no lines if the file does not exist.
 
     Args:
-        after: only those of later steps, which takes no longer for a long file.
+        after: skip the lines up to this step, by bisection.
     """
     if not path.exists():
         return
@@ -52,7 +52,7 @@ def read_metrics(path: Path, after: int = -1) -> Iterator[dict[str, Any]]:
             middle = (begin + end) // 2
             file.seek(middle)
             file.readline()
-            line = _parsed(file.readline())
+            line = _parse_line(file.readline())
             if line is None or line["step"] > after:
                 end = middle
             else:
@@ -60,12 +60,12 @@ def read_metrics(path: Path, after: int = -1) -> Iterator[dict[str, Any]]:
         file.seek(begin)
         if begin:
             file.readline()
-        while line := _parsed(file.readline()):
+        while line := _parse_line(file.readline()):
             if line["step"] > after:
                 yield line
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parse_line(line: bytes) -> dict[str, Any] | None:
     try:
         values: dict[str, Any] = json.loads(line)
         values["step"] + 0
@@ -80,8 +80,8 @@ def resident_mb() -> float:
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
-    """Draws the training and validation loss of metrics.jsonl by step."""
-    # Imported here: it takes half a second, and most commands draw nothing.
+    """Plots the training and validation loss of metrics.jsonl by step."""
+    # Imported here: it takes half a second, and most commands plot nothing.
     from matplotlib.figure import Figure
 
     lines = list(read_metrics(metrics))
