@@ -1,9 +1,8 @@
-"""How long a training step takes while another process uses a whole core, against alone.
+"""The time of a training step while another process uses a whole core, and without it.
 
     python benchmarks/busy.py A B C D
 
-Steps of fastllm and of stock PyTorch are taken in turns, in spells with the other process running
-and stopped.
+fastllm and stock PyTorch take steps in turns, in periods with the other process running or stopped.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ from fastllm.benchmarking.shapes import CONFIGS, Letter
 from fastllm.benchmarking.steps import build_fastllm, build_stock, fastllm_step, stock_step
 from fastllm.threads import set_threads
 
-SPELLS, SECONDS = 4, 1.0  # of each kind; of each contestant in a spell
+PERIODS, SECONDS = 4, 1.0  # periods of each kind; seconds of each contestant in a period
 
 
 @contextlib.contextmanager
@@ -32,7 +31,7 @@ def other_process() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def main(letters: list[Letter]) -> None:
-    print(f"{set_threads()} threads; medians in ms, and how many times as long a step takes busy")
+    print(f"{set_threads()} threads; medians in ms, and the ratio of busy to alone")
     print(f"{'config':8}" + "".join(f"{x:>12}" for x in ("", "alone", "busy", "busy/alone")))
     with other_process() as other:
         for letter in letters:
@@ -41,8 +40,8 @@ def main(letters: list[Letter]) -> None:
             stock = build_stock(config, "tuned", model)
             steps = {"fastllm": fastllm_step(model), "tuned": stock_step(stock, "tuned")}
             times: dict[tuple[str, bool], list[float]] = {}
-            for spell in range(2 * SPELLS):
-                busy = spell % 2 == 1
+            for period in range(2 * PERIODS):
+                busy = period % 2 == 1
                 other.send_signal(signal.SIGCONT if busy else signal.SIGSTOP)
                 for name, step in steps.items():
                     ids = config.random_ids()

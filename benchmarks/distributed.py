@@ -1,11 +1,11 @@
-"""Training by two processes of one thread each, beside one process of two threads.
+"""Training with two processes of one thread each, compared with one process of two threads.
 
     pip install '.[ray,deepspeed]'
     python benchmarks/distributed.py --file_path book.txt
 
-The same model on the same cores: what is lost is what dividing a step costs. Every contestant is
-`python -m fastllm.train` with the same flags; they take turns, each `--rounds` times. Speeds are
-medians over the logged steps after the first ones, losses those of the last step.
+The model and the cores are the same, so the difference is the cost of dividing a step. Every
+contestant is `python -m fastllm.train` with the same flags; they take turns, `--rounds` times each.
+Speeds are medians over the logged steps except the first two, losses those of the last step.
 """
 
 import subprocess
@@ -23,7 +23,7 @@ from fastllm.training.metrics import read_metrics
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 TRAIN = ("-m", "fastllm.train")
-# How each is started, and its flags.
+# How each contestant is started, and its flags.
 CONTESTANTS: dict[str, tuple[Sequence[str], str]] = {
     "one process": (TRAIN, "--threads 2"),
     "ddp": ((*TORCHRUN, *TRAIN), "--threads 1"),
@@ -34,29 +34,29 @@ CONTESTANTS: dict[str, tuple[Sequence[str], str]] = {
     "deepspeed 2": (TRAIN, "--threads 1 --launcher deepspeed --num_workers 2 --zero_stage 2"),
     "deepspeed 3": (TRAIN, "--threads 1 --launcher deepspeed --num_workers 2 --zero_stage 3"),
 }
-# As in `python -m fastllm.bench`, without dropout, so that all of them compute the same.
+# As in `python -m fastllm.bench`, but without dropout, so that all compute the same.
 SHAPES = {
     "B": "--hidden_size 128 --num_layers 3 --num_heads 4 --max_seq_len 64 --batch_size 32",
     "D": "--hidden_size 384 --num_layers 6 --num_heads 6 --max_seq_len 256 --batch_size 8",
 }
-STEPS = {"B": (120, 10), "D": (12, 1)}  # steps, and steps between two lines of the record
+STEPS = {"B": (120, 10), "D": (12, 1)}  # steps, and steps between two lines of metrics.jsonl
 
 
 class DistributedConfig(CommandSettings):
-    """Speed of training by two processes, divided in every way, against one."""
+    """Measure training with two processes, divided in every way, against one process."""
 
     file_path: Path
     """UTF-8 text to train on."""
     config: Literal["B", "D"] | None = None
-    """Only this shape."""
+    """Measure only this shape."""
     only: str = ""
-    """Only the contestants whose names hold this."""
+    """Measure only the contestants whose names contain this."""
     rounds: Annotated[int, Field(ge=1, le=99)] = 3
-    """Times that each contestant runs."""
+    """Runs of each contestant."""
 
 
 def run(name: str, shape: str, file_path: Path) -> tuple[float, float]:
-    """Tokens a second and the loss of the last step."""
+    """Tokens per second, and the loss of the last step."""
     start, flags = CONTESTANTS[name]
     steps, interval = STEPS[shape]
     with TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""nanoGPT's recipe for a CPU by plain PyTorch, for comparison with `python -m fastllm.train`.
+"""nanoGPT's CPU recipe in plain PyTorch, to compare with `python -m fastllm.train`.
 
 The same model from the same weights, the same batches in the same order, the same schedule and
 optimizer, with PyTorch's fused attention and fused AdamW:
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
         for ours_parameter, parameter in theirs.items():
             ours_parameter.copy_(parameter)
     if trainer.val_set is None:
-        raise SystemExit("error: nothing is held out; leave --val_fraction above 0")
+        raise SystemExit("error: there is no validation set; set --val_fraction above 0")
     loss = evaluate(model, trainer.val_set, config.batch_size).loss
     print(f"plain PyTorch: {seconds:.1f} s of training, validation loss {loss:.4f}")
 

@@ -17,7 +17,7 @@ from tests.conftest import TEXTS, needs_extension
 
 
 def read_text() -> str:
-    """Real English of some hundred thousand characters, whatever machine this is."""
+    """Several hundred thousand characters of English, on any machine."""
     path = TEXTS / "tinyshakespeare.txt"
     if path.exists():
         return path.read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def read_text() -> str:
 def losses(
     implementation: str, ids: Tensor, steps: int, precision: MeasuredPrecision = "fp32"
 ) -> list[float]:
-    """Of configuration A of the benchmark, trained with dropout on windows of a text."""
+    """The losses of benchmark configuration A, trained with dropout on windows of a text."""
     config = CONFIGS["A"]
     torch.manual_seed(0)
     model = build_fastllm(config)
@@ -48,7 +48,7 @@ def losses(
 
 @pytest.fixture
 def ids() -> Tensor:
-    """A text of so many characters as configuration A has tokens."""
+    """A text with no more distinct characters than configuration A has tokens."""
     text = read_text()
     common = "".join(sorted(set(text), key=text.count)[-CONFIGS["A"].V + 1 :])
     text = "".join(c for c in text[:400_000] if c in common)
@@ -58,19 +58,19 @@ def ids() -> Tensor:
 
 
 @needs_extension
-def test_two_hundred_steps_go_alike(ids: Tensor) -> None:
-    """Both draw the same dropout masks, so nothing but rounding tells them apart.
+def test_two_hundred_steps_have_the_same_losses(ids: Tensor) -> None:
+    """Both draw the same dropout masks, so they differ only by rounding.
 
-    It came to 2e-7 of a loss at most, two units in its last place, with every instruction set.
+    Measured: at most 2e-7 of a loss, two units in the last place, with every instruction set.
     """
     actual, expected = (losses(implementation, ids, 200) for implementation in ("cpu", "ref"))
     assert actual == pytest.approx(expected, rel=1e-4)
-    assert sum(actual[-10:]) / 10 < actual[0] - 1  # it did learn
+    assert sum(actual[-10:]) / 10 < actual[0] - 1  # it learned
 
 
 @needs_extension
 def test_bf16_learns_as_much(ids: Tensor) -> None:
-    """Two hundred steps end at the loss of fp32, to what whole runs may differ by."""
+    """After two hundred steps the loss is that of fp32, within the variation between runs."""
     if reason := dispatch.why_not_autocast(torch.bfloat16):
         pytest.skip(reason)
     in_fp32, in_bf16 = (losses("cpu", ids, 200, precision) for precision in ("fp32", "bf16"))

@@ -13,7 +13,7 @@ from tests.conftest import needs_extension
 
 @pytest.fixture
 def membership(tmp_path: Path) -> Path:
-    """The process is in a folder of version 2, two levels down."""
+    """The process is in a cgroup of version 2, two levels down."""
     path = tmp_path / "membership"
     path.write_text("0::/user/service\n")
     (tmp_path / "user/service").mkdir(parents=True)
@@ -64,7 +64,7 @@ def test_hardware_threads_of_a_core_count_once_and_quotas_round_down(
         assert available_cores() == expected
 
 
-def test_what_was_asked_for_comes_first(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_explicit_thread_count_wins(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "available_cores", lambda: 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     torch.set_num_threads(3)
@@ -75,7 +75,7 @@ def test_what_was_asked_for_comes_first(threads: None, monkeypatch: pytest.Monke
 
 
 def run_kernel(threads: int, **variables: str) -> str:
-    """How many threads the process has once a kernel ran, before PyTorch starts any."""
+    """The number of threads that kernels start, before PyTorch has started any."""
     code = f"""
 import os, torch
 from fastllm.ops.dropout import dropout
@@ -95,8 +95,8 @@ print(len(os.listdir("/proc/self/task")) - before)
 @pytest.mark.subprocess
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
-def test_kernels_use_as_many_threads_as_they_are_told_or_given() -> None:
+def test_kernels_use_the_threads_they_ask_for_or_get() -> None:
     assert run_kernel(4) == "3"
-    # The runtime gives fewer than were asked for, and nobody waits for those that are not there.
+    # The runtime starts fewer threads than requested, and the kernels do not wait for the rest.
     assert run_kernel(4, OMP_THREAD_LIMIT="2") == "1"
     assert run_kernel(4, OMP_THREAD_LIMIT="1") == "0"

@@ -57,12 +57,12 @@ def test_demo_corpus_when_no_file_is_given(tmp_path: Path) -> None:
     assert json.loads((run_dir / "config.json").read_text())["max_steps"] == 3
     assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")] == [2, 3]
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
-    # The same command again starts a run of its own; the first one stays.
+    # The same command again starts a new run; the first one stays.
     assert train(tmp_path, "--quiet").stderr == ""
     assert (tmp_path / "runs/demo-2/model.safetensors").exists()
 
 
-def test_without_cuda_the_cpu_serves_with_a_warning(tmp_path: Path, text: Path) -> None:
+def test_without_cuda_training_warns_and_uses_the_cpu(tmp_path: Path, text: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")
     result = train(tmp_path, "--file_path", str(text), "--device", "cuda")
@@ -76,13 +76,13 @@ def test_without_cuda_the_cpu_serves_with_a_warning(tmp_path: Path, text: Path) 
         ("", "bf16", "fp32"),
         ("--precision bf16", "bf16", "bf16"),
         ("--precision auto --hidden_size 32", "bf16", "bf16"),
-        ("--precision auto", "bf16", "fp32"),  # too narrow to gain
+        ("--precision auto", "bf16", "fp32"),  # too narrow for bf16 to be faster
         ("--precision auto --hidden_size 32", "base", "fp32"),
         ("--precision bf16", "base", "fp32"),
     ],
 )
 def test_precision(tmp_path: Path, text: Path, flags: str, native: str, expected: str) -> None:
-    """What was chosen is printed and kept with the run; bf16 in vain is told."""
+    """The resolved precision is printed and recorded; unsupported bf16 gives a warning."""
     if native == "bf16" and expected == "bf16":
         reason = dispatch.why_not_autocast(torch.bfloat16)
         if reason:
@@ -92,8 +92,8 @@ def test_precision(tmp_path: Path, text: Path, flags: str, native: str, expected
     assert result.returncode == 0, result.stderr
     assert f"precision   {expected}\n" in result.stderr
     assert json.loads((tmp_path / "run/config.json").read_text())["precision"] == expected
-    in_vain = flags == "--precision bf16" and expected == "fp32"
-    assert ("warning: bf16 was asked for, but " in result.stderr) == in_vain
+    is_unsupported = flags == "--precision bf16" and expected == "fp32"
+    assert ("warning: bf16 was asked for, but " in result.stderr) == is_unsupported
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "wordpiece"])
@@ -135,7 +135,7 @@ def test_bad_input_is_named_before_anything_is_written(
 
 @pytest.mark.subprocess
 def test_an_error_ends_the_process_with_one_line(tmp_path: Path, text: Path) -> None:
-    """Here Triton is not interpreted, as it is in the process of the tests."""
+    """In a process of its own, where Triton is not interpreted."""
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")
     result = train_in_a_process(tmp_path, "--file_path", str(text), "--impl", "triton")
@@ -146,7 +146,7 @@ def test_an_error_ends_the_process_with_one_line(tmp_path: Path, text: Path) -> 
 
 
 @pytest.mark.parametrize("launcher", ["ray", "deepspeed"])
-def test_launchers_say_what_they_need(
+def test_launchers_name_what_is_missing(
     launcher: str, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is started, and without the library itself."""
@@ -166,7 +166,7 @@ def test_launchers_say_what_they_need(
         assert str(exit_.value).count("\n") == 0
 
 
-def test_one_process_divides_nothing(tmp_path: Path, text: Path) -> None:
+def test_a_single_process_warns_that_there_is_nothing_to_divide(tmp_path: Path, text: Path) -> None:
     result = train(tmp_path, "--file_path", str(text), "--parallel", "fsdp")
     assert result.returncode == 0
     assert "warning: parallel fsdp divides a step among several processes" in result.stderr
@@ -185,10 +185,10 @@ def test_profile(tmp_path: Path, text: Path) -> None:
     assert result.returncode == 0, result.stderr
     trace = json.loads((tmp_path / "runs/text/profile.json").read_text())
     names = " ".join(event.get("name", "") for event in trace["traceEvents"])
-    assert "MLPFunction" in names or "addmm" in names  # by the kernels, or without them
+    assert "MLPFunction" in names or "addmm" in names  # with or without the extension
 
 
-def test_a_read_only_place_is_named(tmp_path: Path, text: Path) -> None:
+def test_an_unusable_out_dir_is_named(tmp_path: Path, text: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     result = train(tmp_path, "--file_path", str(text), "--out_dir", "file/run")
     assert result.returncode == 1

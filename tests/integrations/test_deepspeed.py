@@ -1,4 +1,4 @@
-"""Runs under DeepSpeed are the runs of one process, whatever ZeRO divides."""
+"""DeepSpeed trains as one process does, whatever ZeRO shards."""
 
 import json
 import os
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.deepspeed
 
 ODD = "--file_path {short} --max_seq_len 9 --val_fraction 0.03 --batch_size 5 --max_steps 12"
 DEEPSPEED = "--launcher deepspeed"
-# Flags of runs that are the same in one process, without the launcher, and under it in two.
+# Flags of runs that have the same results in one process and, with further flags, under DeepSpeed.
 RUNS = {
     "stage-1": ("--max_steps 20", "--zero_stage 1"),
     "stage-2": ("--max_steps 20", "--zero_stage 2"),
     "stage-3": ("--max_steps 20", "--zero_stage 3"),
     "offload-2": ("--max_steps 20", "--zero_stage 2 --offload cpu"),
     "offload-3": ("--max_steps 20", "--zero_stage 3 --offload cpu"),
-    # 5 sequences for 2 processes, and one, for the second alone, in the last batch of an epoch.
+    # 5 sequences for 2 ranks; the last batch of an epoch has one, for rank 1 alone.
     "odd-2": (ODD, "--zero_stage 2"),
     "odd-3": (ODD, "--zero_stage 3"),
     "accumulated-1": ("--max_steps 9 --grad_accum 3 --lr_schedule cosine", "--zero_stage 1"),
@@ -39,12 +39,12 @@ RUNS = {
     "accumulated-3": ("--max_steps 9 --grad_accum 3 --lr_schedule cosine", "--zero_stage 3"),
     "tied-3": ("--max_steps 9 --tie_word_embeddings --weight_decay 0.1", "--zero_stage 3"),
     "adamw-1": ("--max_steps 9 --optimizer adamw --weight_decay 0.1 --max_grad_norm 0.3", ""),
-    # Resumed at step 10, where one process, or another stage, has left them.
+    # Resumed at step 10 of a run of one process or of another stage.
     "resumed-1": ("--max_steps 20 --resume", "--zero_stage 1"),
     "resumed-2": ("--max_steps 20 --resume", "--deepspeed_config {folder}/stage-2.json"),
-    "resumed-3": ("--max_steps 20 --resume", ""),  # deepspeed.json says the rest
+    "resumed-3": ("--max_steps 20 --resume", ""),  # the stage is in deepspeed.json
 }
-# In two processes each of these ends with a message.
+# Flags that two processes refuse with a message.
 REFUSED = {
     "--batch_size 1": "a batch of 1 cannot be sharded over 2 processes; start fewer",
     "--deepspeed_config {folder}/nothing.json": "nothing.json",
@@ -56,7 +56,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with every run by one process, in `one`, and by two under DeepSpeed, in `two`."""
+    """A folder with every run: of one process in `one`, of two under DeepSpeed in `two`."""
     folder = tmp_path_factory.mktemp("deepspeed")
     documentation = "\n".join(topics.values())
     long, short = folder / "long.txt", folder / "short.txt"
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             done.append(both)
     main(flags("two", "resumed-1", "--max_steps 10"))
     two = {
-        # Stage 3 leaves a run to stage 2, and one to itself.
+        # Runs of stage 3, for stage 2 and stage 3 to resume.
         "begun-2": flags("two", "resumed-2", f"--max_steps 10 {DEEPSPEED} --zero_stage 3"),
         "begun-3": flags("two", "resumed-3", f"--max_steps 10 {DEEPSPEED} --zero_stage 3"),
         **{
@@ -96,9 +96,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(folder: Path, name: str) -> None:
-    """Losses, logged after every step, to 1e-6; and the whole checkpoint is there."""
+    """Their losses agree to 1e-6 at every step, and so do their checkpoints."""
     both, keys = RUNS[name][0], "loss val_loss lr tokens"
-    if "resumed" in name:  # they have validated at step 10 as well
+    if "resumed" in name:  # which also validated at step 10
         both, keys = "--max_steps 20", "loss lr tokens"
     one, two = folder / "one" / both, folder / "two" / name
     expected, found = losses(one, keys), losses(two, keys)
@@ -108,7 +108,7 @@ def test_two_processes_train_as_one(folder: Path, name: str) -> None:
         ours, theirs = load_file(two / file), load_file(one / file)
         assert {k: t.shape for k, t in ours.items()} == {k: t.shape for k, t in theirs.items()}
         for key, tensor in ours.items():
-            # The gradient of a key's bias is zero but for rounding, which Adam makes steps of.
+            # The gradient of a key's bias is only rounding, which Adam amplifies to full steps.
             if not key.endswith("qkv_proj.bias"):
                 assert (tensor - theirs[key]).norm() <= 1e-4 * theirs[key].norm(), key
 
@@ -116,19 +116,19 @@ def test_two_processes_train_as_one(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("flags", REFUSED)
 def test_refused(folder: Path, flags: str) -> None:
     for rank in (0, 1):
-        said = (folder / f"{flags.replace('/', '-')}.{rank}.txt").read_text()
-        assert REFUSED[flags] in said
-        assert said.count("\n") == 0
+        printed = (folder / f"{flags.replace('/', '-')}.{rank}.txt").read_text()
+        assert REFUSED[flags] in printed
+        assert printed.count("\n") == 0
 
 
 def test_settings_are_taken_from_the_run(folder: Path) -> None:
-    """They were there when the run was resumed without a flag, whose own default is stage 1."""
+    """Resuming without --zero_stage keeps the stage in the run's deepspeed.json."""
     settings = json.loads((folder / "two/resumed-3/deepspeed.json").read_text())
     assert settings["zero_optimization"]["stage"] == 3
 
 
 def test_the_command_stops_at_a_signal(folder: Path) -> None:
-    """It starts its processes, has them save and stop, and leaves none."""
+    """Its processes save and stop, and none is left."""
     run_dir = folder / "stopped"
     flags = f"{SMALL} --max_steps 100000 --save_interval 2 --num_workers 2 {DEEPSPEED}"
     run = subprocess.Popen(
@@ -145,9 +145,9 @@ def test_the_command_stops_at_a_signal(folder: Path) -> None:
             children = psutil.Process(run.pid).children(recursive=True)
             time.sleep(0.05)
         run.terminate()
-        _, said = run.communicate(timeout=60)
+        _, printed = run.communicate(timeout=60)
     finally:
         run.kill()
     assert run.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM at step" in said
+    assert "stopped by SIGTERM at step" in printed
     assert len(children) == 2 and not psutil.wait_procs(children, timeout=10)[1]

@@ -52,7 +52,7 @@ def test_layout_of_a_run(trained: Trainer) -> None:
     assert find_checkpoint(run_dir / "checkpoints/step-00000004").name == "step-00000004"
 
 
-def test_model_and_optimizer_come_back_bit_for_bit(trained: Trainer) -> None:
+def test_model_and_optimizer_are_restored_bit_for_bit(trained: Trainer) -> None:
     model, tokenizer, config = load_model(find_checkpoint(trained.run_dir))
     assert config.to_json() == trained.run.recorded.to_json()
     assert tokenizer.fingerprint == trained.tokenizer.fingerprint
@@ -85,7 +85,7 @@ def test_a_tied_weight_is_saved_once(make_trainer: MakeTrainer) -> None:
         load_model(checkpoint)
 
 
-def test_old_checkpoints_go_and_the_best_stays(make_trainer: MakeTrainer) -> None:
+def test_old_checkpoints_are_removed_and_the_best_stays(make_trainer: MakeTrainer) -> None:
     flags = "--max_steps 9 --save_interval 2 --keep_checkpoints 2 --val_fraction 0"
     trainer = make_trainer("run", *flags.split())
     trainer.progress.best_step = 4
@@ -122,8 +122,8 @@ def test_a_failing_disk_leaves_the_last_checkpoint_whole(
     assert not [name for name in steps(trained.run_dir) if name.startswith("writing")]
 
 
-def test_a_disk_that_takes_no_more(trained: Trainer) -> None:
-    """The system itself refuses to let a file grow, as it does on a full disk."""
+def test_a_disk_that_is_really_full(trained: Trainer) -> None:
+    """The system refuses to let a file grow, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     trained.progress.step = 7
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
@@ -136,7 +136,7 @@ def test_a_disk_that_takes_no_more(trained: Trainer) -> None:
     load_model(find_checkpoint(trained.run_dir))
 
 
-def test_weights_that_are_no_numbers_are_not_saved(trained: Trainer) -> None:
+def test_weights_that_are_not_finite_are_not_saved(trained: Trainer) -> None:
     next(trained.model.parameters()).data[0] = torch.nan
     with pytest.raises(TrainingError, match="is nan at step"):
         trained.save()
@@ -144,7 +144,7 @@ def test_weights_that_are_no_numbers_are_not_saved(trained: Trainer) -> None:
     assert all(t.isfinite().all() for t in model.state_dict().values())
 
 
-def test_leftovers_of_a_kill_are_no_checkpoints(trained: Trainer) -> None:
+def test_leftovers_of_a_kill_do_not_count_as_checkpoints(trained: Trainer) -> None:
     run_dir = trained.run_dir
     newest = find_checkpoint(run_dir)
     for name in ("writing-step-00000009", "removing-step-00000001"):
@@ -166,7 +166,7 @@ def test_folders_without_a_checkpoint(tmp_path: Path) -> None:
 
 
 def copy_without_checksums(trained: Trainer, to: Path) -> Path:
-    """As a user would who edits files by hand: every other check has to do without checksums."""
+    """A copy to edit by hand: without checksums, the other checks must find what is wrong."""
     shutil.copytree(find_checkpoint(trained.run_dir), to)
     (to / "checksums.json").unlink()
     return to
@@ -188,10 +188,10 @@ def edit_config(folder: Path, **changes: object) -> None:
     ],
     ids=str,
 )
-def test_settings_that_do_not_fit_the_weights(
+def test_settings_that_do_not_match_the_weights(
     trained: Trainer, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    """Found from the shapes alone: a wrong setting must not allocate what it asks for."""
+    """Found from the shapes alone: a wrong setting must not allocate a huge model."""
     folder = copy_without_checksums(trained, tmp_path / "copy")
     edit_config(folder, **changes)
     with pytest.raises(CheckpointError, match=r"model.safetensors does not fit config.json"):
@@ -208,7 +208,7 @@ def test_foreign_files(trained: Trainer, tmp_path: Path) -> None:
         load_model(folder)
 
 
-def test_a_gpt2_is_named_for_what_it_is(tmp_path: Path) -> None:
+def test_a_gpt2_folder_is_recognized(tmp_path: Path) -> None:
     DecoderModel(
         11, 16, 1, 2, 12,
         pos_encoding_learned=True, lm_head_bias=False, scale_embeddings=False,
@@ -229,7 +229,7 @@ def test_optimizer_state_of_another_run(trained: Trainer, make_trainer: MakeTrai
         )
 
 
-def test_damage_is_found_by_the_checksums(trained: Trainer) -> None:
+def test_checksums_reveal_damage(trained: Trainer) -> None:
     checkpoint = find_checkpoint(trained.run_dir)
     file = checkpoint / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -240,10 +240,10 @@ def test_damage_is_found_by_the_checksums(trained: Trainer) -> None:
 
 
 @pytest.mark.parametrize("with_checksums", [True, False])
-def test_mutated_checkpoints_load_or_say_what_is_wrong(
+def test_mutated_checkpoints_load_or_fail_with_a_clear_message(
     trained: Trainer, tmp_path: Path, with_checksums: bool
 ) -> None:
-    """500 checkpoints each way: a file with bytes changed, lost or added, cut off, or gone."""
+    """500 checkpoints with a file whose bytes changed, or that is longer, truncated or missing."""
     rng = random.Random(1)
     folder = tmp_path / "copy"
     shutil.copytree(find_checkpoint(trained.run_dir), folder)
@@ -256,9 +256,9 @@ def test_mutated_checkpoints_load_or_say_what_is_wrong(
         file = rng.choice(files)
         whole = file.read_bytes()
         data = bytearray(whole)
-        # The headers and JSON are where a change does most.
+        # Changes to headers and JSON matter most.
         position = rng.randrange(min(len(data), rng.choice([8, 300, len(data)])))
-        # A folder without checksums is not damaged: it is somebody's export.
+        # A folder without checksums is an export, and not damaged.
         gone = ["gone"] if file.name != "checksums.json" else []
         change = rng.choice(["flip", "insert", "cut", *gone])
         if change == "flip":
@@ -281,7 +281,7 @@ def test_mutated_checkpoints_load_or_say_what_is_wrong(
     load_model(folder)
 
 
-def test_saving_twice_at_one_step_replaces(trained: Trainer) -> None:
+def test_saving_a_step_twice_replaces_its_checkpoint(trained: Trainer) -> None:
     trained.save()
     assert steps(trained.run_dir)[-1] == "step-00000004"
     load_model(find_checkpoint(trained.run_dir))
@@ -317,7 +317,7 @@ def test_a_kill_between_the_renames_of_a_step_saved_twice(
 
 def test_read_only_folder(trained: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0:
-        # Root may write anywhere, so the refusal is put where the kernel would give it.
+        # Root may write anywhere, so the error of a read-only folder is simulated.
         def refuse(*args: object, **kwargs: object) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 

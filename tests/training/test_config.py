@@ -10,7 +10,7 @@ from fastllm.training.config import TrainConfig, parse_train_config, read_config
 from fastllm.training.run import resolve
 
 
-def test_the_first_flags_and_their_defaults() -> None:
+def test_the_defaults_of_the_main_flags() -> None:
     config = parse_train_config([])
     expected = {
         "file_path": None, "max_seq_len": 32, "batch_size": 16, "epochs": 1, "lr": 1e-3,
@@ -20,7 +20,7 @@ def test_the_first_flags_and_their_defaults() -> None:
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_both_spellings_and_both_forms() -> None:
+def test_flags_with_underscores_hyphens_spaces_and_equals_signs() -> None:
     flags = "--max_seq_len 8 --batch-size=4 --post_norm --gradient-checkpointing --val-fraction .2"
     config = parse_train_config(flags.split())
     assert (config.max_seq_len, config.batch_size, config.val_fraction) == (8, 4, 0.2)
@@ -79,7 +79,7 @@ def test_a_stray_environment_variable_changes_nothing(monkeypatch: pytest.Monkey
         ("--resume --out_dir nowhere", "nowhere/config.json does not exist"),
     ],
 )
-def test_wrong_flags_are_named_with_what_they_must_be(flags: str, message: str) -> None:
+def test_invalid_flags_are_named_with_valid_values(flags: str, message: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse_train_config(flags.split())
     assert message in str(exit_.value)
@@ -102,7 +102,7 @@ def test_unknown_flags_and_missing_values(flags: str, capsys: pytest.CaptureFixt
         ("[train]\nlr = 1", "train: Extra inputs are not permitted"),
     ],
 )
-def test_wrong_config_files(tmp_path: Path, toml: str, message: str) -> None:
+def test_invalid_config_files(tmp_path: Path, toml: str, message: str) -> None:
     file = tmp_path / "run.toml"
     file.write_text(toml)
     with pytest.raises(SystemExit) as exit_:
@@ -139,8 +139,8 @@ def test_what_settings_resolve_to(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "launcher" not in recorded and "out_dir" not in recorded
 
 
-def test_mutated_configs_load_or_say_what_is_wrong(tmp_path: Path) -> None:
-    """1,000 settings files with bytes changed, lost or added; TOML and JSON take turns."""
+def test_mutated_configs_load_or_fail_with_a_clear_message(tmp_path: Path) -> None:
+    """1,000 settings files with bytes changed, removed or added, alternately TOML and JSON."""
     rng = random.Random(0)
     whole = parse_train_config(["--file_path", "a.txt"]).to_json().encode()
     toml = b'hidden_size = 32\nlr = 0.01\nnorm_first = false\nactivation = "relu"\nseed = 7\n'

@@ -1,4 +1,4 @@
-"""Training in several processes gives the runs that one gives, however steps are divided."""
+"""Several processes train as one does, however they divide the steps."""
 
 import io
 import json
@@ -34,12 +34,12 @@ SMALL = (
     "--log_interval 1 --threads 1 --quiet"
 )
 ODD = "--file_path {short} --max_seq_len 9 --val_fraction 0.03 --batch_size 5 --max_steps 24"
-# Flags of runs that are the same in one process and in two.
+# Flags of runs that have the same results in one process and in two.
 RUNS = {
     "ddp": "--max_steps 50",
     "fsdp": "--max_steps 50 --parallel fsdp",
     "pipeline": "--max_steps 50 --parallel pipeline",
-    # 5 sequences for 2 processes, and one, for the second alone, in the last batch of an epoch.
+    # 5 sequences for 2 ranks; the last batch of an epoch has one, for rank 1 alone.
     "ddp-odd": ODD,
     "fsdp-odd": ODD + " --parallel fsdp",
     "pipeline-odd": ODD + " --parallel pipeline",
@@ -48,7 +48,7 @@ RUNS = {
     "pipeline-accumulation": "--max_steps 9 --grad_accum 3 --parallel pipeline",
     "ddp-tied": "--max_steps 9 --tie_word_embeddings --optimizer adamw --weight_decay 0.1",
     "fsdp-tied": "--max_steps 9 --tie_word_embeddings --gradient_checkpointing --parallel fsdp",
-    # Two sequences in a piece, and three that stand for none.
+    # Two sequences in a microbatch, and three rows of padding.
     "pipeline-rest": "--max_steps 9 --batch_size 13 --parallel pipeline",
     "ddp-muon": "--max_steps 9 --optimizer muon",
     "pipeline-muon": "--max_steps 9 --optimizer muon --parallel pipeline",
@@ -56,7 +56,7 @@ RUNS = {
     "pipeline-post": "--max_steps 9 --post_norm --pos_encoding learned --parallel pipeline",
     "fsdp-unclipped": "--max_steps 9 --max_grad_norm 0 --parallel fsdp",
 }
-# Flags of runs of two processes that begin and go on, in another way of dividing a step or with
+# Flags of runs of two processes, and of resuming them: with another way of dividing a step, or with
 # dropout, whose masks each process draws for itself.
 RESUMED = {
     "ddp": ("--max_steps 10 --parallel pipeline", "--max_steps 20 --parallel ddp"),
@@ -65,14 +65,13 @@ RESUMED = {
     "dropout-whole": ("--max_steps 8 --dropout 0.2", "--max_steps 8 --dropout 0.2"),
     "dropout-parts": ("--max_steps 3 --dropout 0.2", "--max_steps 8 --dropout 0.2"),
 }
-# In two processes each of these ends with a message; what is in braces is the rank. What only the
-# first can notice is said there.
-FIRST_ALONE = {
+# Flags that two processes refuse with a message. Only rank 0 can notice those of MAIN_ONLY.
+MAIN_ONLY = {
     "--file_path nowhere.txt": "nowhere.txt",
     "--out_dir {used}": "holds a run already; --resume continues it",
 }
 REFUSED = {
-    **FIRST_ALONE,
+    **MAIN_ONLY,
     "--batch_size 1": "a batch of 1 cannot be sharded over 2 processes; start fewer",
     "--batch_size 1 --parallel fsdp": "a batch of 1 cannot be sharded over 2 processes",
     "--num_layers 1 --parallel pipeline": "1 layers cannot be divided among 2 processes",
@@ -122,7 +121,7 @@ def train_together(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with every run by one process, in `one`, and by two, in `two`."""
+    """A folder with every run: of one process in `one`, of two in `two`."""
     folder = tmp_path_factory.mktemp("together")
     documentation = "\n".join(topics.values())
     long, short = folder / "long.txt", folder / "short.txt"
@@ -143,13 +142,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     used = folder / "one" / "ddp"
     for flags in REFUSED:
         own = flags.format(used=used, rank="{rank}").split()
-        together[place(flags)] = [*flags_of("refused", "run", ""), *own]
+        together[file_name(flags)] = [*flags_of("refused", "run", ""), *own]
     spawn(2, train_together, folder, together)
     yield folder
 
 
-def place(flags: str) -> str:
-    """The name of the files for what a refused command says."""
+def file_name(flags: str) -> str:
+    """The name of the files with the output of a refused command."""
     return flags.replace("/", "").replace(" ", "")
 
 
@@ -162,19 +161,19 @@ def losses(run_dir: Path, keys: str = "loss val_loss lr tokens grad_norm") -> to
 @pytest.mark.processes
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(folder: Path, name: str) -> None:
-    """Losses, logged after every step, to 1e-6; and the whole checkpoint is there."""
+    """Their losses agree to 1e-6 at every step, and so do their checkpoints."""
     one, two = (folder / where / name for where in ("one", "two"))
     expected, found = losses(one), losses(two)
     assert expected.shape == found.shape and len(expected) >= 9
-    # Muon rounds to bf16, where a difference in the last bit may grow to one of 2^-8.
+    # Muon rounds to bf16, which may turn a difference in the last bit into one of 2^-8.
     rtol = 2**-8 if "muon" in name else 1e-6
     torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
     for file in ("model.safetensors", "training_state/optimizer.safetensors"):
         ours, theirs = load_file(two / file), load_file(one / file)
         assert ours.keys() == theirs.keys()
         for key, tensor in theirs.items():
-            # By norms: where a gradient is next to nothing, as by a key's bias it always is, Adam
-            # makes of the rounding as much as of a gradient.
+            # By norms: where a gradient is almost zero, as that of a key's bias always is, Adam
+            # amplifies its rounding error to a full step.
             if not key.endswith("qkv_proj.bias") and "muon" not in name:
                 difference, scale = (ours[key] - tensor).norm(), tensor.norm()
                 assert difference <= 1e-4 * scale, f"{key}: {difference} of {scale}"
@@ -188,7 +187,7 @@ def test_two_processes_train_as_one(folder: Path, name: str) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "pipeline"])
-def test_a_run_goes_on_in_another_way(folder: Path, kind: str) -> None:
+def test_a_run_resumes_with_another_way_of_dividing_it(folder: Path, kind: str) -> None:
     found = losses(folder / "resumed" / kind, "loss lr tokens")
     expected = losses(folder / "one/ddp", "loss lr tokens")[: len(found)]
     assert len(found) == 20
@@ -196,7 +195,7 @@ def test_a_run_goes_on_in_another_way(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.processes
-def test_dropout_is_drawn_anew_in_a_resumed_run(folder: Path) -> None:
+def test_a_resumed_run_draws_the_same_dropout(folder: Path) -> None:
     whole, parts = (folder / "resumed" / f"dropout-{name}" for name in ("whole", "parts"))
     assert torch.equal(losses(whole, "loss lr tokens"), losses(parts, "loss lr tokens"))
     assert not torch.equal(losses(whole, "loss")[:8], losses(folder / "one/ddp", "loss")[:8])
@@ -205,7 +204,7 @@ def test_dropout_is_drawn_anew_in_a_resumed_run(folder: Path) -> None:
 
 
 @pytest.mark.processes
-def test_one_process_goes_on_with_the_run_of_two(folder: Path) -> None:
+def test_one_process_resumes_the_run_of_two(folder: Path) -> None:
     run_dir = folder / "two" / "fsdp-accumulation"
     main(["--resume", "--out_dir", str(run_dir), "--max_steps", "14", "--quiet"])
     longer = folder / "one" / "fsdp-accumulation"
@@ -217,15 +216,15 @@ def test_one_process_goes_on_with_the_run_of_two(folder: Path) -> None:
 @pytest.mark.parametrize("flags", REFUSED)
 def test_refused(folder: Path, flags: str) -> None:
     for rank in (0, 1):
-        said = (folder / f"{place(flags)}.{rank}.txt").read_text()
+        printed = (folder / f"{file_name(flags)}.{rank}.txt").read_text()
         others = "rank 0 failed; its message says why"
-        assert (others if rank and flags in FIRST_ALONE else REFUSED[flags]) in said
-        assert said.count("\n") == 0
+        assert (others if rank and flags in MAIN_ONLY else REFUSED[flags]) in printed
+        assert printed.count("\n") == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-def test_every_sequence_is_read_once_by_any_number(count: int) -> None:
-    """Three epochs of 22 sequences in batches of 5: all processes together read what one does."""
+def test_any_number_of_ranks_reads_every_sequence_once(count: int) -> None:
+    """Three epochs of 22 sequences in batches of 5: all ranks together read what one does."""
     readers = [
         batches(22, 5, seed=1, epoch=0, first_batch=0, data_group=ProcessGroup(rank, count))
         for rank in range(count)

@@ -1,4 +1,4 @@
-"""torchrun starts the processes of a run again when one of them dies."""
+"""torchrun restarts the processes of a run when one of them dies."""
 
 import random
 import socket
@@ -35,12 +35,12 @@ def torchrun(text: Path, run_dir: Path, steps: int, *flags: str) -> list[str]:
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     limit = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < limit, "waited in vain"
+        assert time.monotonic() < limit, "timed out"
         time.sleep(0.005)
 
 
 def test_a_restart_does_not_take_over_another_run(tmp_path: Path, text: Path) -> None:
-    """Nor does it end well: what was refused at first is refused again."""
+    """A command that is refused at first is refused after the restart too."""
     for flags, status in ((), 0), (("--max_restarts=1",), 1):
         ended = subprocess.run(
             torchrun(text, tmp_path / "run", 3, *ONE_MACHINE, *flags),
@@ -53,7 +53,7 @@ def test_a_restart_does_not_take_over_another_run(tmp_path: Path, text: Path) ->
 
 
 def test_twenty_kills_change_nothing(tmp_path: Path, text: Path) -> None:
-    """A process dies at random instants; the weights are bit for bit an undisturbed run's.
+    """A process dies at random instants; the weights are those of an undisturbed run.
 
     Two torchruns stand for two machines, each of which counts the restarts by itself.
     """

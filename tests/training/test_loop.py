@@ -46,7 +46,7 @@ def assert_same_run(a: Trainer, b: Trainer) -> None:
 
 
 def interrupt_before(trainer: Trainer, calls: int) -> None:
-    """As if a signal came just before the model's loss is computed for the n-th time."""
+    """Sends a signal just before the model's loss is computed for the n-th time."""
     original = trainer.model.loss
     seen = 0
 
@@ -78,7 +78,7 @@ SETTINGS = {
 def test_an_interrupted_run_resumes_bit_for_bit(
     make_trainer: MakeTrainer, flags: str, point: int
 ) -> None:
-    """Every step, and with accumulation every batch of a step, is a point to stop at."""
+    """A run can stop at every step, and with accumulation at every batch of a step."""
     whole = make_trainer("whole", *flags.split())
     whole.train()
     first = make_trainer("parts", *flags.split())
@@ -92,8 +92,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     assert_same_run(second, whole)
 
 
-def test_looking_on_changes_nothing(make_trainer: MakeTrainer) -> None:
-    """Validating, sampling, saving and logging on the way leave the run as it is."""
+def test_validating_sampling_and_saving_change_nothing(make_trainer: MakeTrainer) -> None:
     plain = make_trainer("plain", "--max_steps", "9")
     plain.train()
     watched = make_trainer(
@@ -106,7 +105,7 @@ def test_looking_on_changes_nothing(make_trainer: MakeTrainer) -> None:
 def test_a_gradient_that_overflows_fp16_is_skipped_and_the_scale_is_saved(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the reference: the kernels of CPUs do not know fp16."""
+    """With the reference: the CPU kernels do not support fp16."""
     monkeypatch.setattr("fastllm.training.run.choose_precision", lambda *arguments: "fp16")
     trainer = make_trainer("run", "--max_steps", "4")
     trainer.engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # which overflows
@@ -127,7 +126,7 @@ def test_a_gradient_that_overflows_fp16_is_skipped_and_the_scale_is_saved(
 
 
 def test_accumulated_batches_equal_the_big_batch(make_trainer: MakeTrainer) -> None:
-    """Also where the batches have different numbers of tokens to score, at the text's end."""
+    """Even at the end of the text, where batches have different numbers of predicted tokens."""
     flags = "--dropout 0 --val_fraction 0 --optimizer adamw".split()
     big = make_trainer("big", "--batch_size", "8", "--epochs", "2", *flags)
     big.train()
@@ -155,7 +154,7 @@ def test_more_steps_after_the_end(make_trainer: MakeTrainer) -> None:
     assert done.progress.step == 10
 
 
-def test_what_makes_a_run_cannot_change_on_the_way(make_trainer: MakeTrainer) -> None:
+def test_fixed_settings_cannot_change_when_resuming(make_trainer: MakeTrainer) -> None:
     make_trainer("run", "--max_steps", "1").train()
     with pytest.raises(SystemExit, match="has batch_size 4; it cannot be resumed with 8"):
         make_trainer("run", "--resume", "--batch_size", "8")
@@ -192,7 +191,7 @@ def test_config_json_stays_the_same(
     assert chosen == ["auto", "bf16"]
 
 
-def test_the_text_cannot_change_on_the_way(make_trainer: MakeTrainer, text: Path) -> None:
+def test_the_text_cannot_change_when_resuming(make_trainer: MakeTrainer, text: Path) -> None:
     make_trainer("run", "--max_steps", "1").train()
     text.write_text(text.read_text().replace("fox", "cat"))
     with pytest.raises(ValueError, match="is not the text that this run began with"):
@@ -207,7 +206,7 @@ def test_a_new_run_does_not_overwrite_one(tmp_path: Path, text: Path) -> None:
     assert "holds a run already; --resume continues it" in result.stderr
 
 
-def test_every_chunk_once_an_epoch_in_another_order_each_time() -> None:
+def test_every_sequence_once_an_epoch_in_a_new_order() -> None:
     order = batches(dataset_size=10, batch_size=4, seed=3, epoch=0, first_batch=0)
     epochs = [[next(order) for _ in range(3)] for _ in range(3)]
     for epoch in epochs:
@@ -250,7 +249,7 @@ def test_time_limit(make_trainer: MakeTrainer) -> None:
     assert trainer.progress.val_loss is not None
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_spoils_no_checkpoint(
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_checkpoints_intact(
     make_trainer: MakeTrainer,
 ) -> None:
     trainer = make_trainer("run", "--max_steps", "9", "--save_interval", "1")
@@ -300,7 +299,7 @@ def test_weight_decay_spares_vectors_and_embeddings(make_trainer: MakeTrainer) -
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_tied_weight_decays_like_the_head_and_is_there_once(
+def test_a_tied_weight_decays_like_the_head_and_is_updated_once(
     make_trainer: MakeTrainer, optimizer: str
 ) -> None:
     flags = "--weight_decay 0.1 --tie_word_embeddings --optimizer".split()
@@ -326,8 +325,8 @@ def train_slowly(run_dir: Path, text: Path, resume: bool) -> None:
 
 @pytest.mark.kill
 def test_killed_a_hundred_times(tmp_path: Path, text: Path) -> None:
-    """After SIGKILL at any instant a whole checkpoint is there, at most one interval old."""
-    # A server that has imported everything, from which each run is forked: seconds, not minutes.
+    """After SIGKILL at any instant there is a whole checkpoint, at most one interval old."""
+    # Runs are forked from a server that has imported everything: seconds instead of minutes.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.test_loop"])
     run_dir = tmp_path / "run"
@@ -336,7 +335,7 @@ def test_killed_a_hundred_times(tmp_path: Path, text: Path) -> None:
     for kill in range(100):
         child = context.Process(target=train_slowly, args=(run_dir, text, last_step >= 0))
         child.start()
-        # Early kills may come before the first checkpoint, later ones while saving or pruning.
+        # Early kills may precede the first checkpoint, later ones interrupt saving or pruning.
         limit = time.monotonic() + 60
         metrics = run_dir / "metrics.jsonl"
         size = metrics.stat().st_size if metrics.exists() else 0
@@ -358,7 +357,7 @@ def test_killed_a_hundred_times(tmp_path: Path, text: Path) -> None:
         model, _, config = load_model(checkpoint)
         step = load_training_state(checkpoint, model, make_optimizers(model, config)).step
         logged = [line["step"] for line in read_metrics(metrics)]
-        # The step after the newest checkpoint may be logged already; no other can be missing.
+        # At most one step was logged after the newest checkpoint.
         assert step >= max(last_step, logged[-1] - 1 if logged else 0)
         last_step = step
     assert last_step > 30
@@ -369,7 +368,7 @@ def test_killed_a_hundred_times(tmp_path: Path, text: Path) -> None:
 
 
 def test_metrics_after_a_step(tmp_path: Path) -> None:
-    """Of a long file, in the middle of whose last line the run is."""
+    """From a long file whose last line is still being written."""
     log = tmp_path / "metrics.jsonl"
     lines = [f'{{"step": {i}, "loss": {"1" * (i % 50 + 1)}}}\n' for i in range(3, 30_000, 3)]
     log.write_text("".join(lines) + '{"step": 30000, "lo')
