@@ -64,6 +64,7 @@ print(refusals)
 
 
 @needs_extension
+@pytest.mark.subprocess
 @pytest.mark.parametrize("case", ["whole model", "operations", "decoding"])
 def test_refused_memory_is_a_memory_error_that_the_process_survives(case: str) -> None:
     """Neither the caller nor a thread that waits for a failed one hangs or dies."""
@@ -78,6 +79,7 @@ def test_refused_memory_is_a_memory_error_that_the_process_survives(case: str) -
 
 
 @needs_extension
+@pytest.mark.subprocess
 def test_memory_refused_by_the_system_is_a_memory_error() -> None:
     code = """
 import resource, torch, fastllm
@@ -161,6 +163,7 @@ def test_instruction_set_may_change_beside_running_kernels() -> None:
 
 
 @needs_extension
+@pytest.mark.compile
 def test_scratch_holds_no_records_that_need_a_destructor(tmp_path: Path) -> None:
     if not shutil.which("g++"):
         pytest.skip("needs g++")

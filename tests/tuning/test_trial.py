@@ -33,6 +33,7 @@ ENDLESS = (
 )
 
 
+@pytest.mark.kill
 def test_a_trial_ends_with_its_parent(tmp_path: Path, text: Path) -> None:
     """SIGKILL of the parent ends the trial and its data workers; the end of a thread does not."""
     command = [sys.executable, "-c", PARENT, *ENDLESS.split(), str(text)]
