@@ -151,7 +151,6 @@ def private_names(path: str, source: str) -> list[str]:
     ]
 
 
-@pytest.mark.xfail(strict=False, reason="files are still being moved")
 def test_no_file_imports_from_a_higher_room() -> None:
     wrong = upward(all_imports())
     assert not wrong, "\n".join(["", *wrong])
