@@ -16,7 +16,7 @@ from tests.conftest import assert_as_accurate, needs_extension
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from fastllm.integrations import huggingface  # noqa: E402
-from fastllm.integrations.huggingface import accelerate, accelerated  # noqa: E402
+from fastllm.integrations.huggingface import accelerate, accelerated, architectures  # noqa: E402
 
 pytestmark = needs_extension
 
@@ -143,14 +143,19 @@ def test_kernels_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parity would hold without them."""
     model, inputs = accelerate(MODELS[name]()).train(), batch(MODELS[name])
     called = []
-    for operation in ("multi_head_attention", "mlp", "attention", "linear_cross_entropy"):
-        original = getattr(huggingface, operation)
+    for file, operation in (
+        (huggingface.layers, "multi_head_attention"),
+        (huggingface.layers, "mlp"),
+        (huggingface.attention, "attention"),
+        (huggingface.loss, "linear_cross_entropy"),
+    ):
+        original = getattr(file, operation)
 
         def spy(*arguments: Any, operation: str = operation, original: Any = original) -> Tensor:
             called.append(operation)
             return original(*arguments)
 
-        monkeypatch.setattr(huggingface, operation, spy)
+        monkeypatch.setattr(file, operation, spy)
     output = model(**inputs)
     layers = {"mobilebert": ["mlp"] * 3 + ["attention"], "llama": ["attention"]}
     expected = 2 * layers.get(name, ["multi_head_attention", "mlp"])
@@ -171,13 +176,13 @@ def test_padding_is_left_out_where_nobody_reads_it(
 ) -> None:
     stock, inputs = made(make), batch(make, "right")
     fast, rows = accelerate(copy.deepcopy(stock), skip_logits=True), []
-    original = huggingface.multi_head_attention
+    original = huggingface.layers.multi_head_attention
 
     def spy(x: Tensor, *arguments: Any) -> Tensor:
         rows.append(x.shape[:-1].numel())
         return original(x, *arguments)
 
-    monkeypatch.setattr(huggingface, "multi_head_attention", spy)
+    monkeypatch.setattr(huggingface.layers, "multi_head_attention", spy)
     everywhere = inputs | {"labels": inputs["input_ids"]}
     for what, expected in (
         (inputs, int(inputs["attention_mask"].sum())),
@@ -213,7 +218,7 @@ def test_saved_and_copied(name: str, tmp_path: Path) -> None:
     expected = model(**inputs).loss
     model.save_pretrained(tmp_path)
     loaded = type(model).__mro__[2].from_pretrained(tmp_path)
-    assert type(loaded) not in huggingface.FUSED.values()
+    assert type(loaded) not in architectures.FUSED_CLASSES.values()
     assert loaded.config.architectures == [type(loaded).__name__]
     assert torch.allclose(loaded(**inputs).loss, expected, rtol=1e-5)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -224,9 +229,9 @@ def test_logits_are_there_unless_skipped() -> None:
     model, inputs = accelerate(made(gpt2)), batch(gpt2)
     with_logits = model(**inputs)
     assert with_logits.logits.shape == (B, S, V)
-    loss = accelerate(model, skip_logits=True)(**inputs)
-    assert loss.logits is None
-    assert torch.allclose(loss.loss, with_logits.loss, rtol=1e-5)
+    without_logits = accelerate(model, skip_logits=True)(**inputs)
+    assert without_logits.logits is None
+    assert torch.allclose(without_logits.loss, with_logits.loss, rtol=1e-5)
     assert model(inputs["input_ids"]).logits.shape == (B, S, V)
     accelerate(model, skip_logits=False).train()
     assert model(**inputs).logits is not None
@@ -303,7 +308,7 @@ def test_losses_of_one_s_own() -> None:
     model, inputs = accelerate(made(gpt2), skip_logits=True), batch(gpt2)
     model.loss_function = lambda logits, labels, **settings: logits.sum() * 0 + 5
     assert model(**inputs).loss == 5
-    assert "loss from the logits: it has a loss function of its own" in accelerated(model)
+    assert "loss from the logits: the model has a loss function of its own" in accelerated(model)
     model, inputs = accelerate(made(distilbert), skip_logits=True), batch(distilbert)
     plain = model(**inputs).loss
     model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.5)
@@ -340,16 +345,17 @@ def test_attached_things_are_honoured() -> None:
     )
     model(**inputs)
     assert seen == [(B, S, 72)]
-    assert "1 GPT2Block: through the modules: a Conv1D is of a class" in accelerated(model)
+    assert (
+        "1 GPT2Block: through the modules: Conv1D is subclassed, patched or has hooks"
+        in accelerated(model)
+    )
     handle.remove()
     model.transformer.h[0].mlp.act = nn.Tanh()
-    assert "through the modules: a Tanh is of a class" in accelerated(model)
+    assert "through the modules: Tanh is subclassed" in accelerated(model)
     head = model.lm_head
     head.register_forward_hook(lambda module, arguments, out: out * 0)
     assert model(**inputs).logits.eq(0).all()
-    assert "loss from the logits: a Linear is of a class of its own, or has hooks" in accelerated(
-        model
-    )
+    assert "loss from the logits: Linear is subclassed, patched or has hooks" in accelerated(model)
 
 
 def test_what_cannot_be_fused_says_why() -> None:

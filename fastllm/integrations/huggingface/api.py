@@ -1,0 +1,78 @@
+"""Putting the kernels under a model, and saying which of them run."""
+
+import warnings
+from collections import Counter
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastllm.integrations.huggingface.architectures import FUSED_CLASSES
+from fastllm.integrations.huggingface.attention import ATTENTION
+from fastllm.integrations.huggingface.fusible import FusedModule
+from fastllm.integrations.huggingface.loss import LanguageModel
+from fastllm.ops import dispatch
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model, enable: bool = True, skip_logits: bool | None = None) -> Model:
+    """Puts the kernels under a transformers model, in place; `enable=False` removes them.
+
+    Whole layers and the loss are fused in GPT-2, BERT and DistilBERT, the feed-forward networks and
+    the loss in MobileBERT, the loss in Llama; also in a model that peft has wrapped. In every model
+    that supports transformers' attention interface, kernels compute attention and dropout.
+
+    If only a loss is computed and no padding is scored, fused layers skip the padding.
+
+    Args:
+        model: a `PreTrainedModel`, or a module that contains one.
+        enable: whether the kernels run.
+        skip_logits: whether a call with labels leaves the logits out of its output, so that they
+            are never all in memory; None for only in training mode.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the module contains no transformers model.
+    """
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not models:
+        raise ValueError(
+            f"accelerate() takes a model of transformers, got a {type(model).__name__}; fastllm's "
+            "own modules are fast without it"
+        )
+    classes = FUSED_CLASSES
+    if not enable:
+        classes = {fused: stock for stock, fused in FUSED_CLASSES.items()}
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+        if isinstance(module, LanguageModel):
+            module.skip_logits = skip_logits
+    if enable and dispatch.kernels is None:
+        warnings.warn(f"nothing is accelerated: {dispatch.extension_problem}", stacklevel=2)
+    inner = {id(module) for each in models for module in each.modules() if module is not each}
+    for outermost in (each for each in models if id(each) not in inner):
+        _switch_attention(outermost, enable)
+    return model
+
+
+def _switch_attention(model: PreTrainedModel, enable: bool) -> None:
+    """Selects our attention for a model and all that it contains, or the one it had before."""
+    previous = model.__dict__.pop("attention_before", None)
+    if enable and model._supports_sdpa:
+        model.attention_before = previous or model.config._attn_implementation
+        model.set_attn_implementation(ATTENTION)
+    elif previous is not None:
+        model.set_attn_implementation(previous)
+
+
+def accelerated(model: nn.Module) -> str:
+    """What is fused in an accelerated model, and why the rest is not: a line for each kind."""
+    lines = Counter(
+        f"{type(module).__name__}: {module.why_not() or module.FUSED_PARTS}"
+        for module in model.modules()
+        if isinstance(module, FusedModule)
+    )
+    return "\n".join(f"{count} {line}" for line, count in lines.items())

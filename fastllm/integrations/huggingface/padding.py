@@ -1,0 +1,65 @@
+"""Leaving the padding of a batch out of the layers, if nobody reads their output there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import sdpa_mask
+
+
+class Unpadded(NamedTuple):
+    """The positions of a padded batch that are not padding.
+
+    It travels as an attribute, `unpadded`, of the mask that all layers share.
+
+    Attributes:
+        rows: indices of these positions among all B S.
+        starts: where each sequence begins among these rows, and where the last one ends.
+        is_causal: whether the mask hides later positions as well.
+    """
+
+    rows: Tensor
+    starts: tuple[int, ...]
+    is_causal: bool
+
+
+def unpad(mask: Tensor) -> Unpadded | None:
+    """The unpadded positions of a mask [B, 1, S, T], True where a query sees a key.
+
+    None if the mask hides more than padding and, perhaps, later positions.
+    """
+    B, _, S, T = mask.shape
+    seen = mask[:, 0].any(1)
+    for is_causal in (False, True):
+        padding_only = seen[:, None].expand(B, S, T)
+        if is_causal:
+            padding_only = padding_only.tril()
+        if S == T and torch.equal(mask[:, 0], padding_only):
+            starts = tuple(accumulate(seen.sum(1).tolist(), initial=0))
+            return Unpadded(seen.flatten().nonzero().flatten(), starts, is_causal)
+    return None
+
+
+_padding_is_skipped: ContextVar[bool] = ContextVar("padding_is_skipped", default=False)
+
+
+@contextmanager
+def skip_padding(enabled: bool) -> Iterator[None]:
+    """Inside, fused layers compute nothing for padding if `enabled`, and output zeros there."""
+    token = _padding_is_skipped.set(enabled)
+    try:
+        yield
+    finally:
+        _padding_is_skipped.reset(token)
+
+
+def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """For transformers' `AttentionMaskInterface`: its "sdpa" mask, with `unpadded` if wanted."""
+    mask = sdpa_mask(*args, **kwargs)
+    if mask is not None and _padding_is_skipped.get():
+        mask.unpadded = unpad(mask)  # type: ignore[attr-defined]
+    return mask
