@@ -49,7 +49,7 @@ def settings_and_flags(command: str, flags: list[str]) -> tuple[type[RunSettings
     """The settings class of the command, and its flags as that class reads them."""
     if command == "train":
         return TrainConfig, flags
-    from fastllm.finetune import FinetuneConfig, words_as_lists
+    from fastllm.finetuning.config import FinetuneConfig, words_as_lists
 
     return FinetuneConfig, words_as_lists(flags)
 

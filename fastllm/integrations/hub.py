@@ -1,0 +1,161 @@
+"""Models and tokenizers of transformers by name: on the Hugging Face hub, in a folder or a file."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from fastllm.command import log
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOCAL_SUFFIXES = (".gguf", ".json", ".jsonl", ".txt", ".csv", ".parquet")
+
+# A tokenizer.json does not say which of its special tokens has which role.
+SPECIAL_TOKENS = {
+    "eos_token": ("<|endoftext|>", "</s>"),
+    "pad_token": ("<PAD>", "[PAD]", "<pad>"),
+    "mask_token": ("[MASK]", "<mask>"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "unk_token": ("[UNK]", "<unk>"),
+}
+
+
+def is_local(name: str) -> bool:
+    """Whether this names a file or folder, existing or not, rather than something on the hub."""
+    path = Path(name)
+    return path.exists() or path.suffix in LOCAL_SUFFIXES or name[:1] in "./" or len(path.parts) > 2
+
+
+def go_offline_if_unreachable(names: Iterable[str]) -> None:
+    """If one of these is on the hub and the hub does not answer, uses earlier downloads alone.
+
+    Otherwise the libraries would retry for 20 seconds, for each file anew. They read the variable
+    when they are imported, so call this before.
+    """
+    if all(map(is_local, names)) or os.environ.get("HF_HUB_OFFLINE"):
+        return
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as error:
+        log(f"warning: {hub} cannot be reached ({error}); using earlier downloads")
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        FileNotFoundError: the name is a path, and there is nothing.
+        ValueError: it cannot be loaded; the message says why and what to do.
+    """
+    from transformers import AutoConfig
+
+    location, options = _location(name)
+    return _load("model", name, AutoConfig.from_pretrained, location, **options)
+
+
+def load_weights(name: str, model_config: Any, auto_class: Any) -> tuple[Any, set[str] | None]:
+    """A model in fp32, and the names of the parameters that its files lack.
+
+    None instead of names if there are no files with weights at all: then all of them are random.
+
+    Args:
+        auto_class: which kind of model, such as `AutoModelForCausalLM`.
+    """
+    from transformers import GgufConfig
+
+    path = Path(name)
+    if path.suffix == ".json" or (path.is_dir() and not _has_weights(path)):
+        return auto_class.from_config(model_config, dtype=torch.float32), None
+    location, options = _location(name)
+    if "gguf_file" in options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    model, loading = _load(
+        "model",
+        name,
+        auto_class.from_pretrained,
+        location,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **options,
+    )
+    return model, set(loading["missing_keys"])
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, in a folder or in a tokenizer.json.
+
+    Raises:
+        FileNotFoundError: the name is a path, and there is nothing.
+        ValueError: there is no tokenizer; the message says what to give.
+    """
+    from transformers import AutoTokenizer, GPT2Tokenizer
+
+    location, options = _location(name)
+    path = Path(name)
+    if path.suffix == ".json" and path.name != "config.json":
+        return _tokenizer_from_file(path)
+    folder = path.parent if path.suffix == ".json" else path
+    if folder.is_dir():
+        location, files = str(folder), {each.name for each in folder.iterdir()}
+        if "tokenizer.json" in files and "tokenizer_config.json" not in files:
+            return _tokenizer_from_file(folder / "tokenizer.json")
+        if not files & {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model"}:
+            raise ValueError(f"{folder} has no tokenizer; give one by --tokenizer")
+        if "vocab.json" in files and not files & {"tokenizer_config.json", "config.json"}:
+            return _load("tokenizer", name, GPT2Tokenizer.from_pretrained, location)
+    return _load("tokenizer", name, AutoTokenizer.from_pretrained, location, **options)
+
+
+def _tokenizer_from_file(file: Path) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    vocabulary = tokenizer.get_vocab()
+    for role, candidates in SPECIAL_TOKENS.items():
+        token = next((each for each in candidates if each in vocabulary), None)
+        if token is not None:
+            tokenizer.add_special_tokens({role: token})
+    return tokenizer
+
+
+def _location(name: str) -> tuple[str, dict[str, Any]]:
+    """The arguments of `from_pretrained` for a model's name."""
+    path = Path(name)
+    if is_local(name) and not path.exists():
+        raise FileNotFoundError(f"{name} does not exist")
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    return (str(path) if path.exists() else name), {}
+
+
+def _load(kind: str, name: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`load(...)`, with errors that say what was looked for, why it failed and what to do."""
+    try:
+        return load(*args, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if is_local(name):
+            raise ValueError(f"the {kind} in {name} cannot be loaded: {reason}") from error
+        raise ValueError(
+            f"{kind} {name} is not a folder here, and the hub does not provide it: {reason} On a "
+            f"machine with a network, run `hf download {name} --local-dir DIR`; then give "
+            f"--{kind} DIR"
+        ) from error
