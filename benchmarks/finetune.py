@@ -1,12 +1,12 @@
-"""Fine-tuning by transformers' Trainer, as it is and accelerated, and by fastllm's own model.
+"""Fine-tuning by transformers' Trainer, stock and accelerated, and by fastllm's own model.
 
     pip install '.[finetune]'
     python benchmarks/finetune.py --file_path wiki.txt --gpt2 gpt2 --bert minilm
 
-`--gpt2` and `--bert` are folders with the tokenizers of such models. Models of DistilGPT-2's and
-TinyBERT's configuration start at random and train on the same text: 512 tokens, batches of 2, 8 of
-them a step; and masked, 128 tokens, batches of 32. Dropout is on, gradients are clipped to 1. Each
-contestant has a process of its own; the first step warms up and is not counted.
+`--gpt2` and `--bert` are folders with the tokenizers of such models. Random models with the
+configurations of DistilGPT-2 (512 tokens, batches of 2, 8 batches a step) and TinyBERT (masked, 128
+tokens, batches of 32) train on the same text. Dropout is on, gradients are clipped to 1. Each
+contestant has a process of its own; the first step is a warm-up and not counted.
 """
 
 import gc
@@ -32,21 +32,21 @@ from fastllm.threads import set_threads
 from fastllm.tokenization import load_tokenizer
 
 LR = 5e-5
-DISTILGPT2 = {"n_layer": 6, "n_positions": 1024}  # the rest is as in GPT-2
+DISTILGPT2 = {"n_layer": 6, "n_positions": 1024}  # otherwise as GPT-2
 TINYBERT = {
     "num_hidden_layers": 4,
     "hidden_size": 312,
     "intermediate_size": 1200,
     "num_attention_heads": 12,
 }
-# Sequence length, batch, batches a step, steps after the first.
+# Sequence length, batch size, batches a step, steps after the first.
 SHAPES = {"DistilGPT-2": (512, 2, 8, 2), "TinyBERT": (128, 32, 1, 10)}
-Who = Literal["transformers", "accelerated", "DecoderModel"]
+Contestant = Literal["transformers", "accelerated", "DecoderModel"]
 Mode = Literal["full", "LoRA"]
 
 
-class FinetuneConfig(CommandSettings):
-    """Tokens a second and peak memory of fine-tuning, against transformers' Trainer."""
+class BenchmarkSettings(CommandSettings):
+    """Measure tokens per second and peak memory of fine-tuning against transformers' Trainer."""
 
     file_path: Path
     """UTF-8 text to train on."""
@@ -55,11 +55,11 @@ class FinetuneConfig(CommandSettings):
     bert: Path
     """Folder with the tokenizer.json of a BERT."""
     model: Literal["DistilGPT-2", "TinyBERT"] | None = None
-    """Only this one."""
+    """Measure only this model."""
 
 
-def sequences(config: FinetuneConfig, which: str) -> list[torch.Tensor]:
-    """Enough whole sequences for all steps and one before them."""
+def sequences(config: BenchmarkSettings, which: str) -> list[torch.Tensor]:
+    """Enough whole sequences for all steps and the warm-up."""
     S, batch, accumulation, steps = SHAPES[which]
     tokenizer = load_tokenizer(config.gpt2 if which == "DistilGPT-2" else config.bert)
     dataset = TextDataset(config.file_path, tokenizer, S)
@@ -68,7 +68,7 @@ def sequences(config: FinetuneConfig, which: str) -> list[torch.Tensor]:
 
 
 def train_decoder_model(
-    config: FinetuneConfig, precision: MeasuredPrecision
+    config: BenchmarkSettings, precision: MeasuredPrecision
 ) -> tuple[list[float], int]:
     S, batch, accumulation, _ = SHAPES["DistilGPT-2"]
     model = DecoderModel.from_gpt2(DISTILGPT2)
@@ -87,7 +87,7 @@ def train_decoder_model(
 
 
 def train_transformers(
-    config: FinetuneConfig, which: str, mode: Mode, precision: MeasuredPrecision, fast: bool
+    config: BenchmarkSettings, which: str, mode: Mode, precision: MeasuredPrecision, fast: bool
 ) -> tuple[list[float], int]:
     from transformers import (
         BertConfig,
@@ -164,12 +164,16 @@ def train_transformers(
     return ends, kept
 
 
-def run(
-    who: Who, config: FinetuneConfig, which: str, mode: Mode, precision: MeasuredPrecision
+def measure(
+    contestant: Contestant,
+    config: BenchmarkSettings,
+    which: str,
+    mode: Mode,
+    precision: MeasuredPrecision,
 ) -> tuple[float, float, float]:
-    """Tokens a second, MiB at the peak, and those above weights and optimizer state.
+    """Tokens per second, peak memory in MiB, and its part above weights and optimizer state.
 
-    What imported libraries take is not counted.
+    The memory of imported libraries is not counted.
     """
     import transformers
     from transformers import Trainer  # noqa: F401
@@ -179,10 +183,10 @@ def run(
     torch.manual_seed(0)
     gc.collect()
     before = process_memory_mb("VmRSS")
-    if who == "DecoderModel":
+    if contestant == "DecoderModel":
         ends, kept = train_decoder_model(config, precision)
     else:
-        ends, kept = train_transformers(config, which, mode, precision, who == "accelerated")
+        ends, kept = train_transformers(config, which, mode, precision, contestant == "accelerated")
     S, batch, accumulation, _ = SHAPES[which]
     steps = [end - begin for begin, end in pairwise(ends)]
     peak = process_memory_mb("VmHWM") - before
@@ -190,22 +194,22 @@ def run(
 
 
 def main(arguments: list[str]) -> None:
-    config = parse_settings(FinetuneConfig, arguments)
-    print(f"{'model':13}{'mode':6}{'precision':11}{'who':14}{'tokens/s':>9}{'MiB':>7}{'above':>7}")
+    config = parse_settings(BenchmarkSettings, arguments)
+    print(f"{'model':13}{'mode':6}{'precision':11}{'by':14}{'tokens/s':>9}{'MiB':>7}{'above':>7}")
     modes: tuple[Mode, ...] = ("full", "LoRA")
     precisions: tuple[MeasuredPrecision, ...] = ("fp32", "bf16")
     for which in [config.model] if config.model else SHAPES:
         for mode in modes:
             for precision in precisions:
-                contestants: list[Who] = ["transformers", "accelerated"]
+                contestants: list[Contestant] = ["transformers", "accelerated"]
                 if which == "DistilGPT-2" and mode == "full":
                     contestants.append("DecoderModel")
-                for who in contestants:
+                for contestant in contestants:
                     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                        job = process.submit(run, who, config, which, mode, precision)
+                        job = process.submit(measure, contestant, config, which, mode, precision)
                         speed, peak, above = job.result()
                     print(
-                        f"{which:13}{mode:6}{precision:11}{who:14}{speed:9,.0f}{peak:7,.0f}"
+                        f"{which:13}{mode:6}{precision:11}{contestant:14}{speed:9,.0f}{peak:7,.0f}"
                         f"{above:7,.0f}",
                         flush=True,
                     )

@@ -29,8 +29,9 @@ ROOMS = {
     "data": "data",
     "generation": "generation",
     "training": "training",
-    "libraries": "finetuning tuning serving benchmarking",
+    "libraries": "tuning serving benchmarking",
     "integrations": "integrations",
+    "fine-tuning": "finetuning",  # a library on top of what integrates transformers
     "commands": "train evaluate generate finetune tune serve export bench bench_cuda",
     "package": "__init__",  # what `import fastllm` offers: nothing in the package imports it
 }

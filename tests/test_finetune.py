@@ -1,4 +1,4 @@
-"""The finetune command, on tiny models with random weights."""
+"""The finetune command, with tiny models of random weights."""
 
 import json
 import os
@@ -246,9 +246,12 @@ def test_real_weights_get_better_at_masked_words(flags: str) -> None:
         ("--model broken", "model in broken cannot be loaded: "),
         ("--tokenizer gpt2", "gpt2 has no tokenizer; give one by --tokenizer"),
         ("--dataset nowhere.txt", "file nowhere.txt does not exist"),
-        ("--text_column body", "no column 'body' but text, number; name the one"),
+        (
+            "--text_column body",
+            "no column 'body'; choose the one with the text by --text_column: text, number",
+        ),
         ("--text_column number", "column 'number' of the dataset holds int64, not text"),
-        ("--min_length 9999", "no text of 9999 characters or more"),
+        ("--min_length 9999", "no text of at least 9999 characters"),
         ("--max_seq_len 65", "max_seq_len 65: the model takes at most 64"),
         ("--task mlm", "task mlm: gpt2 is made to predict the next token (--task causal)"),
         ("--model bert --task causal", "bert is made to predict masked tokens (--task mlm)"),

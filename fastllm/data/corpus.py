@@ -17,10 +17,10 @@ HELD_OUT = ("validation", "valid", "val", "dev")
 
 
 def file_format(words: list[str]) -> str | None:
-    """The format of the files that `words` name, by their suffix; None for a name or a folder.
+    """The format of the files `words`, by their suffix; None if they name a dataset or a folder.
 
     Raises:
-        ValueError: the files are of several formats, or of one that is not known.
+        ValueError: the files have several formats, or an unknown one.
         FileNotFoundError: one of them does not exist.
     """
     formats = [FORMATS.get(Path(word).suffix) for word in words]
@@ -28,26 +28,26 @@ def file_format(words: list[str]) -> str | None:
         return None
     for word, known in zip(words, formats, strict=True):
         if known is None:
-            raise ValueError(f"{word} is of no known format; files may be {', '.join(FORMATS)}")
+            raise ValueError(f"{word} has an unknown format; files may be {', '.join(FORMATS)}")
         if not Path(word).is_file():
             raise FileNotFoundError(f"file {word} does not exist")
     if len(set(formats)) > 1:
-        raise ValueError(f"{' '.join(words)} are files of several formats; one at a time is read")
+        raise ValueError(f"{' '.join(words)} have several formats; give files of one format")
     return formats[0]
 
 
 def load_documents(words: list[str], max_samples: int = 0) -> tuple[Dataset, Dataset | None]:
-    """What there is to train on, and the part that the dataset itself holds out, if any.
+    """The documents to train on, and the validation split of the dataset, if it has one.
 
     Args:
-        words: one or several files (of text each line, of other formats each row is a document); or
-            the name of a dataset on the hub or its folder, with or without a configuration's name.
-        max_samples: at most so many documents, the first ones. Those of the hub are then streamed,
-            so that no more than these are downloaded. 0 for all.
+        words: one or several files, where each line of text or each row of another format is a
+            document; or a dataset on the hub or its folder, optionally with a configuration.
+        max_samples: at most this many documents, the first ones; 0 for all. With a limit, datasets
+            of the hub are streamed, and only these documents are downloaded.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: the dataset cannot be had or read; the message says why and what to do.
+        ValueError: the dataset cannot be found or read; the message says why and what to do.
     """
     import datasets
 
@@ -75,9 +75,9 @@ def load_documents(words: list[str], max_samples: int = 0) -> tuple[Dataset, Dat
         if Path(words[0]).is_dir():
             raise ValueError(f"{' '.join(words)} cannot be read as a dataset: {reason}") from error
         raise ValueError(
-            f"dataset {' '.join(words)} is no file or folder here, and the hub does not give it: "
-            f"{reason}. Where there is a network, `hf download {words[0]} --repo-type dataset "
-            "--local-dir DIR` brings it; then give --dataset DIR"
+            f"dataset {' '.join(words)} is not a file or folder here, and the hub does not provide "
+            f"it: {reason}. On a machine with a network, run `hf download {words[0]} --repo-type "
+            "dataset --local-dir DIR`; then give --dataset DIR"
         ) from error
 
 
@@ -93,7 +93,7 @@ def _iterate(rows: IterableDataset) -> Iterator[dict[str, Any]]:
     yield from rows
 
 
-def tokenise(
+def tokenize(
     documents: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     max_seq_len: int,
@@ -105,24 +105,24 @@ def tokenise(
     min_length: int = 0,
     num_proc: int = 1,
 ) -> Dataset:
-    """A dataset whose only column, `input_ids`, has sequences of 2 to `max_seq_len` tokens.
+    """A dataset with one column, `input_ids`: sequences of 2 to `max_seq_len` tokens.
 
     Args:
         packing: documents are joined and cut into sequences of `max_seq_len`, a thousand documents
             at a time (ten thousand lines); the last sequence of each such group may be shorter.
-            Otherwise each document is a sequence, cut off at `max_seq_len`.
-        end_token: the tokenizer's end token (else its separator) follows each document.
+            Otherwise each document is a sequence, truncated to `max_seq_len`.
+        end_token: end each document with the tokenizer's end token, or else its separator.
         masked: for a masked language model, whose sequences begin and end with special tokens.
-        min_length: leave out documents of fewer characters.
-        num_proc: processes that work on it.
+        min_length: drop documents with fewer characters.
+        num_proc: processes to use.
 
     Raises:
-        ValueError: there is no such column, or no text in it; or no sequence is left.
+        ValueError: there is no such column, it contains no text, or no sequence is left.
     """
     if text_column not in documents.column_names:
         raise ValueError(
-            f"the dataset has no column {text_column!r} but {', '.join(documents.column_names)}; "
-            "name the one with the text by --text_column"
+            f"the dataset has no column {text_column!r}; choose the one with the text by "
+            f"--text_column: {', '.join(documents.column_names)}"
         )
     kind = getattr(documents.features[text_column], "dtype", "lists or records")
     if kind not in ("string", "large_string", "null"):
@@ -131,9 +131,9 @@ def tokenise(
     if end_token:
         end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         if end is None:
-            raise ValueError("the tokenizer has no end token to join documents: --no-end_token")
+            raise ValueError("the tokenizer has no end token to join documents; try --no-end_token")
     sequences = documents.map(
-        _tokenise_batch,
+        _tokenize_batch,
         batched=True,
         batch_size=1_000 if end_token else 10_000,
         num_proc=num_proc if num_proc > 1 else None,
@@ -147,15 +147,15 @@ def tokenise(
             "masked": masked,
             "min_length": min_length,
         },
-        desc="tokenising",
+        desc="tokenizing",
     )
     if not len(sequences):
-        least = f" of {min_length} characters or more" if min_length else ""
-        raise ValueError(f"the dataset has no text{least} to learn from")
+        least = f" of at least {min_length} characters" if min_length else ""
+        raise ValueError(f"the dataset has no text{least} to train on")
     return sequences
 
 
-def _tokenise_batch(
+def _tokenize_batch(
     batch: dict[str, list[Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_seq_len: int,
@@ -172,7 +172,7 @@ def _tokenise_batch(
         ids = tokenizer(texts, truncation=True, max_length=max_seq_len)["input_ids"]
         bare = tokenizer.num_special_tokens_to_add()
         return {"input_ids": [row for row in ids if len(row) > max(bare, 1)]}
-    # Lines of one text are joined as they are; documents begin as the tokenizer wants them to.
+    # Lines of one text are joined as they are; documents get the tokenizer's start token.
     ids = tokenizer(texts, add_special_tokens=end is not None and not masked)["input_ids"]
     if end is not None:
         ids = [row if row and row[-1] == end else [*row, end] for row in ids]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastllm.data.corpus import file_format, load_documents, tokenise
+from fastllm.data.corpus import file_format, load_documents, tokenize
 from fastllm.device import choose_precision
 from fastllm.files import replace_file
 from fastllm.finetuning.config import FinetuneConfig
@@ -154,7 +154,7 @@ def tokenize_documents(
 ) -> Dataset:
     """Sequences of the documents that `words` name."""
     end_token = file_format(words) != "text" if config.end_token is None else config.end_token
-    return tokenise(
+    return tokenize(
         documents,
         tokenizer,
         config.max_seq_len,

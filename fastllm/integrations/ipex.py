@@ -1,8 +1,7 @@
-"""Intel's extension for PyTorch, for programs that still call it; nothing in fastllm needs it.
+"""Intel's extension for PyTorch, for programs that still call it; fastllm does not need it.
 
-The project was archived in March 2026. Its last release, 2.8, works with torch 2.8 alone. Beside
-another torch it prints so and dies of an AttributeError, so versions are compared before it is
-imported.
+The project was archived in March 2026. Its last release, 2.8, works only with torch 2.8. With
+another torch its import prints an error and raises AttributeError, so versions are compared first.
 """
 
 from importlib import import_module
@@ -14,16 +13,16 @@ from torch import nn
 
 PACKAGE = "intel_extension_for_pytorch"
 INSTEAD = (
-    "There is no need for it: the project was archived in March 2026, with torch 2.8 as the last "
-    "that it works with, and fastllm has kernels of its own, in its modules and, for models of "
-    "transformers, by fastllm.integrations.huggingface.accelerate(model)"
+    "You do not need it: the project was archived in March 2026 and supports no torch after 2.8, "
+    "and fastllm has kernels of its own, in its modules and, for models of transformers, by "
+    "fastllm.integrations.huggingface.accelerate(model)"
 )
 
 
 def why_not() -> str | None:
-    """Why the extension cannot serve here, by its version and torch's, or None.
+    """Why the versions of the extension and of torch do not fit, or None.
 
-    It is not imported for that: `optimize` may still find that its import fails.
+    This does not import the extension, so its import in `optimize` may still fail.
     """
     try:
         installed = version(PACKAGE)
@@ -33,7 +32,7 @@ def why_not() -> str | None:
     if needed == present:
         return None
     return (
-        f"Intel's extension for PyTorch {installed} works with torch {needed} alone, and torch is "
+        f"Intel's extension for PyTorch {installed} works only with torch {needed}, and torch is "
         f"{torch.__version__}"
     )
 
@@ -43,31 +42,31 @@ def optimize(
     optimizer: torch.optim.Optimizer | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """`ipex.optimize`: a copy of the model whose layers are the extension's.
+    """`ipex.optimize`: a copy of the model with the extension's layers.
 
     Args:
         model: in training mode with an optimizer, in evaluation mode without one.
-        optimizer: of the model's parameters; it is copied along and updates those of the copy.
-        dtype: `torch.bfloat16` or `torch.float16` for weights of that type; None leaves them.
+        optimizer: of the model's parameters; its copy updates the parameters of the copy.
+        dtype: the type of the weights, `torch.bfloat16` or `torch.float16`; None leaves it.
 
     Returns:
-        The copy; with an optimizer, the pair of both copies.
+        The copy; with an optimizer, both copies as a pair.
 
     Raises:
-        ImportError: the extension is not installed, is not for this torch, or fails to import. The
-            message names the versions and what serves instead.
+        ImportError: the extension is not installed, does not fit this torch, or fails to import.
+            The message names the versions and the replacement.
     """
     reason = why_not()
     if reason is not None:
         raise ImportError(f"{reason}. {INSTEAD}", name=PACKAGE)
     try:
         ipex = import_module(PACKAGE)
-    # NameError: beside transformers 5. SystemExit: on a CPU without AVX2.
+    # NameError: with transformers 5. SystemExit: on a CPU without AVX2.
     except (ImportError, AttributeError, NameError, OSError, SystemExit) as error:
         raise ImportError(
             f"Intel's extension for PyTorch {version(PACKAGE)} is for torch {torch.__version__}, "
-            f"but importing it fails ({type(error).__name__}: {error}); it knows transformers 4 at "
-            f"most. {INSTEAD}",
+            f"but importing it fails ({type(error).__name__}: {error}); it supports "
+            f"transformers up to 4. {INSTEAD}",
             name=PACKAGE,
         ) from error
     return ipex.optimize(model, optimizer=optimizer, dtype=dtype)

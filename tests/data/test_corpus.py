@@ -1,4 +1,4 @@
-"""Datasets to sequences of tokens."""
+"""From datasets to sequences of tokens."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import datasets
 import pytest
 import transformers
 
-from fastllm.data.corpus import file_format, load_documents, tokenise
+from fastllm.data.corpus import file_format, load_documents, tokenize
 
 WORDS = "a b c d e f g h".split()
 SPECIAL = ["<|endoftext|>", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
@@ -21,7 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """A word is a token: a is 5, b is 6 and so on; the end is 0, [CLS] 1, [SEP] 2."""
+    """Each word is a token: a is 5, b is 6 and so on; the end is 0, [CLS] 1, [SEP] 2."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
@@ -43,21 +43,24 @@ def test_documents_are_joined_by_the_end_token_and_cut(tokenizer: Any) -> None:
     )
     plain.backend_tokenizer.post_processor = None
     documents = rows(["a b c", None, "", "d", "e f"])
-    result = tokenise(documents, plain, 4)
-    assert result["input_ids"] == [[5, 6, 7, 0], [8, 0, 9, 10]]  # one token is no sequence
-    result = tokenise(documents, plain, 4, end_token=False)
+    result = tokenize(documents, plain, 4)
+    assert result["input_ids"] == [
+        [5, 6, 7, 0],
+        [8, 0, 9, 10],
+    ]  # one token is too short for a sequence
+    result = tokenize(documents, plain, 4, end_token=False)
     assert result["input_ids"] == [[5, 6, 7, 8], [9, 10]]
-    result = tokenise(documents, plain, 3, packing=False)
+    result = tokenize(documents, plain, 3, packing=False)
     assert result["input_ids"] == [[5, 6, 7], [8, 0], [9, 10, 0]]
-    result = tokenise(documents, plain, 4, min_length=3)
+    result = tokenize(documents, plain, 4, min_length=3)
     assert result["input_ids"] == [[5, 6, 7, 0], [9, 10, 0]]
 
 
-def test_masked_models_get_their_special_tokens(tokenizer: Any) -> None:
+def test_masked_sequences_have_special_tokens(tokenizer: Any) -> None:
     documents = rows(["a b c", "", "d"])
-    result = tokenise(documents, tokenizer, 5, masked=True)
+    result = tokenize(documents, tokenizer, 5, masked=True)
     assert result["input_ids"] == [[1, 5, 6, 7, 2], [1, 2, 8, 2, 2]]
-    result = tokenise(documents, tokenizer, 4, masked=True, packing=False)
+    result = tokenize(documents, tokenizer, 4, masked=True, packing=False)
     assert result["input_ids"] == [[1, 5, 6, 2], [1, 8, 2]]
 
 
@@ -78,7 +81,7 @@ def test_files_of_every_format(tmp_path: Path, suffix: str) -> None:
     assert load_documents([str(path), str(path)], max_samples=3)[0]["text"][:] == [*texts, texts[0]]
 
 
-def test_a_folder_holds_out_its_own_part(tmp_path: Path) -> None:
+def test_a_folder_has_a_validation_split(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for part in ("train", "validation"):
@@ -89,7 +92,7 @@ def test_a_folder_holds_out_its_own_part(tmp_path: Path) -> None:
         assert held_out is not None and held_out["text"][:] == ["validation"] * count
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path, tokenizer: Any) -> None:
+def test_errors_name_what_cannot_be_read(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
     with pytest.raises(ValueError, match=r"broken\.jsonl cannot be read as json: "):
         load_documents([str(tmp_path / "broken.jsonl")])
@@ -102,12 +105,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, tokenizer: Any) -> None:
         (tmp_path / "a.txt").touch()
         file_format([str(tmp_path / "a.txt"), str(tmp_path / "broken.jsonl")])
     (tmp_path / "a.doc").touch()
-    with pytest.raises(ValueError, match=r"a\.doc is of no known format"):
+    with pytest.raises(ValueError, match=r"a\.doc has an unknown format"):
         file_format([str(tmp_path / "a.doc")])
     assert file_format(["wikitext", "wikitext-2-raw-v1"]) is None
-    with pytest.raises(ValueError, match="no column 'body' but text; name .* --text_column"):
-        tokenise(rows(["a"]), tokenizer, 4, text_column="body")
+    with pytest.raises(ValueError, match="no column 'body'; choose .* --text_column: text"):
+        tokenize(rows(["a"]), tokenizer, 4, text_column="body")
     with pytest.raises(ValueError, match="holds int64, not text"):
-        tokenise(datasets.Dataset.from_dict({"text": [1]}), tokenizer, 4)
-    with pytest.raises(ValueError, match="no text of 9 characters or more"):
-        tokenise(rows(["a b"]), tokenizer, 4, min_length=9)
+        tokenize(datasets.Dataset.from_dict({"text": [1]}), tokenizer, 4)
+    with pytest.raises(ValueError, match="no text of at least 9 characters"):
+        tokenize(rows(["a b"]), tokenizer, 4, min_length=9)

@@ -10,7 +10,7 @@ from fastllm.integrations import ipex
 
 MATCHING = ".".join(torch.__version__.split(".")[:2]) + ".7+cpu"
 INSTEAD = "fastllm.integrations.huggingface.accelerate"
-# What the real one does at the top of its __init__.py beside another torch: there is no os.exit.
+# The top of the real __init__.py with another torch: os.exit does not exist.
 DIES = "import os\nprint('ERROR! Please switch to the matching version')\nos.exit(127)\n"
 
 Install = Callable[[str, str], None]
@@ -18,8 +18,8 @@ Install = Callable[[str, str], None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Puts a distribution of that version, with that code, where Python finds it first."""
-    monkeypatch.setitem(sys.modules, ipex.PACKAGE, sys)  # so that afterwards all is as it was
+    """Installs a distribution of that version, with that code, where Python finds it first."""
+    monkeypatch.setitem(sys.modules, ipex.PACKAGE, sys)  # restored after the test
     del sys.modules[ipex.PACKAGE]
 
     def put(version: str, code: str) -> None:
@@ -46,29 +46,29 @@ def refusal() -> ImportError:
     return caught.value
 
 
-def test_says_that_it_is_absent_and_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [])  # where distributions are looked for
+def test_an_absent_extension_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])  # where distributions are searched
     reason = "Intel's extension for PyTorch is not installed"
     assert str(ipex.why_not()).startswith(reason)
     message = str(refusal())
     assert message.startswith(reason) and torch.__version__ in message
-    assert "no need for it" in message
+    assert "You do not need it" in message
 
 
 @pytest.mark.parametrize("version", ["2.1.0+cpu", "2.111.0", "1.13.100"])
-def test_another_torchs_extension_is_not_imported(
+def test_an_extension_for_another_torch_is_not_imported(
     install: Install, capfd: pytest.CaptureFixture[str], version: str
 ) -> None:
     install(version, DIES)
     message = str(refusal())
-    assert f"PyTorch {version} works with torch {version.rpartition('.')[0]} alone" in message
+    assert f"PyTorch {version} works only with torch {version.rpartition('.')[0]}" in message
     assert f"torch is {torch.__version__}" in message
     assert message.startswith(str(ipex.why_not()))
     assert ipex.PACKAGE not in sys.modules
     assert capfd.readouterr().out == ""
 
 
-def test_optimize_passes_everything_on(install: Install) -> None:
+def test_optimize_forwards_its_arguments(install: Install) -> None:
     install(MATCHING, "def optimize(*given, **named):\n    return given, named\n")
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
@@ -91,7 +91,7 @@ def test_optimize_passes_everything_on(install: Install) -> None:
     ],
     ids=["AttributeError", "NameError", "OSError", "ImportError", "SystemExit"],
 )
-def test_an_import_that_fails_is_explained(
+def test_a_failing_import_is_explained(
     install: Install, code: str, kind: type[BaseException], words: str
 ) -> None:
     install(MATCHING, code)
@@ -101,7 +101,7 @@ def test_an_import_that_fails_is_explained(
     assert f"PyTorch {MATCHING} is for torch {torch.__version__}" in str(error)
 
 
-def test_errors_of_the_extension_itself_pass(install: Install) -> None:
+def test_errors_of_the_extension_itself_propagate(install: Install) -> None:
     install(MATCHING, "def optimize(model, **rest):\n    raise AttributeError('its own')\n")
     with pytest.raises(AttributeError, match="its own"):
         ipex.optimize(nn.Linear(2, 2))
