@@ -1,9 +1,8 @@
 """Fine-tune a model of transformers: `python -m fastllm.finetune --model DIR --dataset FILE`."""
 
 import sys
-from collections.abc import Callable
 
-from fastllm.command import errors_in_one_line, log, stop_on_signals
+from fastllm.command import Log, errors_in_one_line, log, no_log, stop_on_signals
 from fastllm.finetuning.config import FinetuneConfig, words_as_lists
 from fastllm.finetuning.run import (
     check_packages,
@@ -24,7 +23,7 @@ from fastllm.training.run import choose_run_dir
 
 def main(arguments: list[str]) -> None:
     config = parse_run_settings(FinetuneConfig, words_as_lists(arguments))
-    info: Callable[..., None] = (lambda *parts: None) if config.quiet else log
+    info: Log = no_log if config.quiet else log
     threads = set_threads(config.threads)
     with errors_in_one_line(OSError, ValueError, ImportError, TrainingError):
         check_packages(config)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fastllm import command
+from fastllm.command import Log
 from fastllm.finetuning.config import FinetuneConfig, Task
 from fastllm.integrations import hub
 
@@ -43,7 +43,7 @@ def load_model(
     config: FinetuneConfig,
     model_config: Any,
     tokenizer: PreTrainedTokenizerBase,
-    log: Callable[..., None],
+    log: Log,
 ) -> Any:
     """The model with an embedding for every token, and with LoRA if `config` asks for it."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, set_seed
@@ -64,9 +64,7 @@ def load_model(
     return add_lora(config, model, missing or set(), log) if config.lora else model
 
 
-def add_lora(
-    config: FinetuneConfig, model: nn.Module, missing: set[str], log: Callable[..., None]
-) -> Any:
+def add_lora(config: FinetuneConfig, model: nn.Module, missing: set[str], log: Log) -> Any:
     """The model with LoRA's matrices beside its frozen weights.
 
     Args:

@@ -8,10 +8,10 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastllm.command import Log
 from fastllm.data.corpus import file_format, load_documents, tokenize
 from fastllm.device import choose_precision
 from fastllm.files import replace_file
@@ -53,9 +53,7 @@ def run_name(model: str) -> str:
     return path.stem if path.suffix in (".gguf", ".json") else path.name
 
 
-def prepare(
-    config: FinetuneConfig, run_dir: Path | None, log: Callable[..., None]
-) -> FinetuneTrainer:
+def prepare(config: FinetuneConfig, run_dir: Path | None, log: Log) -> FinetuneTrainer:
     """Loads model and data and creates the folder: all that can fail before any work is lost."""
     from fastllm.finetuning.trainer import make_trainer
 
@@ -112,7 +110,7 @@ def check_limits(
 
 
 def load_sequences(
-    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, log: Callable[..., None]
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, log: Log
 ) -> tuple[Dataset | None, Dataset | None]:
     """Tokenized sequences to train and to evaluate on; None if there are none.
 
@@ -215,7 +213,7 @@ def write_csv(metrics: Path, table: Path) -> None:
         writer.writerows(lines)
 
 
-def report(trainer: FinetuneTrainer, run_dir: Path, log: Callable[..., None]) -> None:
+def report(trainer: FinetuneTrainer, run_dir: Path, log: Log) -> None:
     """Logs the results of a finished run."""
     monitor, best = trainer.monitor, trainer.state.best_metric
     losses = [line["val_loss"] for line in read_metrics(run_dir / "metrics.jsonl")]
