@@ -7,6 +7,7 @@ from fastllm.finetuning.config import FinetuneConfig, words_as_lists
 from fastllm.finetuning.run import (
     check_packages,
     go_offline_if_unreachable,
+    has_checkpoint,
     last_checkpoint,
     prepare,
     report,
@@ -28,7 +29,9 @@ def main(arguments: list[str]) -> None:
     with errors_in_one_line(OSError, ValueError, ImportError, TrainingError):
         check_packages(config)
         go_offline_if_unreachable(config)
-        run_dir = None if config.eval_only else choose_run_dir(config, run_name(config.model))
+        run_dir = None
+        if not config.eval_only:
+            run_dir = choose_run_dir(config, run_name(config.model), has_checkpoint)
         trainer = prepare(config, run_dir, info)
         info(f"threads     {threads}")
         if run_dir is None:

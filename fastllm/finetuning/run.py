@@ -176,17 +176,29 @@ def split_sequences(sequences: Dataset, val_fraction: float) -> tuple[Dataset, D
     return sequences.select(range(cut)), sequences.select(range(cut, len(sequences)))
 
 
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, the newest last."""
+    # trainer_state.json is written after everything else of its checkpoint.
+    states = run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")
+    return sorted(
+        (state.parent for state in states), key=lambda folder: int(folder.name.split("-")[-1])
+    )
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a folder holds a run that can be resumed."""
+    return bool(checkpoints(run_dir))
+
+
 def last_checkpoint(run_dir: Path) -> str:
     """The newest complete checkpoint.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    # Written after everything else of its checkpoint.
-    states = list(run_dir.glob("checkpoints/checkpoint-*/trainer_state.json"))
-    if not states:
+    if not has_checkpoint(run_dir):
         raise FileNotFoundError(f"{run_dir} holds no checkpoint to resume from")
-    return str(max(states, key=lambda state: int(state.parent.name.split("-")[-1])).parent)
+    return str(checkpoints(run_dir)[-1])
 
 
 def save_model(trainer: FinetuneTrainer, folder: Path) -> None:

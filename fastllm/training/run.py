@@ -130,14 +130,19 @@ def run_name(config: TrainConfig) -> str:
     return config.file_path.stem if config.file_path else "demo"
 
 
-def choose_run_dir(config: RunSettings, name: str) -> Path:
+def choose_run_dir(
+    config: RunSettings, name: str, holds_run: Callable[[Path], bool] = has_checkpoint
+) -> Path:
     """The folder of the run: the one given, or a new one, runs/NAME or runs/NAME-2 and so on.
+
+    Args:
+        holds_run: whether a folder has a checkpoint of the command that asks.
 
     Raises:
         ValueError: the folder already holds a run, which is not to be resumed.
     """
     if config.out_dir is not None:
-        if has_checkpoint(config.out_dir) and not config.resume:
+        if holds_run(config.out_dir) and not config.resume:
             raise ValueError(
                 f"{config.out_dir} holds a run already; --resume continues it, another --out_dir "
                 "keeps it"
