@@ -47,8 +47,8 @@ class BenchConfig(CommandSettings):
     compare: list[Rival] = Field(list(COMPARE))
     """Stock PyTorch to compare with: eager (explicit softmax, default Adam), tuned (fused attention
     and fused Adam), chunked (tuned with linear_cross_entropy), autocast (tuned in bf16), compile
-    (tuned under torch.compile, which warms up for half a minute). Default: eager, tuned and
-    compile, and with --precision bf16 also autocast."""
+    (tuned under torch.compile, which warms up for half a minute). With --precision bf16
+    on a CPU, the default adds autocast."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 15
     """Time for each configuration, after warming up; at least three rounds are made."""
     device: Device = "cpu"

@@ -123,16 +123,43 @@ def test_memory() -> None:
     assert 0 < peaks["fastllm"] < peaks["eager"] < 1000
 
 
+OPERATION = {
+    "operation": "mlp", "config": "D", "ms": 0.5, "gflops": 40.0, "gbs": 2.0,
+    "ratio": {"eager": 3.0, "tuned": None, "compile": 1.5},
+}  # fmt: skip
+
+
+def test_report_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Limits, operations, steps; nothing is measured, since no GPU is needed here."""
+    machine = {"gpu": "Some GPU", "peak_gflops": 100.0, "bandwidth_gbs": 10.0}
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "describe_gpu", lambda precision: machine)
+    monkeypatch.setattr(
+        bench,
+        "measure_operations",
+        lambda *arguments: asked.append((*arguments, dispatch.requested())) or [OPERATION],
+    )
+    monkeypatch.setattr(bench, "time_steps", lambda *arguments: {"fastllm": 2.0, "tuned": 5.0})
+    settings = bench.BenchConfig(device="cuda", config=["A"], seconds=10)
+    found = bench.show_times(settings, ["tuned"], threads=1)
+    assert set(found) == {"configs", "machine", "operations"}
+    assert found["operations"] == [OPERATION] and found["machine"] == machine
+    assert [result["config"] for result in found["configs"]] == ["A"]
+    assert asked == [("cuda", "fp32", 2.0, "triton")]
+    lines = capsys.readouterr().out.splitlines()
+    starts = [line.split()[0] for line in lines if line]
+    assert starts == [*machine, "Operations,", "operation", "mlp", "A", "config", "A"]
+
+
 def test_rows() -> None:
     """Ratios of rivals that were not measured are dashes, or left out of the default columns."""
     result = bench.step_report("A", {"fastllm": 2.0, "tuned": 5.0}, peak_gflops=1000.0)
     assert result["ratio"] == {"eager": None, "tuned": 2.5, "compile": None}
     assert bench.step_row(result).split() == "A 2.00 256,000.00 170.07 17.01 - 2.50 -".split()
-    operation = {
-        "operation": "mlp", "config": "D", "ms": 0.5, "gflops": 40.0, "gbs": 2.0,
-        "ratio": {"eager": 3.0, "tuned": None, "compile": 1.5},
-    }  # fmt: skip
-    row = bench.operation_row(operation, {"peak_gflops": 100.0, "bandwidth_gbs": 10.0})
+    row = bench.operation_row(OPERATION, {"peak_gflops": 100.0, "bandwidth_gbs": 10.0})
     assert row.split() == "mlp D 0.500 40.000 20.000 3.000 - 1.500".split()
     assert len(row) == 24 + 12 * len(bench.OPERATION_COLUMNS)
 

@@ -1,6 +1,5 @@
-"""The export command, its formats, and other programs that read its files."""
+"""The export command, and other programs that read its files."""
 
-import itertools
 import json
 import os
 import shutil
@@ -14,23 +13,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
-from fastllm import DecoderModel, SimpleCharacterTokenizer, export
+from fastllm import DecoderModel, export
 from fastllm.command import no_log
-from fastllm.integrations import formats, gguf, hf_tokenizer, onnx
+from fastllm.integrations import formats, gguf, onnx
 from fastllm.models.gpt2 import convert_to_gpt2, tensor_names
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
 from fastllm.training.checkpoint import find_checkpoint, load_model
 from fastllm.training.run import prepare, resolve
 from tests.conftest import make_config
+from tests.integrations.samples import TEXT, assert_close, logits, random_ids
 
 for module in ("onnx", "onnxscript", "onnxruntime", "gguf", "tokenizers", "transformers"):
     pytest.importorskip(module, reason=f"{module} is not installed: pip install '.[test]'")
-
-# Characters of one to four bytes, some with equal first or last bytes; a combining mark.
-CHARACTERS = "abc <PAD>.,!'\n\t\r0129\x00\x7féèéÄßæ—“”…世界丁一😀😁"
-TEXT = "He said: “Über 12 cafés — don't!”\n\n\tThe  世界, 😀 and so on... <PAD> ends.\n" * 40
 
 FLAGS = {
     "default": "",
@@ -88,20 +83,6 @@ def loaded(run: Path) -> tuple[DecoderModel, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def random_ids(model: DecoderModel, *shape: int) -> Tensor:
-    return torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def logits(model: DecoderModel, ids: Tensor) -> Tensor:
-    return model(ids)
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    assert (actual - expected).abs().max().item() <= tolerance * max(1, expected.abs().max().item())
-
-
 def test_transformers_loads_model_and_tokenizer(run: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,82 +102,6 @@ def test_transformers_loads_model_and_tokenizer(run: Path) -> None:
     out = theirs.generate(**inputs, max_length=ours.max_seq_len, do_sample=False)
     assert out.shape == (1, ours.max_seq_len)
     assert reader.decode(out[0]).startswith("He said")
-
-
-def auto_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    hf_tokenizer.save_hf_tokenizer(tokenizer, folder, 16)
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def test_characters_in_transformers(tmp_path: Path) -> None:
-    ours = SimpleCharacterTokenizer([CHARACTERS])
-    theirs = auto_tokenizer(ours, tmp_path)
-    assert len(theirs) == ours.vocab_size
-    for text in (CHARACTERS, " a  b ", "a<PAD>b", "", "\n\n\r\n", "é", "é"):
-        assert theirs(text).input_ids == ours.encode(text), repr(text)
-        assert theirs.decode(ours.encode(text)) == text
-    everything = list(range(ours.vocab_size))
-    assert theirs.decode(everything) == ours.decode(everything)
-    assert theirs.decode(everything, skip_special_tokens=True) == ours.decode(everything[:-1])
-    with pytest.raises(Exception, match="Missing"):  # like the KeyError of fastllm's
-        theirs("z")
-    batch = theirs(["a", "abc"], padding=True).input_ids
-    assert batch[0][1:] == [ours.pad_token_id] * 2
-
-
-@pytest.mark.parametrize("model", ["bpe", "wordpiece"])
-def test_subwords_in_transformers(tmp_path: Path, model: Any) -> None:
-    ours = SubwordTokenizer.train([TEXT], model, 400)
-    theirs = auto_tokenizer(ours, tmp_path)
-    for text in (TEXT, "Unseen: xyz", " two  spaces ", "a <PAD> b", "[PAD]", ""):
-        ids = ours.encode(text)
-        assert theirs(text).input_ids == ids
-        assert theirs.decode(ids) == ours.decode(ids)
-
-
-def test_no_special_tokens_around_a_text(tmp_path: Path) -> None:
-    """fastllm and transformers ignore the special tokens that a tokenizer.json adds."""
-    trained = SubwordTokenizer.train([TEXT], "wordpiece", 400)
-    data = json.loads(trained.to_json())
-    special = {"Special": {"tokens": "[CLS]", "id": "[CLS]", "ids": [2]}}
-    piece = {"SpecialToken": {"id": "[CLS]", "type_id": 0}}
-    data["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"[CLS]": special["Special"] | {"tokens": ["[CLS]"]}},
-    }
-    (tmp_path / "in.json").write_text(json.dumps(data))
-    ours = SubwordTokenizer.from_file(tmp_path / "in.json")
-    assert auto_tokenizer(ours, tmp_path)("He said").input_ids == ours.encode("He said")
-
-
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "pre": {"mlp_activation": "gelu_tanh", "padding_idx": 12},
-    "post": {"norm_first": False, "mlp_activation": "leaky_relu", "tie_word_embeddings": True},
-    "learned": {"pos_encoding_learned": True, "mlp_activation": "relu"},
-    "post-learned": {"norm_first": False, "pos_encoding_learned": True, "mlp_activation": "silu"},
-}
-
-
-@pytest.mark.parametrize("settings", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_onnx_of_any_batch_and_length(tmp_path: Path, settings: dict[str, Any]) -> None:
-    from onnx import checker
-
-    torch.manual_seed(0)
-    model = DecoderModel(13, 12, 1, 3, 9, **settings)
-    for parameter in model.parameters():
-        parameter.data += torch.randn_like(parameter) / 4
-    onnx.save_onnx(model, tmp_path / "model.onnx")
-    checker.check_model(tmp_path / "model.onnx", full_check=True)
-    assert model.training  # as it was
-    model.eval()
-    for shape in ((1, 1), (1, 9), (3, 2), (2, 9), (5, 1), (12, 7)):
-        ids = random_ids(model, *shape)
-        assert_close(onnx.onnx_logits(tmp_path / "model.onnx", ids), logits(model, ids), 1e-4)
 
 
 def test_onnx_export(plain_run: Path) -> None:
@@ -282,89 +187,6 @@ def test_llama_cpp_computes_the_same(run: Path) -> None:
     theirs.close()
 
 
-def bpe(vocabulary: gguf.Vocabulary, word: str) -> list[int]:
-    """Ids of a word given as bytes, by llama.cpp's rule: the earliest merge first."""
-    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(vocabulary.merges)}
-    symbols = list(word)
-    while True:
-        pairs = list(itertools.pairwise(symbols))
-        best = min((p for p in pairs if p in ranks), key=lambda p: ranks[p], default=None)
-        if best is None:
-            return [vocabulary.tokens.index(symbol) for symbol in symbols]
-        i = pairs.index(best)
-        symbols[i : i + 2] = ["".join(best)]
-
-
-def test_characters_in_gguf_are_joined_bytes() -> None:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    ours = SimpleCharacterTokenizer([CHARACTERS])
-    vocabulary = gguf.gguf_vocabulary(ours)
-    assert len(vocabulary.tokens) == len(set(vocabulary.tokens)) == ours.vocab_size
-    as_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
-    ((spelt, _),) = as_bytes.pre_tokenize_str(CHARACTERS)
-    assert bpe(vocabulary, spelt) == ours.encode(CHARACTERS)
-    # llama.cpp reads no file without a merge; that of plain ASCII never applies.
-    assert gguf.gguf_vocabulary(SimpleCharacterTokenizer(["abc"])).merges == ["<PAD> <PAD>"]
-
-
-def edited(tokenizer: SubwordTokenizer, folder: Path, **changes: Any) -> SubwordTokenizer:
-    """The tokenizer with parts of its tokenizer.json, or of the model in it, replaced."""
-    data = json.loads(tokenizer.to_json())
-    for name, value in changes.items():
-        (data if name in data else data["model"])[name] = value
-    (folder / "edited.json").write_text(json.dumps(data))
-    return SubwordTokenizer.from_file(folder / "edited.json")
-
-
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"pre_tokenizer": {**BYTE_LEVEL, "use_regex": False}}, "split text into words as GPT-2"),
-        ({"pre_tokenizer": None}, "split text into words as GPT-2"),
-        (
-            {"pre_tokenizer": {**BYTE_LEVEL, "use_regex": True, "add_prefix_space": True}},
-            "puts a space before every text",
-        ),
-        ({"normalizer": {"type": "NFC"}}, "normalizes texts first"),
-        ({"ignore_merges": True}, "no ignore_merges"),
-    ],
-    ids=["no-regex", "none", "prefix", "normalizer", "ignore-merges"],
-)
-def test_tokenizers_that_llama_cpp_cannot_reproduce(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    tokenizer = edited(SubwordTokenizer.train([TEXT], "bpe", 300), tmp_path, **changes)
-    with pytest.raises(ValueError, match=f"llama.cpp cannot reproduce this tokenizer: .*{message}"):
-        gguf.gguf_vocabulary(tokenizer)
-
-
-def test_ids_without_a_token_are_unused_in_gguf(tmp_path: Path) -> None:
-    trained = SubwordTokenizer.train([TEXT], "bpe", 300)
-    data = json.loads(trained.to_json())
-    vocab, (pad,) = data["model"]["vocab"], data["added_tokens"]
-    last = max(vocab, key=vocab.__getitem__)
-    vocab[last] += 10
-    more = {**pad, "id": vocab[last] + 1, "content": "<|more|>", "special": False}
-    tokenizer = edited(trained, tmp_path, vocab=vocab, added_tokens=[pad, more])
-    tokens, types, _ = gguf.gguf_vocabulary(tokenizer)
-    assert len(tokens) == len(set(tokens)) == tokenizer.vocab_size
-    for id, text in ((tokenizer.pad_token_id, "<PAD>"), *((i, t) for t, i in vocab.items())):
-        assert tokens[id] == text
-    assert [types[id] for id in tokenizer.encode("<PAD>a<|more|>")] == [3, 1, 4]
-    assert types.count(5) == tokenizer.vocab_size - len(vocab) - 1 == 9
-
-
-def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
-    tokenizer = SimpleCharacterTokenizer(["a\ud83d"])
-    for refuse in (gguf.gguf_vocabulary, hf_tokenizer.tokenizer_json):
-        with pytest.raises(ValueError, match="lone surrogate"):
-            refuse(tokenizer)
-
-
 @pytest.mark.parametrize(
     ("flags", "format", "message"),
     [
@@ -439,16 +261,6 @@ def test_missing_packages_are_named(
     message = fails(capsys, "--checkpoint", str(plain_run), "--format", "onnx")
     assert message == "error: onnx, onnxscript, onnxruntime missing: pip install '.[export]'"
     assert run_export(plain_run, "gguf").exists()
-
-
-def test_onnx_holds_less_than_2_gib(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = DecoderModel(100, 8, 1, 1, 4, tie_word_embeddings=True)
-    size = sum(p.nbytes for p in model.parameters())
-    monkeypatch.setattr(onnx, "LARGEST_FILE", size + 1)
-    onnx.check_onnx(model)
-    monkeypatch.setattr(onnx, "LARGEST_FILE", size)
-    with pytest.raises(ValueError, match="an ONNX file holds less than 2 GiB"):
-        onnx.check_onnx(model)
 
 
 def card(folder: Path) -> tuple[dict[str, Any], str]:
