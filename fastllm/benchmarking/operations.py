@@ -27,7 +27,7 @@ from fastllm.ops.mlp import mlp
 from fastllm.ops.parameters import Linear, Norm
 from fastllm.optim import Adam
 
-SEED = 7  # of every dropout mask of fastllm's
+SEED = 7  # for the masks of fastllm's dropout
 
 
 class Operation(NamedTuple):

@@ -154,12 +154,12 @@ def time_steps(
     for name, step in list(steps.items()):
         if name != "compile":
             step(ids)
-        elif not _compiles(letter, step, ids):
+        elif not _can_compile(letter, step, ids):
             del steps[name]
     return time_in_turns(steps, seconds, lambda: shape.random_ids().to(device))
 
 
-def _compiles(letter: Letter, step: Step, ids: Tensor) -> bool:
+def _can_compile(letter: Letter, step: Step, ids: Tensor) -> bool:
     log(f"config {letter}: torch.compile is warming up, which takes about half a minute ...")
     try:
         seconds = time_call(step, ids)
