@@ -1,5 +1,5 @@
-// OpenMP for ThreadSanitizer, which cannot see into libgomp: what GCC calls for a parallel region.
-// Threads start and end where OpenMP says so, and meet nowhere else.
+// The functions that GCC calls for an OpenMP parallel region, for ThreadSanitizer, which cannot see
+// into libgomp. Threads synchronize only at the start and the end of a region.
 #include <thread>
 #include <vector>
 

@@ -1,6 +1,6 @@
-// Every kernel from several threads and from several callers at once, for ThreadSanitizer (make
-// sanitize). What the kernels compute is held against the reference by the Python tests; here it
-// must be the same bits for any number of threads.
+// Every kernel on several threads and from several callers at once, for ThreadSanitizer (make
+// sanitize). The Python tests compare results with the reference; this program checks that they have
+// the same bits for any number of threads, and that no thread hangs if memory is refused.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -23,10 +23,11 @@ using Outputs = std::vector<Floats>;
 
 constexpr double P = 0.1;
 constexpr DropoutKey KEY = {7, 0};
-// Not a number, so that what a kernel forgets to write shows.
+
+// NaN, so that elements that a kernel fails to write show.
 Floats empty(int64_t size) { return Floats(size, __builtin_nanf("")); }
 
-// Inputs, the same in every run: numbers in [-0.5, 0.5), ids, masks.
+// Inputs that are the same in every run: numbers in [-0.5, 0.5), ids, masks.
 class Source {
 public:
     Floats floats(int64_t size) {
@@ -70,7 +71,7 @@ Pair gradients(int64_t outputs, int64_t inputs) {
     return {empty(outputs * inputs), empty(outputs)};
 }
 
-enum class Place { NONE, BEFORE, BEHIND };  // of the layer norm
+enum class Place { NONE, BEFORE, BEHIND };  // position of the layer norm
 constexpr Place PLACES[] = {Place::NONE, Place::BEFORE, Place::BEHIND};
 
 Outputs adam(bool decoupled, double max_grad_norm, int threads) {
@@ -226,7 +227,7 @@ Outputs dropout(int64_t size, int threads) {
     return {out};
 }
 
-constexpr int PAIRS = 6;  // of a decoder's layer: norm, qkv, out, norm, fc1, fc2
+constexpr int PAIRS = 6;  // in a decoder layer: norm, qkv, out, norm, fc1, fc2
 
 Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first, bool backward,
                      Precision precision, int threads) {
@@ -272,7 +273,7 @@ Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first
     return outputs;
 }
 
-// Prompts of unequal lengths, one of them later, then a token for each of them.
+// Prompts of unequal lengths, one of them later, then one token for each sequence.
 Outputs decode(int64_t N, int64_t D, bool norm_first, Precision precision, int threads) {
     constexpr int64_t B = 3, V = 131, L = 2, CAPACITY = 40, STEPS = 4;
     constexpr int64_t COUNTS[STEPS][B] = {{30, 1, 0}, {1, 1, 17}, {1, 0, 1}, {1, 1, 1}};
@@ -336,8 +337,8 @@ struct Case {
     std::function<Outputs(int threads)> run;
 };
 
-// Each kernel on both sides of its decisions: who shares out what, packed or in place, whole
-// vectors or not, with and without dropout.
+// Each kernel on both sides of its decisions: how work is divided, packed or in place, whole or
+// partial vectors, with and without dropout.
 std::vector<Case> cases() {
     std::vector<Case> all;
     const auto add = [&](const char* name, auto run) { all.push_back({name, run}); };
@@ -416,11 +417,11 @@ void check_same(const char* name, const Outputs& actual, const Outputs& expected
         const Floats &a = actual[i], &b = expected[i];
         for (const float x : a)
             if (!__builtin_isfinite(x)) {
-                std::fprintf(stderr, "%s: output %zu holds what is not a number\n", name, i);
+                std::fprintf(stderr, "%s: output %zu contains NaN or Inf\n", name, i);
                 std::exit(1);
             }
         if (std::memcmp(a.data(), b.data(), b.size() * sizeof(float)) != 0) {
-            std::fprintf(stderr, "%s: output %zu depends on the threads\n", name, i);
+            std::fprintf(stderr, "%s: output %zu depends on the number of threads\n", name, i);
             std::exit(1);
         }
     }
@@ -456,7 +457,7 @@ int main() {
         std::fprintf(stderr, "no kernel ran out of memory\n");
         return 1;
     }
-    // Several callers at once, each at another case.
+    // Several callers at once, each running a different case.
     constexpr size_t CALLERS = 3;
     std::vector<std::thread> callers;
     for (size_t caller = 0; caller < CALLERS; ++caller)
