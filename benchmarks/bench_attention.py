@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastllm.benchmarking.shapes import CONFIGS, Letter
 from fastllm.ops.attention import attention
+from fastllm.ops.decoder import Dropout, Linear, MultiHeadAttention
 from fastllm.ops.dropout import draw_seed
-from fastllm.ops.multi_head_attention import Settings, multi_head_attention
-from fastllm.ops.parameters import Linear
+from fastllm.ops.multi_head_attention import multi_head_attention
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
@@ -58,8 +58,15 @@ def test_whole(race_operation: Callable[..., None], letter: Letter) -> None:
     x, qkv, out, b_qkv, b_out = (t.requires_grad_() for t in inputs)
 
     def ours(p: float) -> Tensor:
-        settings = Settings(c.N, None, True, p, seed(p), p, seed(p))
-        return multi_head_attention(x, Linear(qkv, b_qkv), Linear(out, b_out), settings)
+        mha = MultiHeadAttention(
+            Linear(qkv, b_qkv),
+            Linear(out, b_out),
+            c.N,
+            causal=True,
+            weights_dropout=Dropout(p, seed(p)),
+            out_dropout=Dropout(p, seed(p)),
+        )
+        return multi_head_attention(x, mha)
 
     def stock(attend: Callable[..., Tensor], p: float) -> Tensor:
         parts = F.linear(x, qkv, b_qkv).view(B, S, 3, c.N, H // c.N).permute(2, 0, 3, 1, 4)

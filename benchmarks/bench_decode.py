@@ -8,7 +8,7 @@ import torch
 from fastllm.benchmarking.shapes import CONFIGS, Letter
 from fastllm.benchmarking.steps import build_fastllm
 from fastllm.generation.decoding import ModuleDecoding
-from fastllm.ops.decode import Decoding
+from fastllm.ops.decode import Decoding, PackedDecoder
 
 
 # pytest benchmarks/bench_decode.py --benchmark-only
@@ -19,9 +19,10 @@ def test_decode(race: Callable[..., None], letter: Letter, precision: str, B: in
     """Half of the window, then one token at a time, against the modules with their caches."""
     c = CONFIGS[letter]
     model = build_fastllm(c).eval()
-    decoder = model.fused(torch.empty(1, c.S), None)
-    assert decoder is not None
-    ours, modules = Decoding(decoder, B, precision), ModuleDecoding(model, B, use_cache=True)
+    decoder = model.record(c.S)
+    assert not isinstance(decoder, str), decoder
+    ours = Decoding(PackedDecoder(decoder, precision), B)
+    modules = ModuleDecoding(model, B, use_cache=True, precision="fp32")
     prompts = torch.randint(c.V, (B, c.S // 2)).tolist()
     results = [decoding.extend(prompts) for decoding in (ours, modules)]
     error = (results[0] - results[1]).norm() / results[1].norm()

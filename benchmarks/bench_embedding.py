@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm.benchmarking.shapes import CONFIGS, Letter
+from fastllm.ops.decoder import Dropout, Embedding
 from fastllm.ops.dropout import draw_seed
-from fastllm.ops.embedding import Settings, embedding
+from fastllm.ops.embedding import embedding
 
 
 # pytest benchmarks/bench_embedding.py --benchmark-only
@@ -21,8 +22,8 @@ def test_embedding(race_operation: Callable[..., None], letter: Letter) -> None:
     positions = torch.randn(c.S, c.H, requires_grad=True)
 
     def ours(p: float) -> Tensor:
-        settings = Settings(scale, None, p, draw_seed() if p else 0)
-        return embedding(ids, weight, positions, settings)
+        dropout = Dropout(p, draw_seed() if p else 0)
+        return embedding(ids, Embedding(weight, positions, scale, dropout=dropout))
 
     def eager(p: float) -> Tensor:
         return F.dropout(F.embedding(ids, weight) * scale + positions, p)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fastllm.benchmarking.shapes import CONFIGS, Letter
+from fastllm.ops.decoder import Norm
 from fastllm.ops.layer_norm import layer_norm
-from fastllm.ops.parameters import Norm
 
 
 # pytest benchmarks/bench_layer_norm.py --benchmark-only

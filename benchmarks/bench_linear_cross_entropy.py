@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm.benchmarking.shapes import CONFIGS, Letter
+from fastllm.ops.decoder import Linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
-from fastllm.ops.parameters import Linear
 
 
 # pytest benchmarks/bench_linear_cross_entropy.py --benchmark-only

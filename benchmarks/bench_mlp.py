@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm.benchmarking.shapes import CONFIGS, Letter
+from fastllm.ops.decoder import Dropout, Linear, Mlp
 from fastllm.ops.dropout import draw_seed
 from fastllm.ops.mlp import mlp
-from fastllm.ops.parameters import Linear
 
 
 # pytest benchmarks/bench_mlp.py --benchmark-only
@@ -23,7 +23,8 @@ def test_mlp(race_operation: Callable[..., None], letter: Letter) -> None:
     inputs = tuple(t.requires_grad_() for t in (x, w1, b1, w2, b2))
 
     def ours(p: float) -> Tensor:
-        return mlp(x, Linear(w1, b1), Linear(w2, b2), "gelu", p, draw_seed() if p else 0)
+        dropout = Dropout(p, draw_seed() if p else 0)
+        return mlp(x, Mlp(Linear(w1, b1), Linear(w2, b2), hidden_dropout=dropout))
 
     def eager(p: float) -> Tensor:
         return F.linear(F.dropout(F.gelu(F.linear(x, w1, b1)), p), w2, b2)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastllm.benchmarking.machine import measure_bandwidth, measure_peak
 from fastllm.benchmarking.timing import time_call
-from fastllm.ops import dispatch
+from fastllm.ops import extension
 from fastllm.threads import set_threads
 
 SECONDS = 0.6  # for all contestants of one line of the table
@@ -93,9 +93,9 @@ def race(benchmark: BenchmarkFixture, threads: int) -> Callable[..., None]:
             return
         seconds = benchmark.stats["median"]
         limit = None
-        if dispatch.kernels and flops:
+        if extension.kernels and flops:
             limit = flops / seconds / measure_peak(threads) / 1e9
-        elif dispatch.kernels and bytes_moved:
+        elif extension.kernels and bytes_moved:
             bandwidth = measure_bandwidth(threads, update=True, size=bytes_moved // 8)
             limit = bytes_moved / seconds / bandwidth / 1e9
         ratios = {rival: median(each) / seconds for rival, each in times.items()}

@@ -25,7 +25,7 @@ from fastllm.benchmarking.machine import cpu_name
 from fastllm.benchmarking.shapes import MeasuredPrecision
 from fastllm.device import autocast
 from fastllm.integrations import ipex
-from fastllm.ops import dispatch
+from fastllm.ops import extension
 from fastllm.optim import AdamW
 from fastllm.threads import set_threads
 
@@ -74,7 +74,7 @@ def take_step() -> float:
 def main() -> None:
     names = ("torch", ipex.PACKAGE, "transformers", "fastllm")
     print(", ".join(f"{name} {version(name)}" for name in names))
-    print(f"{cpu_name()}, {dispatch.kernels.isa() if dispatch.kernels else 'no kernels'}")
+    print(f"{cpu_name()}, {extension.kernels.isa() if extension.kernels else 'no kernels'}")
     print(f"{'precision':10}{'by':14}{'ms a step':>10}{'least':>8}{'most':>8}{'times as long':>15}")
     precisions: list[MeasuredPrecision] = ["fp32", "bf16"]
     for precision in precisions:

@@ -28,13 +28,12 @@ from triton.runtime.jit import JITFunction
 
 from fastllm.ops import adam_triton, attention_triton, dropout_triton
 from fastllm.ops.adam import AdamGroup
-from fastllm.ops.attention import widest_triton_head
-from fastllm.ops.embedding import Settings
+from fastllm.ops.attention import AttentionOptions, widest_triton_head
+from fastllm.ops.decoder import Dropout, Embedding, Linear, Mlp, Norm
 from fastllm.ops.embedding_triton import embedding_triton
 from fastllm.ops.layer_norm_triton import layer_norm_triton
 from fastllm.ops.linear_cross_entropy_triton import linear_cross_entropy_triton
 from fastllm.ops.mlp_triton import mlp_triton
-from fastllm.ops.parameters import Linear, Norm
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
@@ -108,7 +107,8 @@ def cases() -> Iterator[Case]:
         # Strided like the output of one qkv projection.
         qkv = random(dtype, 1, 128, 3, 2, D).permute(2, 0, 3, 1, 4)
         mask = torch.zeros(128, 128, dtype=torch.bool) if masked else None
-        attention_triton.attention_triton(*qkv, mask, True, dropout_p, 5).sum().backward()
+        options = AttentionOptions(mask, True, Dropout(dropout_p, 5))
+        attention_triton.attention_triton(*qkv, options).sum().backward()
 
     for dtype in TYPES:
         for name, D, dropout_p, masked in (
@@ -126,7 +126,7 @@ def cases() -> Iterator[Case]:
         fc1 = Linear(random(dtype, I, H), random(dtype, I))
         fc2 = Linear(random(dtype, H, I), random(dtype, H))
         x = random(dtype, 64, H)
-        mlp_triton(x, fc1, fc2, "gelu", dropout_p, 5, None, True, 0, 0).sum().backward()
+        mlp_triton(x, Mlp(fc1, fc2, hidden_dropout=Dropout(dropout_p, 5))).sum().backward()
 
     def layer_norm(dtype: str, H: int) -> None:
         norm = Norm(random(dtype, H), random(dtype, H), 1e-5)
@@ -134,8 +134,8 @@ def cases() -> Iterator[Case]:
 
     def embedding(dtype: str) -> None:
         ids = torch.zeros(2, 8, dtype=torch.long)
-        settings = Settings(1.0, None, 0.1, 5)
-        embedding_triton(ids, random(dtype, 66, 384), random(dtype, 8, 384), settings)
+        tables = random(dtype, 66, 384), random(dtype, 8, 384)
+        embedding_triton(ids, Embedding(*tables, dropout=Dropout(0.1, 5)))
 
     def cross_entropy(dtype: str) -> None:
         head, targets = Linear(random(dtype, 50257, 16), None), torch.zeros(2, dtype=torch.long)

@@ -38,10 +38,11 @@ constexpr int64_t ADAM_BLOCK = 8192;
 // scale per output, is for weights only.
 enum class Precision { FP32, BF16, INT8 };
 
-// Selects the random numbers of dropout; see csrc/dropout.inc.
-struct DropoutKey {
+// Dropout with probability p in [0, 1); seed and stream name the mask, see csrc/dropout.inc.
+struct Dropout {
+    double p;
     uint64_t seed;
-    uint32_t stream;
+    uint32_t stream = 0;
 };
 
 // A layer norm. The weight is null for an operation without one.
@@ -85,8 +86,7 @@ struct Attention {
     Rows q, k, v;
     Mask mask;
     bool causal;  // with T > S, the queries are the last S positions
-    double p;     // probability of dropping a weight
-    DropoutKey key;
+    Dropout dropout;  // of the weights
 };
 
 // [norm ->] qkv -> attention -> out -> dropout [-> + x [-> norm]]. With a norm, before or after,
@@ -100,8 +100,7 @@ struct MultiHeadAttention {
     Linear qkv, out;  // rows of qkv ordered q, k, v, each by head
     Mask mask;
     bool causal;
-    double weights_p, out_p;
-    DropoutKey weights_key, out_key;
+    Dropout weights_dropout, out_dropout;
     Precision precision;
 };
 
@@ -127,8 +126,7 @@ struct Mlp {
     bool norm_first;
     Linear fc1, fc2;
     Activation activation;
-    double hidden_p, out_p;
-    DropoutKey hidden_key, out_key;
+    Dropout hidden_dropout, out_dropout;
     Precision precision;
 };
 
@@ -150,8 +148,7 @@ struct Embedding {
     const float* weight;     // [V, H]
     const float* positions;  // [S, H]
     float scale;
-    double p;
-    DropoutKey key;
+    Dropout dropout;
 };
 
 struct LinearCrossEntropy {
@@ -243,7 +240,7 @@ struct Kernels {
     double (*decoder_loss)(const Decoder& d, const DecoderGrad* grad, int threads);
 
     // dropout.inc: out = in * mask / (1 - p), element by element. It is its own backward.
-    void (*dropout)(float* out, const float* in, int64_t size, double p, DropoutKey key,
+    void (*dropout)(float* out, const float* in, int64_t size, const Dropout& dropout,
                     int threads);
 
     // embedding.inc: out = dropout(weight[ids] * scale + positions). Either gradient may be null.

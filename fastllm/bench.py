@@ -26,7 +26,8 @@ from fastllm.benchmarking.steps import (
 )
 from fastllm.command import CommandSettings, errors_in_one_line, log, parse_settings
 from fastllm.device import Device
-from fastllm.ops import dispatch, implementation_line
+from fastllm.ops import dispatch, extension, implementation_line
+from fastllm.ops.precision import why_not_autocast
 from fastllm.threads import set_threads
 
 COMPARE: tuple[Rival, ...] = ("eager", "tuned", "compile")
@@ -98,7 +99,7 @@ def choose_rivals(settings: BenchConfig) -> list[Rival]:
         raise SystemExit("error: --memory reads /proc, which only Linux has")
     rivals = settings.compare
     if settings.precision == "bf16" and settings.device == "cpu":
-        if reason := dispatch.why_not_autocast(torch.bfloat16):
+        if reason := why_not_autocast(torch.bfloat16):
             raise SystemExit(f"error: precision: bf16 cannot be measured: {reason}")
         if "compare" not in settings.model_fields_set:
             rivals = [*rivals, "autocast"]
@@ -122,8 +123,8 @@ def show_memory(settings: BenchConfig, rivals: list[Rival]) -> dict[str, Any]:
 def show_times(settings: BenchConfig, rivals: list[Rival], threads: int) -> dict[str, Any]:
     precision, on_gpu = settings.precision, settings.device == "cuda"
     machine = describe_gpu(precision) if on_gpu else describe_machine(threads, precision)
-    if dispatch.kernels is None and not on_gpu:
-        log(f"the machine's peak cannot be measured: {dispatch.extension_problem}")
+    if extension.kernels is None and not on_gpu:
+        log(f"the machine's peak cannot be measured: {extension.problem}")
     settings.show("\n".join(f"{name:15}{cell_text(value)}" for name, value in machine.items()))
     operations = list(show_operations(settings, machine)) if on_gpu else []
     settings.show("\nA step by fastllm, and how many times as long stock PyTorch takes:")

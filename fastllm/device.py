@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from fastllm.command import log
-from fastllm.ops import dispatch
+from fastllm.ops.precision import why_not_autocast
 
 # On CPUs with bf16 dot products, training was measured to be faster in bf16 from this width on.
 MIN_BF16_WIDTH = 32
@@ -26,11 +26,11 @@ def choose_device(asked: Device) -> Device:
 def choose_precision(asked: Precision, hidden_size: int, device: Device) -> Precision:
     """The precision that `--precision` resolves to, never auto; warns if it is not supported."""
     if asked == "auto":
-        slow = dispatch.why_not_autocast(torch.bfloat16) or hidden_size < MIN_BF16_WIDTH
+        slow = why_not_autocast(torch.bfloat16) or hidden_size < MIN_BF16_WIDTH
         return "fp32" if slow or device == "cuda" else "bf16"  # bf16 was not measured on GPUs
     if asked == "fp32" or device == "cuda":
         return asked
-    reason = dispatch.why_not_autocast(torch.bfloat16)
+    reason = why_not_autocast(torch.bfloat16)
     if asked == "fp16":
         reason = "fp16 is for GPUs"
     if reason:

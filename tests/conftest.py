@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastllm import use
 from fastllm.command import no_log
-from fastllm.ops import dispatch
+from fastllm.ops import extension
+from fastllm.ops.precision import why_not_autocast
 from fastllm.training.config import TrainConfig, parse_train_config
 from fastllm.training.loop import Trainer
 from fastllm.training.run import prepare, resolve
@@ -21,7 +22,7 @@ REPOSITORY = Path(__file__).parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
 
 needs_extension = pytest.mark.skipif(
-    dispatch.kernels is None, reason=f"no C++ kernels: {dispatch.extension_problem}"
+    extension.kernels is None, reason=f"no C++ kernels: {extension.problem}"
 )
 
 
@@ -174,7 +175,7 @@ def shape_name(letters: str) -> Callable[[tuple[int, ...]], str]:
     return lambda sizes: "-".join(f"{l}{size}" for l, size in zip(letters, sizes, strict=True))
 
 
-@pytest.fixture(params=dispatch.kernels.isas() if dispatch.kernels else ["none"])
+@pytest.fixture(params=extension.kernels.isas() if extension.kernels else ["none"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once for every instruction set of this CPU."""
     with isa_in_use(request.param):
@@ -184,17 +185,17 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @contextmanager
 def isa_in_use(isa: str) -> Iterator[None]:
     """Runs the kernels of this instruction set; skips the test without the extension."""
-    if dispatch.kernels is None:
-        pytest.skip(f"no C++ kernels: {dispatch.extension_problem}")
-    before = dispatch.kernels.isa()
-    dispatch.kernels.set_isa(isa)
+    if extension.kernels is None:
+        pytest.skip(f"no C++ kernels: {extension.problem}")
+    before = extension.kernels.isa()
+    extension.kernels.set_isa(isa)
     try:
         yield
     finally:
-        dispatch.kernels.set_isa(before)
+        extension.kernels.set_isa(before)
 
 
-@pytest.fixture(params=[*(dispatch.kernels.isas() if dispatch.kernels else ["none"]), "bf16"])
+@pytest.fixture(params=[*(extension.kernels.isas() if extension.kernels else ["none"]), "bf16"])
 def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with the kernels of every instruction set in fp32, and once in bf16.
 
@@ -203,7 +204,7 @@ def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param != "bf16":
         with isa_in_use(request.param):
             yield request.param
-    elif reason := dispatch.why_not_autocast(torch.bfloat16):
+    elif reason := why_not_autocast(torch.bfloat16):
         pytest.skip(reason)
     else:
         with torch.autocast("cpu", torch.bfloat16):

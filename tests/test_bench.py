@@ -10,7 +10,8 @@ import fastllm
 from fastllm import bench
 from fastllm.benchmarking import steps
 from fastllm.benchmarking.stock import StockDecoder
-from fastllm.ops import dispatch
+from fastllm.ops import dispatch, extension
+from fastllm.ops.precision import why_not_autocast
 from tests.commands import run_command
 from tests.conftest import REPOSITORY, needs_extension
 
@@ -41,7 +42,7 @@ def test_json() -> None:
     assert set(machine) == {
         "cpu", "isa", "threads", "peak_gflops", "bandwidth_gbs", "torch", "fastllm"
     }  # fmt: skip
-    assert machine["cpu"] and machine["isa"] in dispatch.kernels.isas()
+    assert machine["cpu"] and machine["isa"] in extension.kernels.isas()
     assert machine["threads"] == 1
     assert machine["peak_gflops"] > 0 and machine["bandwidth_gbs"] > 0
     assert (machine["torch"], machine["fastllm"]) == (torch.__version__, fastllm.__version__)
@@ -57,7 +58,7 @@ def test_chunked_needs_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_bf16() -> None:
     flags = "--config A --precision bf16 --compare autocast --seconds 0.1 --json".split()
     result = run_command("bench", *flags, "--threads", "1")
-    if reason := dispatch.why_not_autocast(torch.bfloat16):
+    if reason := why_not_autocast(torch.bfloat16):
         assert result.stderr == f"error: precision: bf16 cannot be measured: {reason}\n"
         return
     (config,) = json.loads(result.stdout)["configs"]
@@ -101,8 +102,8 @@ def test_red_gate_ends_the_command_before_timing(
 def test_without_the_extension(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], threads: None
 ) -> None:
-    monkeypatch.setattr(dispatch, "kernels", None)
-    monkeypatch.setattr(dispatch, "extension_problem", "it was never built")
+    monkeypatch.setattr(extension, "kernels", None)
+    monkeypatch.setattr(extension, "problem", "it was never built")
     bench.main(["--config", "A", "--compare", "eager", "--seconds", "0.1"])
     out, err = capsys.readouterr()
     assert "peak cannot be measured: it was never built" in err

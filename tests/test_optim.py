@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastllm
-from fastllm.ops import dispatch
+from fastllm.ops import extension
 from fastllm.optim import Adam, AdamW
 from tests.conftest import assert_as_accurate, assert_same_bits, needs_extension
 
@@ -220,8 +220,8 @@ def test_parameter_that_is_not_contiguous() -> None:
 @pytest.mark.parametrize("impl", ["ref", "cpu"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_a_number_spoils_the_parameters_as_in_torch(impl: str, bad: float) -> None:
-    if impl == "cpu" and dispatch.kernels is None:
-        pytest.skip(f"no C++ kernels: {dispatch.extension_problem}")
+    if impl == "cpu" and extension.kernels is None:
+        pytest.skip(f"no C++ kernels: {extension.problem}")
     for clip in (None, 1.0):
         ours, torchs = torch.zeros(20, requires_grad=True), torch.zeros(20, requires_grad=True)
         for p in (ours, torchs):

@@ -10,7 +10,7 @@ import fastllm
 from fastllm.benchmarking.shapes import CONFIGS, MeasuredPrecision
 from fastllm.benchmarking.steps import build_fastllm
 from fastllm.device import autocast
-from fastllm.ops import dispatch
+from fastllm.ops.precision import why_not_autocast
 from fastllm.optim import Adam
 from fastllm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
 from tests.conftest import TEXTS, needs_extension
@@ -71,7 +71,7 @@ def test_two_hundred_steps_have_the_same_losses(ids: Tensor) -> None:
 @needs_extension
 def test_bf16_learns_as_much(ids: Tensor) -> None:
     """After two hundred steps the loss is that of fp32, within the variation between runs."""
-    if reason := dispatch.why_not_autocast(torch.bfloat16):
+    if reason := why_not_autocast(torch.bfloat16):
         pytest.skip(reason)
     in_fp32, in_bf16 = (losses("cpu", ids, 200, precision) for precision in ("fp32", "bf16"))
     assert in_bf16 != in_fp32

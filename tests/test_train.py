@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastllm import integrations
-from fastllm.ops import dispatch
+from fastllm.ops.precision import why_not_autocast
 from fastllm.train import main
 from fastllm.training.metrics import read_metrics
 from tests.commands import run_command
@@ -84,7 +84,7 @@ def test_without_cuda_training_warns_and_uses_the_cpu(tmp_path: Path, text: Path
 def test_precision(tmp_path: Path, text: Path, flags: str, native: str, expected: str) -> None:
     """The resolved precision is printed and recorded; unsupported bf16 gives a warning."""
     if native == "bf16" and expected == "bf16":
-        reason = dispatch.why_not_autocast(torch.bfloat16)
+        reason = why_not_autocast(torch.bfloat16)
         if reason:
             pytest.skip(reason)
     with isa_in_use("base") if native == "base" else nullcontext():

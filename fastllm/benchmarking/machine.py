@@ -11,13 +11,14 @@ import torch
 from fastllm.benchmarking.shapes import MeasuredPrecision
 from fastllm.benchmarking.timing import time_call, time_in_turns
 from fastllm.device import TYPES
-from fastllm.ops import dispatch
+from fastllm.ops import extension
+from fastllm.ops.precision import PRECISIONS
 from fastllm.version import __version__
 
 
 def describe_machine(threads: int, precision: MeasuredPrecision = "fp32") -> dict[str, Any]:
     """The CPU, its measured limits (None without the C++ extension) and the versions in use."""
-    kernels = dispatch.kernels
+    kernels = extension.kernels
     return {
         "cpu": cpu_name(),
         "isa": kernels.isa() if kernels else None,
@@ -44,11 +45,11 @@ def measure_peak(threads: int, precision: MeasuredPrecision = "fp32") -> float:
     `FASTLLM_CPU_ISA` does not apply: the peak is that of the processor's widest registers, so that
     giving up registers cannot raise a fraction of the peak.
     """
-    kernels = dispatch.kernels
+    kernels = extension.kernels
     isa = kernels.isa()
     kernels.set_isa(kernels.isas()[-1])
     try:
-        iterations, rest = 1000, (dispatch.PRECISIONS.index(precision), threads)
+        iterations, rest = 1000, (PRECISIONS.index(precision), threads)
         while (seconds := time_call(kernels.fma_loop, iterations, *rest)) < 0.02:
             iterations *= 2
         iterations = int(iterations * 0.05 / seconds)
@@ -67,7 +68,7 @@ def measure_bandwidth(threads: int, update: bool = False, size: int = 2**26) -> 
         size: elements of the array; the default, 256 MiB, is larger than any cache.
     """
     data = torch.ones(size)  # written, because untouched zeros all share one page
-    walk = dispatch.kernels.memory_update if update else dispatch.kernels.memory_read
+    walk = extension.kernels.memory_update if update else extension.kernels.memory_read
     runs = [time_call(walk, data.data_ptr(), data.numel(), threads) for _ in range(9)]
     return data.nbytes * (2 if update else 1) / median(runs) / 1e9
 

@@ -19,12 +19,12 @@ from fastllm.benchmarking.timing import time_in_turns
 from fastllm.command import log
 from fastllm.device import TYPES
 from fastllm.ops.attention import attention
+from fastllm.ops.decoder import Dropout, Embedding, Linear, Mlp, Norm
 from fastllm.ops.dropout import dropout
-from fastllm.ops.embedding import Settings, embedding
+from fastllm.ops.embedding import embedding
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.mlp import mlp
-from fastllm.ops.parameters import Linear, Norm
 from fastllm.optim import Adam
 
 SEED = 7  # for the masks of fastllm's dropout
@@ -102,6 +102,11 @@ def attention_operation(case: Case) -> Operation:
 def mlp_operation(case: Case) -> Operation:
     H, _, _, S, B, *_ = CONFIGS[case.letter]
     R, I, p = B * S, 4 * H, case.p
+
+    def ours(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        layers = Linear(w1, b1), Linear(w2, b2)
+        return mlp(x, Mlp(*layers, hidden_dropout=Dropout(p, SEED)))
+
     return Operation(
         "mlp",
         [
@@ -111,7 +116,7 @@ def mlp_operation(case: Case) -> Operation:
             case.random(H, I, scale=I**-0.5),
             case.random(H),
         ],
-        lambda x, w1, b1, w2, b2: mlp(x, Linear(w1, b1), Linear(w2, b2), "gelu", p, SEED),
+        ours,
         lambda x, w1, b1, w2, b2: F.linear(F.dropout(F.gelu(F.linear(x, w1, b1)), p), w2, b2),
         None,
         flops=12 * R * H * I,
@@ -136,10 +141,14 @@ def layer_norm_operation(case: Case, name: str, width: int) -> Operation:
 def embedding_operation(case: Case) -> Operation:
     H, _, _, S, B, V, _ = CONFIGS[case.letter]
     ids, p = case.random_ids(), case.p
+
+    def ours(weight: Tensor, positions: Tensor) -> Tensor:
+        return embedding(ids, Embedding(weight, positions, H**0.5, dropout=Dropout(p, SEED)))
+
     return Operation(
         "embedding",
         [case.random(V, H), case.random(S, H)],
-        lambda w, positions: embedding(ids, w, positions, Settings(H**0.5, None, p, SEED)),
+        ours,
         lambda w, positions: F.dropout(F.embedding(ids, w) * H**0.5 + positions, p),
         None,
         flops=0,

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS
+from fastllm.core.fusible import FORWARDS
 from fastllm.ops.dropout import draw_seed, dropout
 
 
@@ -18,12 +18,12 @@ class Dropout(nn.Dropout):
         return dropout(input, p, seed)
 
     def draw(self) -> tuple[float, int]:
-        """The probability that holds now, and a fresh seed where it is not 0."""
+        """The probability in effect, and a fresh seed unless that is 0."""
         p = self.active_p()
         return p, draw_seed() if p else 0
 
     def active_p(self) -> float:
-        """The probability that holds now: 0 in evaluation."""
+        """The probability in effect: 0 in evaluation mode."""
         return self.p if self.training else 0.0
 
 

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, all_are, parts, plain
+from fastllm.core.fusible import FORWARDS, all_are, is_plain
 from fastllm.core.positional_encoding import PositionalEncoding
-from fastllm.ops.embedding import Settings, check_token_ids, embedding
+from fastllm.ops import decoder as records
+from fastllm.ops.dropout import fresh_seeds
+from fastllm.ops.embedding import check_token_ids, embedding
+from fastllm.ops.torch_private import submodules
 
 
 class EmbeddingLayer(nn.Module):
@@ -43,7 +46,7 @@ class EmbeddingLayer(nn.Module):
             vocab_size, hidden_size, padding_idx=padding_idx, device=device, dtype=dtype
         )
         self.padding_idx = self.token_embeddings.padding_idx
-        # PyTorch's own N(0, 1), times sqrt(H), would drown the positions and costs 0.4 of
+        # PyTorch's N(0, 1), times sqrt(H), would drown out the positions: it costs 0.4 of
         # validation loss on a character model.
         nn.init.normal_(self.token_embeddings.weight, std=0.02)
         if self.padding_idx is not None:
@@ -63,45 +66,52 @@ class EmbeddingLayer(nn.Module):
 
         Args:
             input_ids: integers in [0, V).
-            offset: how many positions came before, when they are in a cache.
+            offset: the number of earlier positions, if they are in a cache.
 
         Raises:
             IndexError: an id is outside the vocabulary.
             ValueError: the sequence is too long.
         """
-        if self.is_plain():
-            end = self.positional_encoding.check(offset + input_ids.size(1))
-            positions = self.position_table()[offset:end]
-            weight = self.token_embeddings.weight
-            return embedding(input_ids, weight, positions, self.draw_settings())
-        if isinstance(self.token_embeddings, nn.Embedding):  # what stands there may know more
+        record = self.record(offset, input_ids.size(1))
+        if record is not None:
+            return embedding(input_ids, record.with_seeds(fresh_seeds()))
+        if isinstance(self.token_embeddings, nn.Embedding):  # a replacement may have more tokens
             check_token_ids(input_ids, self.token_embeddings.num_embeddings)
         x = self.token_embeddings(input_ids) * self.scale
         if offset == 0:
             return self.positional_encoding(x)
         return self.positional_encoding(x, offset)
 
-    def is_plain(self) -> bool:
-        """Whether one operation may stand for the embeddings, positions and dropout."""
-        tokens, encoding = parts(self, "token_embeddings", "positional_encoding")
-        return (
-            all_are(nn.Embedding, tokens)
-            and all_are(PositionalEncoding, encoding)
-            and plain(tokens, encoding, *parts(encoding, "dropout"))
-            and (not encoding.learned or plain(encoding.pos_embedding))
-            and tokens.max_norm is None
-            and not (tokens.scale_grad_by_freq or tokens.sparse)
+    def record(self, offset: int, length: int) -> records.Embedding | None:
+        """Parameters and settings for the operation at positions `offset` to `offset + length`, the
+        seed not drawn yet; None if the modules must run.
+
+        Raises:
+            ValueError: the positions end beyond `max_seq_len`.
+        """
+        tokens, encoding = submodules(self, "token_embeddings", "positional_encoding")
+        if not all_are(nn.Embedding, tokens) or not all_are(PositionalEncoding, encoding):
+            return None
+        (dropout,) = submodules(encoding, "dropout")
+        if not is_plain(tokens, encoding, dropout):
+            return None
+        if encoding.learned and not is_plain(encoding.pos_embedding):
+            return None
+        if tokens.max_norm is not None or tokens.scale_grad_by_freq or tokens.sparse:
+            return None
+        encoding.check_length(offset + length)
+        return records.Embedding(
+            tokens.weight,
+            self.position_table()[offset : offset + length],
+            self.scale,
+            tokens.padding_idx,
+            records.Dropout(dropout.active_p()),
         )
 
     def position_table(self) -> Tensor:
         """A vector for each position, [max_seq_len, H]."""
-        (encoding,) = parts(self, "positional_encoding")
+        (encoding,) = submodules(self, "positional_encoding")
         return encoding.pos_embedding.weight if encoding.learned else encoding.pe[0]
-
-    def draw_settings(self) -> Settings:
-        """The operation's settings, with a fresh seed."""
-        dropout = self.positional_encoding.dropout.draw()
-        return Settings(self.scale, self.token_embeddings.padding_idx, *dropout)
 
 
 FORWARDS[EmbeddingLayer] = EmbeddingLayer.forward

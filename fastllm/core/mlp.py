@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, all_are, parts, plain, plain_norm, weight_and_bias
 from fastllm.core.dropout import Dropout
+from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm
+from fastllm.ops import decoder as records
+from fastllm.ops.dropout import fresh_seeds
 from fastllm.ops.mlp import mlp
-from fastllm.ops.parameters import Linear, Norm
+from fastllm.ops.torch_private import submodules, weight_and_bias
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -22,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class MLP(nn.Module):
-    """Two linear layers around an activation, with layer norm and residual connection if wanted.
+    """Two linear layers around an activation, optionally with layer norm and residual connection.
 
     Args:
         hidden_size: H.
@@ -76,9 +78,9 @@ class MLP(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        # A truncated normal suits the smooth activations, and keeping the variance of the input
-        # gains 0.05 of validation loss over a fixed 0.02 on a character model; the piecewise linear
-        # ones keep theirs with Kaiming's start (He et al. 2015).
+        # Truncated normal for the smooth activations: preserving the variance of the input gains
+        # 0.05 of validation loss over a fixed 0.02 on a character model. The piecewise linear ones
+        # preserve it with Kaiming's initialisation (He et al. 2015).
         smooth = isinstance(self.activation, (nn.GELU, nn.SiLU))
         for linear in (self.fc1, self.fc2):
             if smooth:
@@ -90,12 +92,12 @@ class MLP(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Maps every vector of `hidden_states` [..., H] by itself; gives [..., H]."""
-        layers = self.plain_layers()
-        if layers is not None:
-            norm = None if self.norm is None else plain_norm(self.norm, self.hidden_size)
-            if self.norm is None or norm is not None:
-                return self.fused(hidden_states, *layers, norm, self.norm_first)
+        """Maps every vector of `hidden_states` [..., H] on its own; returns [..., H]."""
+        norm = None if self.norm is None else plain_norm(self.norm, self.hidden_size)
+        if self.norm is None or norm is not None:
+            record = self.record(norm, self.norm_first)
+            if record is not None:
+                return mlp(hidden_states, record.with_seeds(fresh_seeds()))
         x = hidden_states
         if self.norm is not None and self.norm_first:
             x = self.norm(x)
@@ -105,37 +107,26 @@ class MLP(nn.Module):
         out = hidden_states + out
         return out if self.norm_first else self.norm(out)
 
-    def plain_layers(self) -> tuple[Linear, Linear, str] | None:
-        """fc1, fc2 and the activation's name, where one operation may stand for all of them."""
-        fc1, activation, dropout, fc2 = parts(self, "fc1", "activation", "dropout", "fc2")
-        if not all_are(nn.Linear, fc1, fc2) or not plain(fc1, activation, dropout, fc2):
-            return None
-        match activation:
-            case nn.GELU(approximate="none"):
-                name = "gelu"
-            case nn.GELU(approximate="tanh"):
-                name = "gelu_tanh"
-            case nn.ReLU():
-                name = "relu"
-            case nn.SiLU():
-                name = "silu"
-            case nn.LeakyReLU(negative_slope=0.01):
-                name = "leaky_relu"
-            case _:
-                return None
-        return Linear(*weight_and_bias(fc1)), Linear(*weight_and_bias(fc2)), name
+    def record(self, norm: records.Norm | None, norm_first: bool) -> records.Mlp | None:
+        """Parameters and settings for the operation, seeds not drawn yet; None if the modules must
+        run.
 
-    def fused(
-        self,
-        hidden_states: Tensor,
-        fc1: Linear,
-        fc2: Linear,
-        activation: str,
-        norm: Norm | None,
-        norm_first: bool,
-    ) -> Tensor:
-        """What `forward` computes, as one operation, with these layers and layer norm."""
-        return mlp(hidden_states, fc1, fc2, activation, *self.dropout.draw(), norm, norm_first)
+        Args:
+            norm: the layer norm to do with it, if any.
+        """
+        fc1, activation, dropout, fc2 = submodules(self, "fc1", "activation", "dropout", "fc2")
+        if not all_are(nn.Linear, fc1, fc2) or not is_plain(fc1, activation, dropout, fc2):
+            return None
+        if (name := activation_name(activation)) is None:
+            return None
+        return records.Mlp(
+            records.Linear(*weight_and_bias(fc1)),
+            records.Linear(*weight_and_bias(fc2)),
+            name,
+            norm,
+            norm_first,
+            records.Dropout(dropout.active_p()),
+        )
 
 
 FORWARDS[MLP] = MLP.forward
@@ -151,3 +142,20 @@ def make_activation(activation: str | nn.Module) -> nn.Module:
             "or pass a torch.nn.Module"
         )
     return ACTIVATIONS[activation]()
+
+
+def activation_name(activation: nn.Module) -> str | None:
+    """The name that operations know the activation by; None if they do not."""
+    match activation:
+        case nn.GELU(approximate="none"):
+            return "gelu"
+        case nn.GELU(approximate="tanh"):
+            return "gelu_tanh"
+        case nn.ReLU():
+            return "relu"
+        case nn.SiLU():
+            return "silu"
+        case nn.LeakyReLU(negative_slope=0.01):
+            return "leaky_relu"
+        case _:
+            return None

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS
 from fastllm.core.dropout import Dropout
+from fastllm.core.fusible import FORWARDS
 
 
 class PositionalEncoding(nn.Module):
@@ -58,25 +58,25 @@ class PositionalEncoding(nn.Module):
 
         Args:
             x: [B, S, H].
-            offset: how many positions came before, when they are in a cache.
+            offset: the number of earlier positions, if they are in a cache.
 
         Raises:
             ValueError: the positions end beyond `max_seq_len`.
         """
-        end = self.check(offset + x.size(1))
+        end = offset + x.size(1)
+        self.check_length(end)
         if self.learned:
             positions = self.pos_embedding(torch.arange(offset, end, device=x.device))
         else:
             positions = self.pe[0, offset:end]
         return self.dropout(x + positions)
 
-    def check(self, end: int) -> int:
-        """`end`, the number of positions, if there are so many; else raises a `ValueError`."""
-        if end > self.max_seq_len:
+    def check_length(self, length: int) -> None:
+        """Raises a `ValueError` if there are fewer positions than `length`."""
+        if length > self.max_seq_len:
             raise ValueError(
-                f"Sequence length {end} exceeds maximum sequence length {self.max_seq_len}"
+                f"Sequence length {length} exceeds maximum sequence length {self.max_seq_len}"
             )
-        return end
 
 
 FORWARDS[PositionalEncoding] = PositionalEncoding.forward

@@ -4,10 +4,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, all_are, parts, plain, plain_norm
 from fastllm.core.attn.mha import KeyValueCache, MultiHeadAttention
+from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm
 from fastllm.core.mlp import MLP
-from fastllm.ops.decoder_loss import Layer
+from fastllm.ops.decoder import Layer
+from fastllm.ops.dropout import fresh_seeds
+from fastllm.ops.mlp import mlp
+from fastllm.ops.multi_head_attention import multi_head_attention
+from fastllm.ops.torch_private import submodules
 
 
 class TransformerBlock(nn.Module):
@@ -80,13 +84,11 @@ class TransformerBlock(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """One layer over `hidden_states` [B, S, H]; arguments as for the attention."""
-        if cache is None and (layer := self.fused()) is not None:
-            norm1, qkv, out, norm2, fc1, fc2 = layer[:6]
-            x = self.self_attn.fused(
-                hidden_states, attn_mask, is_causal, qkv, out, norm1, self.norm_first
-            )
-            return self.mlp.fused(x, fc1, fc2, layer.activation, norm2, self.norm_first)
-        # A module in place of ours need not know of caches.
+        if cache is None and (layer := self.record(attn_mask, is_causal)) is not None:
+            seeds = fresh_seeds()
+            x = multi_head_attention(hidden_states, layer.attention.with_seeds(seeds))
+            return mlp(x, layer.mlp.with_seeds(seeds))
+        # A module that replaces ours need not know about caches.
         extra = {} if cache is None else {"cache": cache}
         x = hidden_states
         if self.norm_first:
@@ -95,36 +97,24 @@ class TransformerBlock(nn.Module):
         x = self.norm1(x + self.self_attn(x, attn_mask, is_causal, **extra))
         return self.norm2(x + self.mlp(x))
 
-    def fused(self) -> Layer | None:
-        """Parameters and settings, where fused operations may stand for all of the layer."""
-        norm1, attention, norm2, mlp = parts(self, "norm1", "self_attn", "norm2", "mlp")
+    def record(
+        self, attn_mask: Tensor | None = None, is_causal: bool | None = None
+    ) -> Layer | None:
+        """Parameters and settings for the operations, seeds not drawn yet; None if the modules must
+        run."""
+        norm1, attention, norm2, mlp = submodules(self, "norm1", "self_attn", "norm2", "mlp")
         if not all_are(MultiHeadAttention, attention) or not all_are(MLP, mlp):
             return None
-        if not plain(attention, mlp) or attention.norm is not None or mlp.norm is not None:
+        if not is_plain(attention, mlp) or attention.norm is not None or mlp.norm is not None:
             return None
-        plain_norm1, plain_norm2 = (plain_norm(n, self.hidden_size) for n in (norm1, norm2))
-        projections, layers = attention.plain_projections(), mlp.plain_layers()
-        if plain_norm1 is None or plain_norm2 is None or projections is None or layers is None:
+        norms = plain_norm(norm1, self.hidden_size), plain_norm(norm2, self.hidden_size)
+        if None in norms:
             return None
-        qkv, out = projections
-        fc1, fc2, activation = layers
-        return Layer(
-            plain_norm1,
-            qkv,
-            out,
-            plain_norm2,
-            fc1,
-            fc2,
-            attention.num_heads,
-            attention.is_causal,
-            self.norm_first,
-            activation,
-            (
-                attention.p if attention.training else 0.0,
-                attention._modules["dropout"].active_p(),
-                mlp._modules["dropout"].active_p(),
-            ),
-        )
+        attention_record = attention.record(norms[0], self.norm_first, attn_mask, is_causal)
+        mlp_record = mlp.record(norms[1], self.norm_first)
+        if attention_record is None or mlp_record is None:
+            return None
+        return Layer(attention_record, mlp_record)
 
 
 FORWARDS[TransformerBlock] = TransformerBlock.forward

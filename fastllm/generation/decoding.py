@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastllm.device import Device, Precision, autocast, choose_device, choose_precision
 from fastllm.models.decoder import DecoderModel
-from fastllm.ops import decode, dispatch
+from fastllm.ops import decode
 from fastllm.ops.embedding import check_token_ids
+from fastllm.ops.precision import PRECISIONS, product_precision
 from fastllm.ops.sampling import Sampling, sample
 
 
@@ -174,22 +175,21 @@ def start_decoding(
     Raises:
         ValueError: the precision is unknown, or `int8` for a model that only the modules can run.
     """
-    if precision not in (*dispatch.PRECISIONS, "fp16"):
-        known = ", ".join(dispatch.PRECISIONS)
+    if precision not in (*PRECISIONS, "fp16"):
+        known = ", ".join(PRECISIONS)
         raise ValueError(f"unknown precision '{precision}'; choose from {known}, fp16")
-    decoder = model.fused(torch.empty(1, capacity or model.max_seq_len), None)
-    if decoder is None:
-        reason: str | None = "something is attached to the model, or a part of it is replaced"
+    decoder = model.record(model.max_seq_len)
+    if isinstance(decoder, str):
+        reason: str | None = decoder
     elif precision == "fp16":
         reason = "the kernel does not support fp16"
-    elif any(decoder.dropout_ps()):
-        reason = "dropout is on; call model.eval() first"
     else:
         reason = decode.why_not(decoder)
-    if use_cache and decoder is not None and reason is None:
+    if use_cache and not isinstance(decoder, str) and reason is None:
         if precision == "fp32":  # autocast may ask for less
-            precision = dispatch.PRECISIONS[dispatch.precision()]
-        return decode.Decoding(decoder, batch_size, precision)
+            precision = PRECISIONS[product_precision()]
+        packed = decode.packed_once(model, decoder, precision)
+        return decode.Decoding(packed, batch_size, capacity)
     if precision == "int8":
         raise ValueError(f"int8 needs the kernel and its cache: {reason or 'use_cache is off'}")
     return ModuleDecoding(model, batch_size, use_cache, precision)

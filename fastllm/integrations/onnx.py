@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.models.decoder import DecoderModel
+from fastllm.ops.decoder import Embedding
 from fastllm.ops.dispatch import use
-from fastllm.ops.embedding import Settings, embedding_ref
+from fastllm.ops.embedding import embedding_ref
 
 # protobuf's limit.
 LARGEST_FILE = 2**31
@@ -96,8 +97,9 @@ class _Logits(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         model, table = self.model, self.model.embedding_layer
         positions = table.position_table()[: input_ids.size(1)]
-        settings = Settings(table.scale)
-        x = embedding_ref(input_ids, table.token_embeddings.weight, positions, settings)
+        x = embedding_ref(
+            input_ids, Embedding(table.token_embeddings.weight, positions, table.scale)
+        )
         for block in model.transformer_blocks:
             x = block(x)
         return model.lm_head(x if model.final_norm is None else model.final_norm(x))

@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastllm.core.attachments import FORWARDS, all_are, parts, plain, plain_norm, weight_and_bias
 from fastllm.core.attn.mha import KeyValueCache
 from fastllm.core.embedding import EmbeddingLayer
+from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm
 from fastllm.core.transformer_block import TransformerBlock
-from fastllm.ops.decoder_loss import Decoder, decoder_loss, why_not
+from fastllm.ops.decode import forget_packed
+from fastllm.ops.decoder import Decoder, Linear
+from fastllm.ops.decoder_loss import decoder_loss, why_not
 from fastllm.ops.dispatch import requested, use
 from fastllm.ops.embedding import check_token_ids
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
-from fastllm.ops.parameters import Linear
+from fastllm.ops.torch_private import submodules, weight_and_bias
 
 
 class DecoderModel(nn.Module):
@@ -200,7 +202,7 @@ class DecoderModel(nn.Module):
         attn_mask: Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
-        """What the head takes, [B, S, H]; arguments as for `forward`."""
+        """The head's input, [B, S, H]; arguments as for `forward`."""
         if caches is None:
             x = self.embedding_layer(input_ids)
             for block in self.transformer_blocks:
@@ -235,7 +237,7 @@ class DecoderModel(nn.Module):
             ignore_index: a label that is not scored; neither is `padding_idx`.
 
         Returns:
-            A scalar in nats per token; not a number when there is nothing to score.
+            A scalar in nats per token; NaN if there is nothing to score.
 
         Raises:
             IndexError: an id or a label is outside the vocabulary.
@@ -246,12 +248,12 @@ class DecoderModel(nn.Module):
                 f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} must have "
                 "the same shape: labels are not shifted by the caller"
             )
-        decoder = self.fused(input_ids, attn_mask)
-        if decoder is not None and why_not(decoder, input_ids, labels) is None:
+        decoder = self.record(input_ids.size(1), attn_mask)
+        if isinstance(decoder, Decoder) and why_not(decoder, input_ids, labels) is None:
             return decoder_loss(decoder, input_ids, labels, ignore_index)
         targets = self.targets(labels, ignore_index)
-        if all_are(nn.Linear, self.lm_head) and plain(self, self.lm_head):
-            # The last position is not scored: a target there that is none costs no copy of x.
+        if all_are(nn.Linear, self.lm_head) and is_plain(self, self.lm_head):
+            # The last position is not scored; padding the targets avoids copying x.
             unscored = labels.size(1) - targets.size(1)
             targets = F.pad(targets, (0, unscored), value=ignore_index)
             x = self.hidden_states(input_ids, attn_mask)
@@ -261,40 +263,58 @@ class DecoderModel(nn.Module):
         check_token_ids(targets[targets != ignore_index], logits.size(-1))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
 
-    def fused(self, input_ids: Tensor, attn_mask: Tensor | None) -> Decoder | None:
-        """Parameters and settings of all layers, where nothing is attached to any of them."""
-        table, container, head = parts(self, "embedding_layer", "transformer_blocks", "lm_head")
+    def why_not_fused_loss(self, input_ids: Tensor, attn_mask: Tensor | None = None) -> str | None:
+        """Why `loss` computes layer by layer rather than the whole model at once, or None."""
+        decoder = self.record(input_ids.size(1), attn_mask)
+        return decoder if isinstance(decoder, str) else why_not(decoder, input_ids, input_ids)
+
+    def record(self, length: int, attn_mask: Tensor | None = None) -> Decoder | str:
+        """Parameters and settings of the whole model for sequences of `length` tokens, seeds not
+        drawn yet; or the reason why its modules must run.
+
+        Raises:
+            ValueError: `length` exceeds `max_seq_len`.
+        """
+        table, container, head = submodules(
+            self, "embedding_layer", "transformer_blocks", "lm_head"
+        )
         final_norm = self.final_norm  # None in a Post-LN model
         blocks: list[Any] = list(container._modules.values())
-        # Another list of blocks may go through them in its own way.
         if not all_are(nn.ModuleList, container) or not all_are(TransformerBlock, *blocks):
-            return None
-        if not all_are(EmbeddingLayer, table) or not all_are(nn.Linear, head):
-            return None
-        if not plain(self, table, head, *blocks) or not table.is_plain():
-            return None
+            return "transformer_blocks holds something other than plain transformer blocks"
+        if not all_are(EmbeddingLayer, table) or not is_plain(table):
+            return "embedding_layer is replaced, or something is attached to it"
+        if not all_are(nn.Linear, head) or not is_plain(self, head):
+            return "lm_head is replaced, or something is attached to it or to the model"
+        if not is_plain(*blocks):
+            return "something is attached to a transformer block"
         norm = None if final_norm is None else plain_norm(final_norm, self.hidden_size)
-        layers = [block.fused() for block in blocks]
-        if None in layers or (norm is None and final_norm is not None):
-            return None
-        tokens, encoding = parts(table, "token_embeddings", "positional_encoding")
-        if tokens.padding_idx != self.padding_idx:  # the operation knows only one
-            return None
-        end = encoding.check(input_ids.size(1))
-        return Decoder(
-            tokens.weight,
-            table.position_table()[:end],
-            table.scale,
-            tokens.padding_idx,
-            encoding._modules["dropout"].active_p(),
-            layers,
-            attn_mask,
-            norm,
-            Linear(*weight_and_bias(head)),
-        )
+        if norm is None and final_norm is not None:
+            return "final_norm is replaced, or something is attached to it"
+        embedding = table.record(0, length)
+        if embedding is None:
+            return (
+                "embedding_layer has a part that operations do not know, or something is attached "
+                "to it"
+            )
+        if embedding.padding_idx != self.padding_idx:
+            return "the model's padding_idx is not that of its embeddings"
+        layers = [block.record(attn_mask) for block in blocks]
+        if None in layers:
+            return (
+                f"transformer_blocks.{layers.index(None)} has a part that operations do not know, "
+                "or something is attached to it"
+            )
+        return Decoder(embedding, layers, norm, Linear(*weight_and_bias(head)))
+
+    def train(self, mode: bool = True) -> "DecoderModel":
+        """As in every module; training mode frees the packed weights that generation keeps."""
+        if mode:
+            forget_packed(self)
+        return super().train(mode)
 
     def targets(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
-        """What `loss` scores, [B, S - 1]: the next labels, `ignore_index` where none is."""
+        """The targets of `loss`, [B, S - 1]: the next labels, `ignore_index` for padding."""
         targets = labels[:, 1:]
         if self.padding_idx is not None:
             targets = targets.masked_fill(targets == self.padding_idx, ignore_index)
@@ -304,7 +324,7 @@ class DecoderModel(nn.Module):
         self.lm_head.weight = self.embedding_layer.token_embeddings.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoderModel":
-        # What makes parameters anew, such as `to_empty`, makes one for each of a tied one's names.
+        # Functions that make new parameters, such as `to_empty`, make one per name of a tied one.
         tied = self.tie_word_embeddings
         super()._apply(fn, recurse)
         if tied:
@@ -314,7 +334,7 @@ class DecoderModel(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *others: Any
     ) -> None:
-        # A tied weight may be there once, under either name, or twice, if it is the same.
+        # A tied weight may be stored once, under either name, or twice with equal values.
         names = [f"{prefix}embedding_layer.token_embeddings.weight", f"{prefix}lm_head.weight"]
         found = [state_dict[name] for name in names if name in state_dict]
         if self.tie_word_embeddings and found:
@@ -332,7 +352,7 @@ class DecoderModel(nn.Module):
 
 
 def same_implementation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `checkpoint`: what was asked for in the forward holds when it runs again."""
+    """For `checkpoint`: the implementation requested in the forward holds when it runs again."""
     return nullcontext(), use(requested())
 
 

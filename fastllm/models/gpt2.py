@@ -28,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastllm.command import describe_error
-from fastllm.core.attachments import plain
+from fastllm.core.fusible import is_plain
 from fastllm.core.transformer_block import TransformerBlock
 from fastllm.files import replace_file
-from fastllm.ops.decoder_loss import Layer
+from fastllm.ops.decoder import Layer, Norm
 
 if TYPE_CHECKING:
     from fastllm.models.decoder import DecoderModel  # which imports this module
@@ -225,9 +225,9 @@ def convert_to_gpt2(model: "DecoderModel") -> "DecoderModel":
     """
     check_gpt2(model, convertible=True)
     table, block = model.embedding_layer, cast(TransformerBlock, model.transformer_blocks[0])
-    layer = cast(Layer, block.fused())
+    layer = cast(Layer, block.record())
     V, H = table.token_embeddings.weight.shape
-    N = layer.num_heads
+    N = layer.attention.heads
     extra = 0 if model.lm_head.bias is None or not model.lm_head.bias.any() else 1
     wide = H + N * extra
     result = type(model)(
@@ -236,13 +236,13 @@ def convert_to_gpt2(model: "DecoderModel") -> "DecoderModel":
         len(model.transformer_blocks),
         N,
         model.max_seq_len,
-        layer.fc1.weight.size(0),
+        layer.mlp.fc1.weight.size(0),
         pos_encoding_learned=True,
         embedding_dropout_p=table.positional_encoding.dropout.p,
         attn_dropout_p=block.self_attn.p,
         mlp_dropout_p=block.mlp.dropout.p,
-        mlp_activation=layer.activation,
-        norm_eps=layer.norm1.eps * H / wide,
+        mlp_activation=layer.mlp.activation,
+        norm_eps=cast(Norm, layer.mlp.norm).eps * H / wide,
         padding_idx=model.padding_idx,
         lm_head_bias=False,
         dtype=table.token_embeddings.weight.dtype,
@@ -262,7 +262,8 @@ def _converted_weights(
         extra: new channels for each attention head, 0 or 1.
     """
     table, H = model.embedding_layer, model.hidden_size
-    N, D = layer.num_heads, H // layer.num_heads
+    N = layer.attention.heads
+    D = H // N
 
     def channels(tensor: Tensor, dim: int = -1) -> Tensor:
         return _padded(tensor, dim, 1, wide - H)
@@ -441,7 +442,7 @@ def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str
     Args:
         convertible: leave out the reasons that `convert_to_gpt2` removes.
     """
-    if not plain(model):
+    if not is_plain(model):
         yield (
             f"the model, a {type(model).__name__}, is not a plain DecoderModel: it is a subclass, "
             "or a hook, a patched forward or the like is attached to it"
@@ -456,38 +457,45 @@ def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str
         kind = type(module) if name.endswith("mlp.activation") else kinds.get(name, type(module))
         if type(module) is not kind:
             yield f"{name} is a {type(module).__name__}, not a {kind.__name__}"
-        if not plain(module) and type(module) is not nn.ModuleList:
+        if not is_plain(module) and type(module) is not nn.ModuleList:
             yield (
                 f"{name}, a {type(module).__name__}, has no counterpart in GPT-2, or a hook, "
                 "a patched forward or the like is attached to it"
             )
     if not convertible and not model.embedding_layer.positional_encoding.learned:
         yield "its positions are sinusoidal, not learned (pos_encoding_learned=True)"
-    decoder = model.fused(torch.empty(1, model.max_seq_len, device="meta"), None)
-    if decoder is None or not decoder.layers:
-        yield "it has no blocks, or they are not assembled as DecoderModel does it"
+    decoder = model.record(model.max_seq_len)
+    if isinstance(decoder, str):
+        yield decoder
+        return
+    if not decoder.layers:
+        yield "it has no blocks"
         return
     layers, norm, head = decoder.layers, decoder.norm, decoder.head
-    if norm is None or not all(layer.norm_first for layer in layers):
+    attentions, mlps = zip(*layers, strict=True)
+    if norm is None or not all(mlp.norm_first for mlp in mlps):
         yield "it is Post-LN, not Pre-LN (norm_first=True)"
         return
-    if not convertible and decoder.scale != 1:
+    if not convertible and decoder.embedding.scale != 1:
         yield "its token embeddings are multiplied by sqrt(H) (scale_embeddings=False prevents it)"
-    if not all(layer.is_causal for layer in layers):
+    if not all(attention.causal for attention in attentions):
         yield "it is not causal"
     if not convertible and head.bias is not None:
         yield "its head has a bias (lm_head_bias=False leaves it out)"
-    linears = [linear for l in layers for linear in (l.qkv, l.out, l.fc1, l.fc2)]
+    linears = [linear for a, m in layers for linear in (a.qkv, a.out, m.fc1, m.fc2)]
     if any(linear.bias is None for linear in linears):
         yield "a linear layer in its blocks lacks a bias (qkv_bias=True, mlp_bias=True)"
-    for activation in {layer.activation for layer in layers}.difference(ACTIVATIONS.values()):
+    for activation in {mlp.activation for mlp in mlps}.difference(ACTIVATIONS.values()):
         yield f"its activation is {activation}"
-    if len({eps for l in layers for eps in (l.norm1.eps, l.norm2.eps, norm.eps)}) > 1:
+    norms = [norm, *(cast(Norm, sublayer.norm) for layer in layers for sublayer in layer)]
+    if len({each.eps for each in norms}) > 1:
         yield "its layer norms differ in epsilon"
-    if len({(l.num_heads, l.fc1.weight.size(0), l.activation) for l in layers}) > 1:
+    if len({(a.heads, m.fc1.weight.size(0), m.activation) for a, m in layers}) > 1:
         yield "its blocks differ in heads, MLP width or activation"
-    if not decoder.fits(model.max_seq_len) or head.weight.shape != decoder.tokens.shape:
-        yield "the sizes of its layers do not match each other"
+    if reason := decoder.why_not_sizes(model.max_seq_len):
+        yield reason
+    if head.weight.shape != decoder.embedding.weight.shape:
+        yield "its head does not have the size of its embeddings"
     if len(dtypes := {str(tensor.dtype) for tensor in model.state_dict().values()}) > 1:
         yield f"its parameters differ in type: {', '.join(sorted(dtypes))}"
     unnamed = set(model.state_dict()).difference(tensor_names(TENSORS, len(layers)))
@@ -501,7 +509,7 @@ def config_json(model: "DecoderModel") -> dict[str, Any]:
     """The content of config.json for a model that `check_gpt2` accepts."""
     table, block = model.embedding_layer, cast(TransformerBlock, model.transformer_blocks[0])
     V, H = table.token_embeddings.weight.shape
-    layer = cast(Layer, block.fused())
+    layer = cast(Layer, block.record())
     written = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     config = GPT2Config(
         model_type="gpt2",
@@ -509,13 +517,13 @@ def config_json(model: "DecoderModel") -> dict[str, Any]:
         n_positions=table.position_table().size(0),
         n_embd=H,
         n_layer=len(model.transformer_blocks),
-        n_head=layer.num_heads,
-        n_inner=layer.fc1.weight.size(0),
-        activation_function=written[layer.activation],
+        n_head=layer.attention.heads,
+        n_inner=layer.mlp.fc1.weight.size(0),
+        activation_function=written[layer.mlp.activation],
         embd_pdrop=table.positional_encoding.dropout.p,
         attn_pdrop=block.self_attn.p,
         resid_pdrop=block.mlp.dropout.p,
-        layer_norm_epsilon=layer.norm1.eps,
+        layer_norm_epsilon=cast(Norm, layer.mlp.norm).eps,
         tie_word_embeddings=model.tie_word_embeddings,
     )
     # GPT-2's own vocabulary ends with <|endoftext|>; the tokens of others are not known here.

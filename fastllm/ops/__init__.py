@@ -1,8 +1,12 @@
 """The operations, one file each: reference, autograd function, table of implementations."""
 
+from collections.abc import Mapping, Sequence
+
 from fastllm.ops import (
     adam,
     attention,
+    decode,
+    decoder_loss,
     dispatch,
     dropout,
     embedding,
@@ -12,9 +16,16 @@ from fastllm.ops import (
     multi_head_attention,
     sampling,
 )
+from fastllm.ops.dispatch import Implementation
 
+# Operations of a whole model. A model that they decline runs layer by layer, each operation by its
+# own choice, so they have no reference of their own.
+WHOLE_MODEL: dict[str, list[Implementation]] = {
+    "decoder_loss": decoder_loss.IMPLEMENTATIONS,
+    "decode": decode.IMPLEMENTATIONS,
+}
 # Every operation with its table, best implementation first.
-OPERATIONS = {
+OPERATIONS: dict[str, list[Implementation]] = WHOLE_MODEL | {
     "embedding": embedding.IMPLEMENTATIONS,
     "multi_head_attention": multi_head_attention.IMPLEMENTATIONS,
     "attention": attention.IMPLEMENTATIONS,
@@ -26,36 +37,61 @@ OPERATIONS = {
     "sampling": sampling.IMPLEMENTATIONS,
 }
 
+LAYER_BY_LAYER = "layer by layer"
+
 
 def implementations(device: str = "cpu") -> dict[str, dict[str, str]]:
-    """For each operation: what this machine runs, and why it does not run the others.
+    """For each operation: what runs on this machine, and why the other implementations do not.
 
     Args:
         device: `cpu` or `cuda`, where the tensors are.
 
     Returns:
         `{operation: {implementation: "chosen" | "available" | reason}}`, best first. The choice
-        is the one for plain fp32 tensors; other arguments may lead further down the list.
+        is the one for plain fp32 tensors; other arguments may lead further down the list. If the
+        operation of a whole model does not run, "layer by layer" is chosen.
     """
-    foreign = {"cpu": "cuda", "triton": "cpu"}  # what a device's own kernels cannot take
-    answer: dict[str, dict[str, str]] = {}
+    answer = {}
     for operation, table in OPERATIONS.items():
-        fitting = [each for each in table if foreign.get(each.name) != device]
-        if dispatch.requested() not in ("auto", *(each.name for each in fitting)):
-            fitting = table  # asked for all the same: why not is said there
-        chosen = dispatch.choose(operation, fitting)
+        reasons = {each.name: _why_not_on(device, each) for each in table}
+        if operation in WHOLE_MODEL:
+            if dispatch.requested() not in ("auto", *reasons):
+                reasons = dict.fromkeys(reasons, f"'{dispatch.requested()}' was requested")
+            reasons[LAYER_BY_LAYER] = None
+            chosen = next(name for name, reason in reasons.items() if reason is None)
+        else:
+            chosen = _chosen(operation, table, device)
         answer[operation] = {
-            each.name: "chosen"
-            if each is chosen
-            else each.why_not() or ("available" if each in fitting else f"not for {device}")
-            for each in table
+            name: "chosen" if name == chosen else reason or "available"
+            for name, reason in reasons.items()
         }
     return answer
 
 
-def implementation_line(device: str = "cpu") -> str:
-    """Which implementation every operation runs by on tensors of the device, on one line."""
-    return ", ".join(
-        f"{operation}: {next(name for name, why in table.items() if why == 'chosen')}"
+def _why_not_on(device: str, implementation: Implementation) -> str | None:
+    foreign = {"cpu": "cuda", "triton": "cpu"}  # the device whose tensors its kernels cannot take
+    reason = implementation.why_not_here()
+    return reason or (f"not for {device}" if foreign.get(implementation.name) == device else None)
+
+
+def _chosen(operation: str, table: Sequence[Implementation], device: str) -> str:
+    fitting = [each for each in table if _why_not_on(device, each) is None]
+    if dispatch.requested() not in ("auto", *(each.name for each in fitting)):
+        fitting = list(table)  # choosing from all says why the requested one cannot run
+    return dispatch.choose_here(operation, fitting).name
+
+
+def implementation_line(device: str = "cpu", declined: Mapping[str, str] | None = None) -> str:
+    """The implementation of every operation for tensors on the device, on one line.
+
+    Args:
+        declined: reasons why operations of `WHOLE_MODEL` do not run for the model at hand.
+    """
+    chosen = {
+        operation: next(name for name, reason in table.items() if reason == "chosen")
         for operation, table in implementations(device).items()
-    )
+    }
+    for operation, reason in (declined or {}).items():
+        if chosen[operation] != LAYER_BY_LAYER:
+            chosen[operation] = f"{LAYER_BY_LAYER} ({reason})"
+    return ", ".join(f"{operation}: {name}" for operation, name in chosen.items())

@@ -6,13 +6,13 @@ Kingma and Ba, "Adam: a method for stochastic optimization" (ICLR 2015); Loshchi
 
 import math
 from collections.abc import Sequence
-from itertools import chain, repeat
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastllm.ops import dispatch
+from fastllm.ops import dispatch, extension
 
 
 class AdamGroup(NamedTuple):
@@ -67,43 +67,60 @@ def adam_ref(
     return grad_norm
 
 
-# On a small model the lists below are most of a step's time: `map` goes through them in C.
+# For a small model, building these lists takes most of the time: `map` loops in C.
 
 
 def adam_cpu(
     groups: Sequence[AdamGroup], decoupled_weight_decay: bool, max_grad_norm: float
 ) -> float:
-    rows: list[tuple[int, ...]] = []
-    for i, group in enumerate(groups):
-        addresses = [map(Tensor.data_ptr, tensors) for tensors in group[:5]]
-        rows += zip(*addresses, map(Tensor.numel, group.params), repeat(i))
-    grad_norm = dispatch.kernels.adam_step(
-        rows,
-        [group[5:] for group in groups],
-        decoupled_weight_decay,
-        max_grad_norm,
-        torch.get_num_threads(),
+    def addresses(tensors: list[Tensor]) -> list[int]:
+        return list(map(Tensor.data_ptr, tensors))
+
+    grad_norm = extension.kernels.adam_step(
+        groups=[
+            extension.kernels.AdamGroup(
+                params=addresses(group.params),
+                grads=addresses(group.grads),
+                exp_avgs=addresses(group.exp_avgs),
+                exp_avg_sqs=addresses(group.exp_avg_sqs),
+                steps=addresses(group.steps),
+                sizes=list(map(Tensor.numel, group.params)),
+                lr=group.lr,
+                beta1=group.beta1,
+                beta2=group.beta2,
+                eps=group.eps,
+                weight_decay=group.weight_decay,
+            )
+            for group in groups
+        ],
+        decoupled_weight_decay=decoupled_weight_decay,
+        max_grad_norm=max_grad_norm,
+        threads=torch.get_num_threads(),
     )
-    # So that a backward through what was computed before the step is refused, as after torch's.
+    # As after torch's step, autograd refuses a backward through results from before it.
     torch.autograd.graph.increment_version([p for group in groups for p in group.params])
     return grad_norm
 
 
-def why_not_cpu(groups: Sequence[AdamGroup] = ()) -> str | None:
-    reason = why_not_sizes(groups)
-    return reason or dispatch.why_not_cpu(
+def why_not_cpu(
+    groups: Sequence[AdamGroup], decoupled_weight_decay: bool, max_grad_norm: float
+) -> str | None:
+    return why_not(groups) or dispatch.why_not_cpu(
         *chain(*[tensors for group in groups for tensors in group[:5]])
     )
 
 
-def why_not_triton(groups: Sequence[AdamGroup] = ()) -> str | None:
+def why_not_triton(
+    groups: Sequence[AdamGroup], decoupled_weight_decay: bool, max_grad_norm: float
+) -> str | None:
     tensors = list(chain(*[tensors for group in groups for tensors in group[:4]]))
     if any(tensor.dtype is not torch.float32 for tensor in tensors):
         return "a parameter, its gradient or its state is not torch.float32"
-    return why_not_sizes(groups) or dispatch.why_not_triton(*tensors)
+    return why_not(groups) or dispatch.why_not_triton(*tensors)
 
 
-def why_not_sizes(groups: Sequence[AdamGroup]) -> str | None:
+def why_not(groups: Sequence[AdamGroup]) -> str | None:
+    """Why no kernel can take these groups, or None."""
     for group in groups:
         sizes = [list(map(Tensor.numel, tensors)) for tensors in group[:4]]
         if sizes.count(sizes[0]) != 4:
@@ -113,10 +130,10 @@ def why_not_sizes(groups: Sequence[AdamGroup]) -> str | None:
     return None
 
 
-IMPLEMENTATIONS: list[dispatch.Implementation] = [
-    dispatch.Implementation("cpu", adam_cpu, why_not_cpu),
-    dispatch.Implementation("triton", dispatch.run_triton("adam"), why_not_triton),
-    dispatch.Implementation("ref", adam_ref),
+IMPLEMENTATIONS = [
+    dispatch.cpu(adam_cpu, why_not_cpu),
+    dispatch.triton("adam", why_not_triton),
+    dispatch.reference(adam_ref),
 ]
 
 
@@ -131,8 +148,8 @@ def adam(
             writing them back; negative for no clipping.
 
     Returns:
-        The norm of all gradients before clipping, as a scalar tensor where only a GPU knows it yet;
-        0 when nothing is clipped.
+        The norm of all gradients before clipping, as a scalar tensor if it is still on a GPU; 0
+        without clipping.
     """
-    run = dispatch.choose("adam", IMPLEMENTATIONS, groups).run
-    return run(groups, decoupled_weight_decay, max_grad_norm)
+    arguments = (groups, decoupled_weight_decay, max_grad_norm)
+    return dispatch.choose("adam", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllm.ops.attention import AttentionOptions
+from fastllm.ops.autograd import check_first_derivative
 from fastllm.ops.blocks_triton import (
     dot,
     dot_precision,
@@ -28,7 +30,6 @@ from fastllm.ops.blocks_triton import (
     tuned,
 )
 from fastllm.ops.dropout import dropped_of_65536
-from fastllm.ops.parameters import check_first_derivative
 
 # exp2 is an instruction, exp is not.
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -277,29 +278,27 @@ class AttentionFunction(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        dropout_p: float,
-        seed: int,
+        options: AttentionOptions,
     ) -> Tensor:
         B, N, S = q.shape[:3]
-        ctx.settings = is_causal, dropout_p, seed
         out = heads_beside_each_other(q)
         lse = q.new_empty(B, N, S, dtype=torch.float32)
-        mask, numbers, constants = arguments(q, k, attn_mask, *ctx.settings)
+        mask, numbers, constants = kernel_arguments(q, k, options)
         attention_fwd[lambda meta: (triton.cdiv(S, meta["BLOCK_S"]), B * N)](
             out, lse, q, k, v, mask, out.stride(), q.stride(), k.stride(), v.stride(),
             mask.stride(), *numbers, **constants,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse, attn_mask)
+        ctx.options = options._replace(mask=None)
+        ctx.save_for_backward(q, k, v, out, lse, options.mask)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        q, k, v, out, lse, attn_mask = ctx.saved_tensors
+        q, k, v, out, lse, mask = ctx.saved_tensors
         (B, N, S), T = q.shape[:3], k.size(2)
-        mask, numbers, constants = arguments(q, k, attn_mask, *ctx.settings)
+        options = ctx.options._replace(mask=mask)
+        mask, numbers, constants = kernel_arguments(q, k, options)
         if grad_out.stride() != out.stride():
             grad_out = torch.empty_like(out).copy_(grad_out)
         grad_q, delta = torch.empty_like(out), torch.empty_like(lse)
@@ -312,7 +311,7 @@ class AttentionFunction(torch.autograd.Function):
             grad_k, grad_v, delta, grad_out, lse, q, k, v, mask, grad_k.stride(), out.stride(),
             q.stride(), k.stride(), v.stride(), mask.stride(), *numbers, **constants,
         )  # fmt: skip
-        return grad_q, grad_k, grad_v, None, None, None, None
+        return grad_q, grad_k, grad_v, None
 
 
 def heads_beside_each_other(x: Tensor) -> Tensor:
@@ -321,39 +320,31 @@ def heads_beside_each_other(x: Tensor) -> Tensor:
     return x.new_empty(B, S, N, D).transpose(1, 2)
 
 
-def arguments(
-    q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout_p: float, seed: int
+def kernel_arguments(
+    q: Tensor, k: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """What all kernels take: the mask, numbers and constants."""
+    """The arguments of all three kernels: the mask, numbers and constants."""
     B, N, S, D = q.shape
     T = k.size(2)
-    if attn_mask is None:
+    if options.mask is None:
         mask = q.new_empty(1, dtype=torch.uint8).expand(1, 1, 1, 1)
     else:
-        mask = attn_mask.view(torch.uint8).expand(B, N, S, T)
+        mask = options.mask.view(torch.uint8).expand(B, N, S, T)
     scale = math.log2(math.e) / math.sqrt(D)
     length = max(S, T).bit_length()  # tells the tuner how long the sequences are, roughly
-    numbers = (length, N, S, T, D, scale, seed, dropped_of_65536(dropout_p))
+    numbers = (length, N, S, T, D, scale, options.dropout.seed, dropped_of_65536(options.dropout.p))
     constants = {
         "BLOCK_D": power_of_2(D),
-        "CAUSAL": is_causal,
-        "MASKED": attn_mask is not None,
-        "DROPOUT": dropout_p > 0,
+        "CAUSAL": options.causal,
+        "MASKED": options.mask is not None,
+        "DROPOUT": options.dropout.p > 0,
         "PRECISION": dot_precision(q),
     }
     return mask, numbers, constants
 
 
-def attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    dropout_p: float,
-    seed: int,
-) -> Tensor:
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
     """See `fastllm.ops.attention.attention`."""
     typed: Any = in_autocast(q, k, v)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in typed)
-    return AttentionFunction.apply(q, k, v, attn_mask, is_causal, dropout_p, seed)
+    return AttentionFunction.apply(q, k, v, options)

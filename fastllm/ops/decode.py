@@ -1,35 +1,40 @@
-"""The next logits of sequences whose earlier keys and values are kept, as one operation.
+"""The next logits of sequences whose earlier keys and values are cached, as one operation.
 
-A token more for each sequence, or a whole prompt, goes through all layers in one call of a kernel.
-It stands for the modules with their caches, which `fastllm.generation` uses where it cannot serve.
+Another token for each sequence, or a whole prompt, goes through all layers in one call of a kernel.
+A model that it declines runs through its modules and their caches instead.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fastllm.ops import dispatch
-from fastllm.ops.decoder_loss import Decoder, description, why_not_decoder
-from fastllm.ops.parameters import Linear, Norm
+from fastllm.ops import dispatch, extension
+from fastllm.ops.decoder import Decoder
+from fastllm.ops.decoder_loss import why_not_decoder
+from fastllm.ops.precision import PRECISIONS
+from fastllm.ops.torch_private import version
 
 
-def why_not(decoder: Decoder) -> str | None:
-    """Why the kernel cannot continue sequences with this model; None if it can."""
+def why_not_cpu(decoder: Decoder) -> str | None:
     layers = decoder.layers
-    if len({layer.num_heads for layer in layers}) > 1:  # one cache has room for all of them
+    if len({layer.attention.heads for layer in layers}) > 1:  # all share the shape of one cache
         return "the layers differ in their number of heads"
-    if len({layer.norm_first for layer in layers}) > 1:
+    if len({layer.mlp.norm_first for layer in layers}) > 1:
         return "some layers are Pre-LN and some Post-LN"
-    if layers and not layers[0].norm_first and decoder.norm is not None:
+    if layers and not layers[0].mlp.norm_first and decoder.norm is not None:
         return "a Post-LN model has a final norm"
-    return why_not_decoder(decoder, decoder.positions.size(0))
+    if any(dropout.p for dropout in decoder.dropouts()):
+        return "dropout is on; call model.eval() first"
+    return why_not_decoder(decoder, decoder.embedding.positions.size(0))
 
 
 def round_to_int8(weight: Tensor) -> Tensor:
-    """What the kernel takes a weight [outputs, inputs] for under `int8`, in fp32.
+    """The values, in fp32, that the kernel uses for a weight [outputs, inputs] under `int8`.
 
-    Every row is rounded to multiples of a 127th of its largest element; one that is nearly 0
+    Every row is rounded to multiples of a 127th of its largest element; a row that is nearly 0
     becomes 0.
     """
     largest = weight.abs().amax(1, keepdim=True)
@@ -42,110 +47,159 @@ def round_weights_to_int8(model: nn.Module) -> None:
     """Gives the linear layers of a model the weights that `Decoding` computes with under `int8`."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            # A parameter of its own: embeddings that are tied to it stay as they are.
+            # A new parameter, so that tied embeddings stay as they are.
             module.weight = nn.Parameter(round_to_int8(module.weight))
 
 
-def own(decoder: Decoder) -> Decoder:
-    """The same model, whose memory stays what it is when the modules get new weights or types.
+class PackedDecoder:
+    """A decoder model as the kernel reads it: a snapshot, with the linear layers' weights packed.
 
-    The kernel packs the weights of linear layers and reads the rest at every step. Of that, the
-    token embeddings may be as large as all the weights, and are held where they lie.
+    Only the token embeddings, which may be as large as all the weights, are read from the model's
+    own memory.
+
+    Args:
+        decoder: a model for which `why_not` answers None. The number of its positions limits the
+            length of a sequence.
+        precision: `fp32`; `bf16`, with operands rounded to bf16, on any CPU; or `int8`, weights
+            rounded to 8-bit integers with a scale for each output.
     """
 
-    def linear(layer: Linear) -> Linear:
-        bias = None if layer.bias is None else layer.bias.detach().clone()
-        return Linear(layer.weight.detach(), bias)
+    def __init__(self, decoder: Decoder, precision: str = "fp32") -> None:
+        self.vocab_size = decoder.head.weight.size(0)
+        self.max_seq_len = decoder.embedding.positions.size(0)
+        self._token_embeddings = decoder.embedding.weight.detach()
+        self.kernel = extension.kernels.PackedDecoder(
+            decoder=decoder.to_kernel(1, self.max_seq_len),
+            precision=PRECISIONS.index(precision),
+            threads=torch.get_num_threads(),
+        )
 
-    def norm(layer: Norm) -> Norm:
-        return Norm(layer.weight.detach().clone(), layer.bias.detach().clone(), layer.eps)
 
-    return decoder._replace(
-        tokens=decoder.tokens.detach(),
-        positions=decoder.positions.detach().clone(),
-        layers=[
-            layer._replace(
-                norm1=norm(layer.norm1),
-                qkv=linear(layer.qkv),
-                out=linear(layer.out),
-                norm2=norm(layer.norm2),
-                fc1=linear(layer.fc1),
-                fc2=linear(layer.fc2),
-            )
-            for layer in decoder.layers
-        ],
-        norm=None if decoder.norm is None else norm(decoder.norm),
-        head=linear(decoder.head),
-    )
+_packed: WeakKeyDictionary[nn.Module, tuple[Any, PackedDecoder]] = WeakKeyDictionary()
+
+
+def packed_once(model: nn.Module, decoder: Decoder, precision: str) -> PackedDecoder:
+    """The packed decoder of a model, packed again only if its parameters have changed.
+
+    It is kept as long as the model, or until `forget_packed`.
+    """
+    state = _state(decoder)
+    if state is None:
+        return PackedDecoder(decoder, precision)
+    key = (precision, extension.kernels.isa(), state)
+    known = _packed.get(model)
+    if known is None or known[0] != key:
+        known = _packed[model] = (key, PackedDecoder(decoder, precision))
+    return known[1]
+
+
+def forget_packed(model: nn.Module) -> None:
+    """Frees the packed decoder that `packed_once` keeps for a model."""
+    _packed.pop(model, None)
+
+
+# Elements of each parameter that `_state` compares.
+SAMPLES = 64
+
+
+def _state(decoder: Decoder) -> Any:
+    """A value that differs after the parameters have changed; None if changes cannot be noticed.
+
+    PyTorch counts changes in place, but not those made through `.data`, as when an average of
+    weights is copied in; a sample of each parameter's elements tells them.
+    """
+    parameters = []
+    for parameter in decoder.parameters():
+        if parameter is None:
+            continue
+        if (changes := version(parameter)) is None:
+            return None
+        elements = parameter.detach().view(-1)
+        samples = elements[:: max(1, elements.numel() // SAMPLES)].numpy().tobytes()
+        parameters.append((parameter.data_ptr(), parameter.shape, changes, samples))
+    settings = [
+        (
+            a.heads,
+            a.causal,
+            a.norm_first,
+            a.norm and a.norm.eps,
+            m.activation,
+            m.norm and m.norm.eps,
+        )
+        for a, m in decoder.layers
+    ]
+    return parameters, settings, decoder.norm and decoder.norm.eps, decoder.embedding.scale
 
 
 class Decoding:
     """Sequences that a decoder model continues, without dropout.
 
-    The logits of a sequence are the same bits whoever is beside it, and for any number of threads.
-    A sequence's keys and values have memory from its first token on.
+    The logits of a sequence have the same bits whatever sequences are beside it, and for any number
+    of threads. A sequence's keys and values take memory from its first token on.
 
     Args:
-        decoder: the model as it is now; of later changes, only those of the token embeddings in
-            place are seen. Its `positions` say how long a sequence can be. See `why_not` for what
-            it must be like.
+        packed: the model.
         batch_size: sequences, B.
-        precision: `fp32`; `bf16`, products of numbers so rounded, on any CPU; or `int8`, weights
-            rounded to 8-bit integers with a scale for each output.
+        capacity: the most tokens of a sequence; as many as the model has positions unless given.
     """
 
-    def __init__(self, decoder: Decoder, batch_size: int, precision: str = "fp32") -> None:
-        V = decoder.head.weight.size(0)
-        self._decoder = decoder = own(decoder)  # the kernel reads some of it where it lies
+    def __init__(self, packed: PackedDecoder, batch_size: int, capacity: int | None = None) -> None:
+        V = packed.vocab_size
+        self._packed = packed
         self._logits = torch.empty(batch_size, V, dtype=torch.float32, device="cpu")
         self._rows = self._logits[:0]
-        nothing = torch.empty(1, 1, dtype=torch.long, device="cpu")
-        arguments = description(decoder, nothing, nothing, 0, [0] * len(decoder.dropout_ps()))
-        self._kernel = dispatch.kernels.Decoding(
-            *arguments[:4],
-            dispatch.PRECISIONS.index(precision),
-            batch_size,
-            decoder.positions.size(0),
-            torch.get_num_threads(),
+        self._kernel = extension.kernels.Decoding(
+            packed=packed.kernel, B=batch_size, capacity=capacity or packed.max_seq_len
         )
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Appends any number of tokens to each of the B sequences.
 
         Returns:
-            Logits [B, V] for the token after each, until the next call; rows of sequences that
-            none were appended to are those of their last time.
+            Logits [B, V] for the token after each, valid until the next call. The row of a sequence
+            that got no tokens is that of its last time.
 
         Raises:
             IndexError: a token is outside the vocabulary; nothing was appended.
-            ValueError: a sequence would become longer than there are positions, or there are not B.
+            ValueError: a sequence would exceed the capacity, or there are not B lists of tokens.
         """
-        self._kernel.extend(tokens, self._logits.data_ptr(), True, False, torch.get_num_threads())
+        self._kernel.extend(
+            tokens=tokens,
+            logits=self._logits.data_ptr(),
+            in_place=True,
+            every=False,
+            threads=torch.get_num_threads(),
+        )
         return self._logits
 
     def append(self, tokens: Mapping[int, Sequence[int]], every: bool = False) -> Tensor:
-        """Appends tokens, one at least, to some of the sequences, which are numbered from 0.
+        """Appends at least one token to each of some sequences, which are numbered from 0.
 
         Returns:
             Logits [len(tokens), V] for the token after each of these sequences, in the order of
-            their numbers, until the next call. With `every`, a row for each token that was
-            appended, sequence by sequence.
+            their numbers, valid until the next call. With `every`, a row for each appended token,
+            sequence by sequence.
 
         Raises:
             IndexError: a token is outside the vocabulary, or there is no such sequence; nothing was
                 appended.
-            ValueError: a sequence would become longer than there are positions, or gets no token.
+            ValueError: a sequence would exceed the capacity, or gets no token.
         """
         B, V = self._logits.shape
         if not all(0 <= b < B for b in tokens):
             raise IndexError(f"there are sequences 0 to {B - 1}, not {max(tokens)}")
         if not all(map(len, tokens.values())):
-            raise ValueError("each sequence that is named needs a token at least")
+            raise ValueError("each named sequence needs at least one token")
         count = sum(map(len, tokens.values())) if every else len(tokens)
         if len(self._rows) < count:
             self._rows = torch.empty(count, V, dtype=torch.float32, device="cpu")
-        each = [tokens.get(b, ()) for b in range(B)]
-        self._kernel.extend(each, self._rows.data_ptr(), False, every, torch.get_num_threads())
+        self._kernel.extend(
+            tokens=[tokens.get(b, ()) for b in range(B)],
+            logits=self._rows.data_ptr(),
+            in_place=False,
+            every=every,
+            threads=torch.get_num_threads(),
+        )
         return self._rows[:count]
 
     def clear(self, sequence: int) -> None:
@@ -158,5 +212,15 @@ class Decoding:
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens each sequence has."""
+        """The number of tokens of each sequence."""
         return self._kernel.lengths
+
+
+# A model that it declines runs through its modules.
+IMPLEMENTATIONS = [dispatch.cpu(Decoding, why_not_cpu)]
+
+
+def why_not(decoder: Decoder) -> str | None:
+    """Why the kernel cannot continue sequences with this model, or None."""
+    (implementation,) = IMPLEMENTATIONS
+    return implementation.reason(decoder)

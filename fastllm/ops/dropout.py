@@ -5,12 +5,17 @@ SC 2011), keyed by the seed, with the stream as third word of the counter. Every
 draws the same mask, whatever its thread count or vector width, and the backward draws it again.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastllm.ops import dispatch
+from fastllm.ops import dispatch, extension
+from fastllm.ops.torch_private import disable_dynamo
+
+# Why the fused operations, which divide by 1 - p, decline.
+DROPOUT_RANGE = "a dropout probability is outside [0, 1)"
 
 _WORD = 0xFFFFFFFF
 
@@ -20,8 +25,14 @@ def draw_seed() -> int:
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
+def fresh_seeds() -> Iterator[int]:
+    """Seeds without end, each drawn by `draw_seed` when it is needed."""
+    while True:
+        yield draw_seed()
+
+
 def draw_seeds(count: int) -> list[int]:
-    """The next `count` seeds, in the order in which `draw_seed` would give them."""
+    """The next `count` seeds, as so many calls of `draw_seed` would give them."""
     return torch.empty(count, dtype=torch.int64, device="cpu").random_().tolist()
 
 
@@ -45,8 +56,8 @@ def philox(counters: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Te
     return x0, x1, x2, x3
 
 
-# Inductor (of torch 2.13) turns these integers into floats, which do not even compile.
-@torch._disable_dynamo
+# Inductor (of torch 2.13) turns these integers into floats, which do not compile.
+@disable_dynamo
 def keep_mask(shape: torch.Size, p: float, seed: int, stream: int, device: Any) -> Tensor:
     """Which elements survive dropout with probability `p`: bool, of the given shape.
 
@@ -81,8 +92,14 @@ class DropoutFunction(torch.autograd.Function):
         ctx.settings = p, seed, stream
         x = x.contiguous()
         out = torch.empty_like(x)
-        dispatch.kernels.dropout(
-            out.data_ptr(), x.data_ptr(), x.numel(), p, seed, stream, torch.get_num_threads()
+        extension.kernels.dropout(
+            out=out.data_ptr(),
+            x=x.data_ptr(),
+            size=x.numel(),
+            p=p,
+            seed=seed,
+            stream=stream,
+            threads=torch.get_num_threads(),
         )
         return out
 
@@ -99,10 +116,18 @@ def dropout_cpu(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
     return DropoutFunction.apply(x, p, seed, stream)
 
 
-IMPLEMENTATIONS: list[dispatch.Implementation] = [
-    dispatch.Implementation("cpu", dropout_cpu, dispatch.why_not_cpu),
-    dispatch.Implementation("triton", dispatch.run_triton("dropout"), dispatch.why_not_triton),
-    dispatch.Implementation("ref", dropout_ref),
+def why_not_cpu(x: Tensor, p: float, seed: int, stream: int) -> str | None:
+    return dispatch.why_not_cpu(x)
+
+
+def why_not_triton(x: Tensor, p: float, seed: int, stream: int) -> str | None:
+    return dispatch.why_not_triton(x)
+
+
+IMPLEMENTATIONS = [
+    dispatch.cpu(dropout_cpu, why_not_cpu),
+    dispatch.triton("dropout", why_not_triton),
+    dispatch.reference(dropout_ref),
 ]
 
 
@@ -124,4 +149,5 @@ def dropout(x: Tensor, p: float, seed: int, stream: int = 0) -> Tensor:
         return x
     if p == 1:
         return x * 0
-    return dispatch.choose("dropout", IMPLEMENTATIONS, x).run(x, p, seed, stream)
+    arguments = (x, p, seed, stream)
+    return dispatch.choose("dropout", IMPLEMENTATIONS, *arguments).run(*arguments)

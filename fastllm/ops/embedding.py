@@ -1,46 +1,39 @@
-"""From token ids to hidden states: lookup, scale, position and dropout."""
+"""From token ids to hidden states: lookup, scale, positions and dropout."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.ops import dispatch
-from fastllm.ops.dropout import dropout
-from fastllm.ops.parameters import address, check_first_derivative, contiguous, new_grad
-
-CPU = torch.device("cpu")
-
-
-class Settings(NamedTuple):
-    """What is no tensor."""
-
-    scale: float = 1.0
-    padding_idx: int | None = None
-    dropout_p: float = 0.0
-    seed: int = 0
+from fastllm.ops import dispatch, extension
+from fastllm.ops.autograd import check_first_derivative
+from fastllm.ops.decoder import Embedding
+from fastllm.ops.dropout import DROPOUT_RANGE, dropout
+from fastllm.ops.memory import address, new_grad
+from fastllm.ops.torch_private import in_functorch_transform
 
 
-def embedding_ref(ids: Tensor, weight: Tensor, positions: Tensor, settings: Settings) -> Tensor:
-    tokens = F.embedding(ids, weight, settings.padding_idx) * settings.scale
-    return dropout(tokens + positions, settings.dropout_p, settings.seed)
+def embedding_ref(ids: Tensor, embedding: Embedding) -> Tensor:
+    tokens = F.embedding(ids, embedding.weight, embedding.padding_idx) * embedding.scale
+    return dropout(tokens + embedding.positions, *embedding.dropout)
 
 
 class EmbeddingFunction(torch.autograd.Function):
-    """The C++ kernel; keeps the ids alone."""
+    """The C++ kernel; saves only the ids."""
 
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, positions: Tensor, settings: Settings
+        ctx: Any, ids: Tensor, embedding: Embedding, weight: Tensor, positions: Tensor
     ) -> Tensor:
-        out = weight.new_empty(*ids.shape, weight.size(1))
-        ctx.settings = settings
-        dispatch.kernels.embedding_fwd(
-            address(out),
-            EmbeddingFunction.description(ctx, ids, weight, positions),
-            torch.get_num_threads(),
+        B, S = ids.shape
+        out = weight.new_empty(B, S, weight.size(1))
+        extension.kernels.embedding_fwd(
+            out=out.data_ptr(),
+            embedding=embedding.to_kernel(B, S, ids),
+            threads=torch.get_num_threads(),
         )
+        ctx.embedding = embedding.with_parameters(iter((None, None)))
         ctx.save_for_backward(ids, weight, positions)
         return out
 
@@ -48,90 +41,71 @@ class EmbeddingFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
         ids, weight, positions = ctx.saved_tensors
-        _, for_weight, for_positions, _ = ctx.needs_input_grad
-        grad_weight = new_grad(weight, for_weight)
-        grad_positions = new_grad(positions, for_positions)
+        _, _, weight_needed, positions_needed = ctx.needs_input_grad
+        grad_weight = new_grad(weight, weight_needed)
+        grad_positions = new_grad(positions, positions_needed)
         grad_out = grad_out.contiguous()
-        padding_idx = -1 if ctx.settings.padding_idx is None else ctx.settings.padding_idx
-        dispatch.kernels.embedding_bwd(
-            address(grad_weight),
-            address(grad_positions),
-            address(grad_out),
-            padding_idx,
-            EmbeddingFunction.description(ctx, ids, weight, positions),
-            torch.get_num_threads(),
+        embedding = ctx.embedding.with_parameters(iter((weight, positions)))
+        padding_idx = -1 if embedding.padding_idx is None else embedding.padding_idx
+        extension.kernels.embedding_bwd(
+            grad_weight=address(grad_weight),
+            grad_positions=address(grad_positions),
+            grad_out=grad_out.data_ptr(),
+            padding_idx=padding_idx,
+            embedding=embedding.to_kernel(*ids.shape, ids),
+            threads=torch.get_num_threads(),
         )
-        return None, grad_weight, grad_positions, None
-
-    @staticmethod
-    def description(ctx: Any, ids: Tensor, weight: Tensor, positions: Tensor) -> tuple[Any, ...]:
-        """`Embedding` of csrc/kernels.h."""
-        scale, _, dropout_p, seed = ctx.settings
-        return (
-            (*ids.shape, weight.size(1), weight.size(0)),
-            (address(ids), address(weight), address(positions)),
-            scale,
-            (dropout_p, seed),
-        )
+        return None, None, grad_weight, grad_positions
 
 
-def embedding_cpu(ids: Tensor, weight: Tensor, positions: Tensor, settings: Settings) -> Tensor:
-    return EmbeddingFunction.apply(*contiguous(ids.long(), weight, positions), settings)
+def embedding_cpu(ids: Tensor, embedding: Embedding) -> Tensor:
+    tables = [table.contiguous() for table in embedding.parameters()]
+    embedding = embedding.with_parameters(iter(tables))
+    return EmbeddingFunction.apply(ids.long().contiguous(), embedding, *tables)
 
 
-def why_not_ids(ids: Tensor, device: torch.device = CPU) -> str | None:
+def why_not_ids(ids: Tensor, device: torch.device) -> str | None:
     """Why kernels on that device cannot read these ids or targets, or None."""
     if type(ids) is not Tensor or ids.device != device:
         return f"the ids are a {type(ids).__name__} on {ids.device}"
     if ids.is_floating_point() or ids.dtype is torch.bool:
-        return f"the ids are {ids.dtype}, which is no integer"
+        return f"the ids are {ids.dtype}, not integers"
     return None
 
 
-def why_not_cpu(
-    ids: Tensor | None = None,
-    weight: Tensor | None = None,
-    positions: Tensor | None = None,
-    settings: Settings | None = None,
-) -> str | None:
-    if ids is None or weight is None or positions is None or settings is None:
-        return dispatch.why_not_cpu()
-    reason = why_not_ids(ids) or why_not_fused(ids, weight, positions, settings)
-    return reason or dispatch.why_not_fused(weight, positions)
-
-
-def why_not_triton(
-    ids: Tensor | None = None,
-    weight: Tensor | None = None,
-    positions: Tensor | None = None,
-    settings: Settings | None = None,
-) -> str | None:
-    if ids is None or weight is None or positions is None or settings is None:
-        return dispatch.why_not_triton()
-    reason = why_not_ids(ids, weight.device) or why_not_fused(ids, weight, positions, settings)
-    return reason or dispatch.why_not_triton(weight, positions)
-
-
-def why_not_fused(ids: Tensor, weight: Tensor, positions: Tensor, settings: Settings) -> str | None:
+def why_not(ids: Tensor, embedding: Embedding) -> str | None:
+    """Why no kernel can take these arguments, or None."""
+    if (reason := why_not_ids(ids, embedding.weight.device)) is not None:
+        return reason
     if ids.ndim != 2 or ids.numel() == 0:
-        return "the ids are not [B, S], or none"
-    if not 0 <= settings.dropout_p < 1:
-        return "everything is dropped, or the probability is none"
-    if positions.shape != (ids.size(1), weight.size(1)):
+        return "the ids are empty or not [B, S]"
+    if not 0 <= embedding.dropout.p < 1:
+        return DROPOUT_RANGE
+    if embedding.positions.shape != (ids.size(1), embedding.weight.size(1)):
         return "the positions do not fit the ids and the embeddings"
     return None
 
 
-IMPLEMENTATIONS: list[dispatch.Implementation] = [
-    dispatch.Implementation("cpu", embedding_cpu, why_not_cpu),
-    dispatch.Implementation("triton", dispatch.run_triton("embedding"), why_not_triton),
-    dispatch.Implementation("ref", embedding_ref),
+def why_not_cpu(ids: Tensor, embedding: Embedding) -> str | None:
+    return why_not(ids, embedding) or dispatch.why_not_cpu_fused(
+        embedding.weight, embedding.positions
+    )
+
+
+def why_not_triton(ids: Tensor, embedding: Embedding) -> str | None:
+    return why_not(ids, embedding) or dispatch.why_not_triton(embedding.weight, embedding.positions)
+
+
+IMPLEMENTATIONS = [
+    dispatch.cpu(embedding_cpu, why_not_cpu),
+    dispatch.triton("embedding", why_not_triton),
+    dispatch.reference(embedding_ref),
 ]
 
 
 def check_token_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raises an `IndexError` that names an id outside [0, vocab_size), where values can be seen."""
-    if ids.numel() == 0 or ids.is_meta or dispatch.inside_torch_func():
+    """Raises an `IndexError` that names an id outside [0, vocab_size), if values are visible."""
+    if ids.numel() == 0 or ids.is_meta or in_functorch_transform():
         return
     lowest, highest = torch.aminmax(ids)
     if lowest < 0 or highest >= vocab_size:
@@ -139,14 +113,12 @@ def check_token_ids(ids: Tensor, vocab_size: int) -> None:
         raise IndexError(f"Token id {wrong} is outside the vocabulary of {vocab_size} tokens")
 
 
-def embedding(ids: Tensor, weight: Tensor, positions: Tensor, settings: Settings) -> Tensor:
+def embedding(ids: Tensor, embedding: Embedding) -> Tensor:
     """`dropout(weight[ids] * scale + positions)`.
 
     Args:
         ids: [B, S], integers in [0, V).
-        weight: [V, H].
-        positions: [S, H].
-        settings: `scale`; `padding_idx`, whose row gets no gradient; dropout and its seed.
+        embedding: see `Embedding`; positions [S, H].
 
     Returns:
         [B, S, H].
@@ -154,6 +126,6 @@ def embedding(ids: Tensor, weight: Tensor, positions: Tensor, settings: Settings
     Raises:
         IndexError: an id is outside the vocabulary.
     """
-    check_token_ids(ids, weight.size(0))
-    arguments = (ids, weight, positions, settings)
+    check_token_ids(ids, embedding.weight.size(0))
+    arguments = (ids, embedding)
     return dispatch.choose("embedding", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllm.ops.autograd import check_first_derivative
 from fastllm.ops.blocks_triton import ELEMENTS, elements, keep_mask, rounded
+from fastllm.ops.decoder import Embedding
 from fastllm.ops.dropout import dropout, dropped_of_65536
-from fastllm.ops.embedding import Settings
-from fastllm.ops.parameters import check_first_derivative
 
 
 @triton.jit(do_not_specialize=["seed", "dropped"])
@@ -33,41 +33,40 @@ def embedding_fwd(
 
 
 class EmbeddingFunction(torch.autograd.Function):
-    """Keeps the ids alone."""
+    """Saves only the ids."""
 
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, positions: Tensor, settings: Settings
+        ctx: Any, ids: Tensor, embedding: Embedding, weight: Tensor, positions: Tensor
     ) -> Tensor:
         (B, S), H = ids.shape, weight.size(1)
         out = weight.new_empty(B, S, H)
-        scale, _, dropout_p, seed = ctx.settings = settings
-        dropped = dropped_of_65536(dropout_p)
+        p, seed = embedding.dropout
+        dropped = dropped_of_65536(p)
         embedding_fwd[(triton.cdiv(out.numel(), ELEMENTS),)](
-            out, ids, weight, positions, out.numel(), S, H, scale, seed, dropped,
-            65536 / (65536 - dropped), DROPOUT=dropout_p > 0, ELEMENTS=ELEMENTS,
+            out, ids, weight, positions, out.numel(), S, H, embedding.scale, seed, dropped,
+            65536 / (65536 - dropped), DROPOUT=p > 0, ELEMENTS=ELEMENTS,
         )  # fmt: skip
         ctx.save_for_backward(ids)
-        ctx.V = weight.size(0)
+        ctx.embedding, ctx.V = embedding.with_parameters(iter((None, None))), weight.size(0)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
         (ids,) = ctx.saved_tensors
-        scale, padding_idx, dropout_p, seed = ctx.settings
-        _, for_weight, for_positions, _ = ctx.needs_input_grad
-        grad = dropout(grad_out, dropout_p, seed)
-        padding_idx = -1 if padding_idx is None else padding_idx
+        _, _, weight_needed, positions_needed = ctx.needs_input_grad
+        grad = dropout(grad_out, *ctx.embedding.dropout)
+        padding_idx = -1 if ctx.embedding.padding_idx is None else ctx.embedding.padding_idx
         grad_weight = None
-        if for_weight:
+        if weight_needed:
             grad_weight = torch.ops.aten.embedding_dense_backward(
-                grad * scale, ids, ctx.V, padding_idx, False
+                grad * ctx.embedding.scale, ids, ctx.V, padding_idx, False
             )
-        return None, grad_weight, grad.sum(0) if for_positions else None, None
+        return None, None, grad_weight, grad.sum(0) if positions_needed else None
 
 
-def embedding_triton(ids: Tensor, weight: Tensor, positions: Tensor, settings: Settings) -> Tensor:
+def embedding_triton(ids: Tensor, embedding: Embedding) -> Tensor:
     """See `fastllm.ops.embedding.embedding`."""
-    ids, weight, positions = ids.long().contiguous(), weight.contiguous(), positions.contiguous()
-    return EmbeddingFunction.apply(ids, weight, positions, settings)
+    tables = [table.contiguous() for table in embedding.parameters()]
+    return EmbeddingFunction.apply(ids.long().contiguous(), embedding, *tables)

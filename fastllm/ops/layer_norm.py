@@ -1,4 +1,4 @@
-"""Layer norm over the last dimension (Ba, Kiros and Hinton 2016), of a sum if wanted."""
+"""Layer norm over the last dimension (Ba, Kiros and Hinton 2016), optionally of a sum."""
 
 from typing import Any
 
@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.ops import dispatch
-from fastllm.ops.parameters import Norm, address, addresses, check_first_derivative, new_grad
+from fastllm.ops import dispatch, extension
+from fastllm.ops.autograd import check_first_derivative
+from fastllm.ops.decoder import Norm
+from fastllm.ops.memory import address, new_grad
 
 
 def layer_norm_ref(x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
@@ -17,7 +19,7 @@ def layer_norm_ref(x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """The C++ kernel; keeps the sum, and the mean and 1 / standard deviation of each row."""
+    """The C++ kernel; saves the sum, and the mean and 1 / standard deviation of each row."""
 
     @staticmethod
     def forward(
@@ -27,17 +29,17 @@ class LayerNormFunction(torch.autograd.Function):
         rows = x.numel() // H
         out, stats = torch.empty_like(x), x.new_empty(rows, 2)
         total = x if residual is None else torch.empty_like(x)
-        ctx.eps, ctx.rows, ctx.H = eps, rows, H
-        dispatch.kernels.layer_norm_fwd(
-            address(out),
-            address(stats),
-            0 if residual is None else address(total),
-            address(x),
-            address(residual),
-            rows,
-            H,
-            (*addresses(weight, bias), eps),
-            torch.get_num_threads(),
+        ctx.eps = eps
+        extension.kernels.layer_norm_fwd(
+            out=out.data_ptr(),
+            stats=stats.data_ptr(),
+            sum=0 if residual is None else total.data_ptr(),
+            x=x.data_ptr(),
+            residual=address(residual),
+            rows=rows,
+            H=H,
+            norm=Norm(weight, bias, eps).to_kernel(),
+            threads=torch.get_num_threads(),
         )
         ctx.save_for_backward(total, stats, weight, bias)
         return out
@@ -46,24 +48,22 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
         total, stats, weight, bias = ctx.saved_tensors
-        for_x, for_weight, for_bias, _, for_residual = ctx.needs_input_grad
+        x_needed, weight_needed, bias_needed, _, residual_needed = ctx.needs_input_grad
         grad_out = grad_out.contiguous()
-        grad_x = new_grad(total, for_x or for_residual)
-        # The kernel gives both or neither.
-        grad_weight = new_grad(weight, for_weight or for_bias)
-        grad_bias = new_grad(bias, for_weight or for_bias)
-        dispatch.kernels.layer_norm_bwd(
-            address(grad_x),
-            addresses(grad_weight, grad_bias),
-            address(grad_out),
-            address(total),
-            address(stats),
-            ctx.rows,
-            ctx.H,
-            (*addresses(weight, bias), ctx.eps),
-            torch.get_num_threads(),
+        grad_x = new_grad(total, x_needed or residual_needed)
+        grad_weight, grad_bias = new_grad(weight, weight_needed), new_grad(bias, bias_needed)
+        extension.kernels.layer_norm_bwd(
+            grad_x=address(grad_x),
+            grad=extension.kernels.NormGrad(weight=address(grad_weight), bias=address(grad_bias)),
+            grad_out=grad_out.data_ptr(),
+            sum=total.data_ptr(),
+            stats=stats.data_ptr(),
+            rows=len(stats),
+            H=weight.numel(),
+            norm=Norm(weight, bias, ctx.eps).to_kernel(),
+            threads=torch.get_num_threads(),
         )
-        return grad_x, grad_weight, grad_bias, None, grad_x if for_residual else None
+        return grad_x, grad_weight, grad_bias, None, grad_x if residual_needed else None
 
 
 def layer_norm_cpu(x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
@@ -72,21 +72,24 @@ def layer_norm_cpu(x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
     return LayerNormFunction.apply(x.contiguous(), weight, bias, norm.eps, residual)
 
 
-def why_not_cpu(
-    x: Tensor | None = None, norm: Norm | None = None, residual: Tensor | None = None
-) -> str | None:
-    if x is None or norm is None:
-        return dispatch.why_not_cpu()
-    reason = why_not_rows(x, norm, residual)
-    return reason or dispatch.why_not_fused(x, norm.weight, norm.bias, residual)
+def why_not(x: Tensor, norm: Norm, residual: Tensor | None) -> str | None:
+    """Why no kernel can take these arguments, or None."""
+    if residual is not None and residual.shape != x.shape:
+        return "the residual is broadcast"
+    if x.numel() == 0:
+        return "x is empty"
+    if not norm.fits(x.size(-1)):
+        return "the norm is not over the last dimension"
+    return None
 
 
-def why_not_triton(
-    x: Tensor | None = None, norm: Norm | None = None, residual: Tensor | None = None
-) -> str | None:
-    if x is None or norm is None:
-        return dispatch.why_not_triton()
-    if (reason := why_not_rows(x, norm, residual)) is not None:
+def why_not_cpu(x: Tensor, norm: Norm, residual: Tensor | None) -> str | None:
+    reason = why_not(x, norm, residual)
+    return reason or dispatch.why_not_cpu_fused(x, norm.weight, norm.bias, residual)
+
+
+def why_not_triton(x: Tensor, norm: Norm, residual: Tensor | None) -> str | None:
+    if (reason := why_not(x, norm, residual)) is not None:
         return reason
     H = x.size(-1)
     if H > LONGEST_TRITON:
@@ -96,26 +99,16 @@ def why_not_triton(
     return dispatch.why_not_triton(x, norm.weight, norm.bias, residual)
 
 
-def why_not_rows(x: Tensor, norm: Norm, residual: Tensor | None) -> str | None:
-    if residual is not None and residual.shape != x.shape:
-        return "the residual is broadcast"
-    if x.numel() == 0:
-        return "there are no elements"
-    if not norm.fits(x.size(-1)):
-        return "the norm is not one over the last dimension"
-    return None
-
-
-# Widths beyond which a kernel in Triton is faster than PyTorch's, by measurements that others have
-# published; `python -m fastllm.bench --device cuda` shows what holds on a GPU at hand. Asked for by
+# Widths above which a Triton kernel is faster than PyTorch's, by measurements that others have
+# published; `python -m fastllm.bench --device cuda` shows what holds on a GPU at hand. Requested by
 # name, the kernel runs at any width.
 NARROWEST_TRITON = 2048
 LONGEST_TRITON = 8192
 
-IMPLEMENTATIONS: list[dispatch.Implementation] = [
-    dispatch.Implementation("cpu", layer_norm_cpu, why_not_cpu),
-    dispatch.Implementation("triton", dispatch.run_triton("layer_norm"), why_not_triton),
-    dispatch.Implementation("ref", layer_norm_ref),
+IMPLEMENTATIONS = [
+    dispatch.cpu(layer_norm_cpu, why_not_cpu),
+    dispatch.triton("layer_norm", why_not_triton),
+    dispatch.reference(layer_norm_ref),
 ]
 
 

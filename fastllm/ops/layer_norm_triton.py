@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllm.ops.autograd import check_first_derivative
 from fastllm.ops.blocks_triton import power_of_2, rounded
-from fastllm.ops.parameters import Norm, check_first_derivative
+from fastllm.ops.decoder import Norm
 
 # Programs that sum up the gradients by weight and bias, each over its rows: enough for every
 # multiprocessor of today's GPUs, and few enough that adding up their sums costs little.

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllm.ops.autograd import check_first_derivative, needs_grad
 from fastllm.ops.blocks_triton import in_autocast, rounded
-from fastllm.ops.parameters import Linear, check_first_derivative, needs_grad
+from fastllm.ops.decoder import Linear
 
 # Of a chunk: 128 MB in 16 bits, large enough for products at full speed.
 LOGITS = 2**26

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllm.ops.autograd import check_first_derivative
 from fastllm.ops.blocks_triton import (
     ELEMENTS,
     dot,
@@ -26,9 +27,10 @@ from fastllm.ops.blocks_triton import (
     rounded,
     tuned,
 )
+from fastllm.ops.decoder import Mlp
 from fastllm.ops.dropout import dropout, dropped_of_65536
 from fastllm.ops.layer_norm import layer_norm
-from fastllm.ops.parameters import Linear, Norm, check_first_derivative, contiguous
+from fastllm.ops.memory import contiguous
 
 WIDEST_DOT = 1024
 
@@ -184,7 +186,7 @@ def finished_product(
     return out, hidden
 
 
-class MLPFunction(torch.autograd.Function):
+class MlpFunction(torch.autograd.Function):
     """Two products forward, four backward."""
 
     @staticmethod
@@ -222,23 +224,12 @@ class MLPFunction(torch.autograd.Function):
         )
 
 
-def mlp_triton(
-    x: Tensor,
-    fc1: Linear,
-    fc2: Linear,
-    activation: str,
-    dropout_p: float,
-    seed: int,
-    norm: Norm | None,
-    norm_first: bool,
-    out_dropout_p: float,
-    out_seed: int,
-) -> Tensor:
+def mlp_triton(x: Tensor, mlp: Mlp) -> Tensor:
     """See `fastllm.ops.mlp.mlp`."""
-    normed = layer_norm(x, norm) if norm and norm_first else x
-    tensors = contiguous(*in_autocast(normed, *fc1, *fc2))
-    out = MLPFunction.apply(*tensors, activation, dropout_p, seed)
-    out = dropout(out, out_dropout_p, out_seed)
-    if norm is None:
+    normed = layer_norm(x, mlp.norm) if mlp.norm and mlp.norm_first else x
+    tensors = contiguous(*in_autocast(normed, *mlp.fc1, *mlp.fc2))
+    out = MlpFunction.apply(*tensors, mlp.activation, *mlp.hidden_dropout)
+    out = dropout(out, *mlp.out_dropout)
+    if mlp.norm is None:
         return out
-    return x + out if norm_first else layer_norm(out, norm, x)
+    return x + out if mlp.norm_first else layer_norm(out, mlp.norm, x)

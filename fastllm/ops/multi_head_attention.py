@@ -2,241 +2,172 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.ops import dispatch
-from fastllm.ops.attention import attention, check_mask, mask_description, why_not_mask
-from fastllm.ops.dropout import dropout
+from fastllm.ops import dispatch, extension
+from fastllm.ops.attention import attention, check_mask, why_not_mask
+from fastllm.ops.autograd import check_first_derivative, needs_grad
+from fastllm.ops.decoder import MultiHeadAttention
+from fastllm.ops.dropout import DROPOUT_RANGE, dropout
 from fastllm.ops.layer_norm import layer_norm
-from fastllm.ops.parameters import (
-    Linear,
-    Norm,
-    address,
-    addresses,
-    check_first_derivative,
-    contiguous,
-    laid_out,
-    linear_description,
-    needs_grad,
-    new_grad,
-)
+from fastllm.ops.memory import address, kernel_layout, new_grad
+from fastllm.ops.precision import autocast_input, product_precision
 
 
-class Settings(NamedTuple):
-    """What is no tensor to differentiate by.
-
-    Attributes:
-        dropout_p, seed: of the attention weights.
-        out_dropout_p, out_seed: of the output projection's result.
-        norm_first: `x + f(norm(x))` rather than `norm(x + f(x))`.
-        starts: where each sequence begins in rows of several, and the last one ends; then there is
-            no mask.
-    """
-
-    num_heads: int
-    attn_mask: Tensor | None = None
-    is_causal: bool = False
-    dropout_p: float = 0.0
-    seed: int = 0
-    out_dropout_p: float = 0.0
-    out_seed: int = 0
-    norm_first: bool = True
-    starts: tuple[int, ...] | None = None
-
-    def sizes(self, x: Tensor) -> tuple[int, int]:
-        """B and S of x, the length of the longest sequence."""
-        if self.starts is None:
-            return x.size(0), x.size(1)
-        return len(self.starts) - 1, max(end - begin for begin, end in pairwise(self.starts))
+def multi_head_attention_ref(x: Tensor, mha: MultiHeadAttention) -> Tensor:
+    B, S, H, N = *mha.sizes(x), x.size(-1), mha.heads
+    qkv = F.linear(layer_norm(x, mha.norm) if mha.norm and mha.norm_first else x, *mha.qkv)
+    mask, rows = mha.mask, None
+    if mha.starts is not None:
+        rows, mask = unpacked_rows(mha.starts, S, x.device)
+        qkv = qkv.new_zeros(B, S, 3 * H).masked_scatter(rows[..., None], qkv)
+    q, k, v = qkv.view(B, S, 3, N, H // N).permute(2, 0, 3, 1, 4)
+    heads = attention(q, k, v, mask, mha.causal, *mha.weights_dropout)
+    heads = heads.transpose(1, 2).reshape(B, S, H)
+    out = dropout(F.linear(heads if rows is None else heads[rows], *mha.out), *mha.out_dropout)
+    if mha.norm is None:
+        return out
+    return x + out if mha.norm_first else layer_norm(out, mha.norm, x)
 
 
-def multi_head_attention_ref(
-    x: Tensor, qkv: Linear, out: Linear, settings: Settings, norm: Norm | None
-) -> Tensor:
-    B, S, H = *settings.sizes(x), x.size(-1)
-    N, attn_mask, is_causal, dropout_p, seed, out_dropout_p, out_seed, norm_first, starts = settings
-    normed = layer_norm(x, norm) if norm and norm_first else x
-    projected = F.linear(normed, *qkv)
-    if starts is not None:
-        filled, attn_mask = filled_rows(starts, S, x.device)
-        projected = projected.new_zeros(B, S, 3 * H).masked_scatter(filled[..., None], projected)
-    q, k, v = projected.view(B, S, 3, N, H // N).permute(2, 0, 3, 1, 4)
-    heads = attention(q, k, v, attn_mask, is_causal, dropout_p, seed).transpose(1, 2)
-    heads = heads.reshape(B, S, H) if starts is None else heads.reshape(B, S, H)[filled]
-    y = dropout(F.linear(heads, *out), out_dropout_p, out_seed)
-    if norm is None:
-        return y
-    return x + y if norm_first else layer_norm(y, norm, x)
-
-
-def filled_rows(starts: Sequence[int], S: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of [B, S] hold a row of sequences side by side, and the mask of the other keys."""
+def unpacked_rows(starts: Sequence[int], S: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of [B, S] hold a row of the packed sequences, and the mask of the other keys."""
     lengths = torch.tensor([end - begin for begin, end in pairwise(starts)], device=device)
-    filled = torch.arange(S, device=device) < lengths[:, None]
-    return filled, ~filled[:, None, None]
+    rows = torch.arange(S, device=device) < lengths[:, None]
+    return rows, ~rows[:, None, None]
 
 
 class MultiHeadAttentionFunction(torch.autograd.Function):
-    """The C++ kernel; keeps the projections and the heads' outputs."""
+    """The C++ kernel; saves the projections and the heads' outputs."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, settings: Settings, eps: float, keep: bool, *parameters: Tensor | None
+        ctx: Any, x: Tensor, mha: MultiHeadAttention, keep: bool, *parameters: Tensor | None
     ) -> Tensor:
-        B, S = settings.sizes(x)
-        N, H = settings.num_heads, x.size(-1)
+        B, S, H = *mha.sizes(x), x.size(-1)
         rows = x.numel() // H
-        normed = parameters[4] is not None
-        out, qkv, heads = torch.empty_like(x), x.new_empty(rows, 3 * H), torch.empty_like(x)
-        stats = x.new_empty(rows, 2) if keep and normed else None
-        total = torch.empty_like(x) if keep and normed and not settings.norm_first else None
-        ctx.settings, ctx.eps, ctx.sizes = settings, eps, (B, S, N, H // N)
-        ctx.precision = dispatch.precision()
-        # A tensor, for its memory: the kernel reads it in both directions.
-        starts = settings.starts
-        ctx.starts = starts and torch.tensor(starts, dtype=torch.int64, device="cpu")
-        dispatch.kernels.multi_head_attention_fwd(
-            address(out),
-            addresses(stats, qkv, heads, total),
-            address(x),
-            MultiHeadAttentionFunction.description(ctx, parameters),
-            torch.get_num_threads(),
+        out, qkv, attn_out = torch.empty_like(x), x.new_empty(rows, 3 * H), torch.empty_like(x)
+        stats = x.new_empty(rows, 2) if keep and mha.norm else None
+        post_norm = mha.norm is not None and not mha.norm_first
+        residual = torch.empty_like(x) if keep and post_norm else None
+        ctx.precision, ctx.sizes = product_precision(), (B, S)
+        # A tensor, because the kernels read it from memory in both directions.
+        ctx.starts = mha.starts and torch.tensor(mha.starts, dtype=torch.int64, device="cpu")
+        extension.kernels.multi_head_attention_fwd(
+            out=out.data_ptr(),
+            saved=saved_to_kernel(stats, qkv, attn_out, residual),
+            x=x.data_ptr(),
+            attention=mha.to_kernel(B, S, ctx.starts, ctx.precision),
+            threads=torch.get_num_threads(),
         )
         if keep:
-            # The mask as well, so that a change to it before the backward is noticed.
-            ctx.save_for_backward(settings.attn_mask, x, stats, qkv, heads, total, *parameters)
+            ctx.mha = mha.with_parameters(iter([None] * len(parameters)))._replace(mask=None)
+            # The mask as well, so that autograd notices a change to it before the backward.
+            ctx.save_for_backward(mha.mask, x, stats, qkv, attn_out, residual, *parameters)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        _, x, stats, qkv, heads, total, *parameters = ctx.saved_tensors
-        wanted, wanted_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        wanted_norm = any(wanted_parameters[4:])  # the kernel gives both gradients or neither
-        grad_x = new_grad(x, wanted)
-        grads = [
-            new_grad(p, need) for p, need in zip(parameters[:4], wanted_parameters[:4], strict=True)
-        ]
-        grads += [new_grad(p, wanted_norm) for p in parameters[4:]]
+        mask, x, stats, qkv, attn_out, residual, *parameters = ctx.saved_tensors
+        x_needed, _, _, *needed = ctx.needs_input_grad
+        grad_x = new_grad(x, x_needed)
+        grads = [new_grad(p, need) for p, need in zip(parameters, needed, strict=True)]
         grad_out = grad_out.contiguous()
-        qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, norm_bias = addresses(*grads)
-        dispatch.kernels.multi_head_attention_bwd(
-            address(grad_x),
-            [(norm_weight, norm_bias), (qkv_weight, qkv_bias), (out_weight, out_bias)],
-            address(grad_out),
-            addresses(stats, qkv, heads, total),
-            address(x),
-            MultiHeadAttentionFunction.description(ctx, parameters),
-            torch.get_num_threads(),
+        mha = ctx.mha.with_parameters(iter(parameters))._replace(mask=mask)
+        B, S = ctx.sizes
+        extension.kernels.multi_head_attention_bwd(
+            grad_x=address(grad_x),
+            grad=ctx.mha.with_parameters(iter(grads)).to_kernel_grad(),
+            grad_out=grad_out.data_ptr(),
+            saved=saved_to_kernel(stats, qkv, attn_out, residual),
+            x=x.data_ptr(),
+            attention=mha.to_kernel(B, S, ctx.starts, ctx.precision),
+            threads=torch.get_num_threads(),
         )
-        return grad_x, None, None, None, *grads
-
-    @staticmethod
-    def description(ctx: Any, parameters: Any) -> tuple[Any, ...]:
-        """`MultiHeadAttention` of csrc/kernels.h."""
-        B, S, N, _ = ctx.sizes
-        norm_weight, norm_bias = addresses(*parameters[4:])
-        settings = ctx.settings
-        return (
-            ctx.sizes,
-            address(ctx.starts),
-            (norm_weight, norm_bias, ctx.eps),
-            settings.norm_first,
-            linear_description(*parameters[:2]),
-            linear_description(*parameters[2:4]),
-            mask_description(settings.attn_mask, B, N, S, S),
-            settings.is_causal,
-            (settings.dropout_p, settings.seed),
-            (settings.out_dropout_p, settings.out_seed),
-            ctx.precision,
-        )
+        return grad_x, None, None, *grads
 
 
-def multi_head_attention_cpu(
-    x: Tensor, qkv: Linear, out: Linear, settings: Settings, norm: Norm | None
-) -> Tensor:
-    weight, bias, eps = norm or (None, None, 0.0)
-    x, parameters = x.contiguous(), [*laid_out(qkv), *laid_out(out), *contiguous(weight, bias)]
-    keep = needs_grad(x, *parameters)
-    return MultiHeadAttentionFunction.apply(x, settings, eps, keep, *parameters)
-
-
-def why_not_cpu(
-    x: Tensor | None = None,
-    qkv: Linear | None = None,
-    out: Linear | None = None,
-    settings: Settings | None = None,
-    norm: Norm | None = None,
-) -> str | None:
-    if x is None or qkv is None or out is None or settings is None:
-        return dispatch.why_not_cpu()
-    if x.numel() == 0:
-        return "there are no elements"
-    if not (0 <= settings.dropout_p < 1 and 0 <= settings.out_dropout_p < 1):
-        return "everything is dropped, or the probability is none"
-    H = x.size(-1)
-    if not (qkv.fits(3 * H, H) and out.fits(H, H) and (norm is None or norm.fits(H))):
-        return "a bias or a norm does not fit the weights"
-    return why_not_mask(settings.attn_mask) or dispatch.why_not_fused(
-        x, *qkv, *out, *(norm[:2] if norm else ())
+def saved_to_kernel(
+    stats: Tensor | None, qkv: Tensor, attn_out: Tensor, residual: Tensor | None
+) -> Any:
+    return extension.kernels.MultiHeadAttentionSaved(
+        stats=address(stats),
+        qkv=qkv.data_ptr(),
+        attn_out=attn_out.data_ptr(),
+        residual=address(residual),
     )
 
 
-def why_not_triton(x: Tensor | None = None, *others: Any) -> str | None:
+def multi_head_attention_cpu(x: Tensor, mha: MultiHeadAttention) -> Tensor:
+    x = x.contiguous()
+    mha = mha.with_parameters(iter(map(kernel_layout, mha.parameters())))
+    parameters = mha.parameters()
+    return MultiHeadAttentionFunction.apply(x, mha, needs_grad(x, *parameters), *parameters)
+
+
+def why_not_cpu(x: Tensor, mha: MultiHeadAttention) -> str | None:
+    if x.numel() == 0:
+        return "x is empty"
+    if not 0 <= mha.weights_dropout.p < 1 or not 0 <= mha.out_dropout.p < 1:
+        return DROPOUT_RANGE
+    reason = mha.why_not_sizes(x.size(-1)) or why_not_mask(mha.mask, x.device)
+    return reason or dispatch.why_not_cpu_fused(x, *mha.parameters())
+
+
+def why_not_triton(x: Tensor, mha: MultiHeadAttention) -> str | None:
     return dispatch.why_not_triton(x)
 
 
-IMPLEMENTATIONS: list[dispatch.Implementation] = [
-    dispatch.Implementation("cpu", multi_head_attention_cpu, why_not_cpu),
-    # Its parts by their own implementations, between products that cuBLAS does best.
-    dispatch.Implementation("triton", multi_head_attention_ref, why_not_triton),
-    dispatch.Implementation("ref", multi_head_attention_ref),
+IMPLEMENTATIONS = [
+    dispatch.cpu(multi_head_attention_cpu, why_not_cpu),
+    # Each part by its own implementation, between products that cuBLAS does best.
+    dispatch.Implementation(
+        "triton", multi_head_attention_ref, dispatch.why_not_triton_here, why_not_triton
+    ),
+    dispatch.reference(multi_head_attention_ref),
 ]
 
 
-def check_starts(starts: Sequence[int], rows: int, attn_mask: Tensor | None) -> None:
-    """Raises a `ValueError` where sequences side by side are not described well."""
-    if attn_mask is not None:
-        raise ValueError("starts and attn_mask exclude each other")
+def check_starts(starts: Sequence[int], rows: int, mask: Tensor | None) -> None:
+    """Raises a `ValueError` if `starts` does not describe sequences packed into so many rows."""
+    if mask is not None:
+        raise ValueError("starts and mask exclude each other")
     if len(starts) < 2 or starts[0] != 0 or starts[-1] != rows or list(starts) != sorted(starts):
         raise ValueError(f"starts must rise from 0 to the number of rows {rows}, got {starts}")
 
 
-def multi_head_attention(
-    x: Tensor, qkv: Linear, out: Linear, settings: Settings, norm: Norm | None = None
-) -> Tensor:
-    """Self-attention over N heads: `dropout(out(attention(qkv(x))))`.
+def multi_head_attention(x: Tensor, mha: MultiHeadAttention) -> Tensor:
+    """Self-attention: `dropout(out(attention(qkv(x))))`, with layer norm and residual if there is a
+    norm.
 
     Args:
-        x: [B, S, H]; or [rows, H], sequences side by side, with `settings.starts`.
-        qkv: weight [3 H, H], rows ordered q, k, v, each by head.
-        out: weight [H, H].
-        settings: see `Settings`; `attn_mask` is boolean, broadcastable to [B, N, S, S], **True
-            means masked**.
-        norm: a layer norm; it brings the residual connection.
+        x: [B, S, H]; or packed sequences [rows, H], with `starts`.
+        mha: see `MultiHeadAttention`.
 
     Returns:
-        Of x's shape.
+        A tensor of x's shape.
 
     Raises:
         TypeError: the mask is not boolean.
         ValueError: sizes do not fit each other.
     """
-    check_mask(settings.attn_mask)
-    H, starts = x.size(-1), settings.starts
-    fits = qkv.weight.shape == (3 * H, H) and out.weight.shape == (H, H)
-    if x.ndim != (3 if starts is None else 2) or not fits:
+    check_mask(mha.mask)
+    H = x.size(-1)
+    qkv, out = mha.qkv.weight, mha.out.weight
+    fits = qkv.shape == (3 * H, H) and out.shape == (H, H)
+    if x.ndim != (3 if mha.starts is None else 2) or not fits:
         raise ValueError(
-            f"x {list(x.shape)}, qkv {list(qkv.weight.shape)} and out {list(out.weight.shape)} do "
-            "not fit: [B, S, H], [3 H, H] and [H, H] are needed"
+            f"x {list(x.shape)}, qkv {list(qkv.shape)} and out {list(out.shape)} do not fit: "
+            "[B, S, H], [3 H, H] and [H, H] are needed"
         )
-    if starts is not None:
-        check_starts(starts, x.size(0), settings.attn_mask)
-    if H % settings.num_heads:
-        raise ValueError(f"the width {H} must be divisible by num_heads ({settings.num_heads})")
-    arguments = (dispatch.autocast_input(x, qkv.weight), qkv, out, settings, norm)
+    if mha.starts is not None:
+        check_starts(mha.starts, x.size(0), mha.mask)
+    if H % mha.heads:
+        raise ValueError(f"the width {H} must be divisible by the number of heads ({mha.heads})")
+    arguments = (autocast_input(x, qkv), mha)
     return dispatch.choose("multi_head_attention", IMPLEMENTATIONS, *arguments).run(*arguments)

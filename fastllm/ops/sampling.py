@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastllm.ops import dispatch
+from fastllm.ops import dispatch, extension
 from fastllm.ops.dropout import philox
+from fastllm.ops.memory import address
 
 
 class Sampling(NamedTuple):
@@ -108,41 +109,37 @@ def sample_cpu(
 ) -> Tensor:
     B, V = logits.shape
     tokens = torch.empty(B, dtype=torch.long, device="cpu")
-    good = dispatch.kernels.sample(
-        tokens.data_ptr(),
-        logits.data_ptr(),
-        (B, V),
-        samplings,
-        0 if seen is None else seen.data_ptr(),
-        seeds,
-        steps,
-        torch.get_num_threads(),
+    sampled = extension.kernels.sample(
+        tokens=tokens.data_ptr(),
+        logits=logits.data_ptr(),
+        B=B,
+        V=V,
+        samplings=[extension.kernels.Sampling(**each._asdict()) for each in samplings],
+        seen=address(seen),
+        seeds=seeds,
+        steps=steps,
+        threads=torch.get_num_threads(),
     )
-    if not good:
+    if not sampled:
         raise ValueError(NO_PROBABILITIES)
     return tokens
 
 
 def why_not_cpu(
-    logits: Tensor | None = None,
-    samplings: Sequence[Sampling] = (),
-    seeds: Sequence[int] = (),
-    steps: Sequence[int] = (),
-    seen: Tensor | None = None,
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    seen: Tensor | None,
 ) -> str | None:
-    if logits is None:
-        return dispatch.why_not_cpu()
     if not logits.is_contiguous():
         return "the logits are not contiguous"
     if seen is not None and not seen.is_contiguous():
-        return "what was seen is not contiguous"
+        return "`seen` is not contiguous"
     return dispatch.why_not_cpu(logits)
 
 
-IMPLEMENTATIONS: list[dispatch.Implementation] = [
-    dispatch.Implementation("cpu", sample_cpu, why_not_cpu),
-    dispatch.Implementation("ref", sample_ref),
-]
+IMPLEMENTATIONS = [dispatch.cpu(sample_cpu, why_not_cpu), dispatch.reference(sample_ref)]
 
 
 def sample(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fastllm.device import autocast
 from fastllm.models.decoder import DecoderModel
+from fastllm.ops.decoder import Linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
-from fastllm.ops.parameters import Linear
 from fastllm.optim import Adam, AdamW
 from fastllm.training.checkpoint import Progress, load_training_state
 from fastllm.training.config import ResolvedRun, TrainConfig

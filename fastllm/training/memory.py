@@ -7,8 +7,8 @@ import psutil
 
 from fastllm.command import Log
 from fastllm.models.decoder import DecoderModel
-from fastllm.ops import decoder_loss, dispatch
-from fastllm.ops.parameters import LARGE
+from fastllm.ops import decoder_loss, dispatch, extension
+from fastllm.ops.memory import LARGE
 from fastllm.training.config import ResolvedRun, TrainConfig
 from fastllm.training.distributed import ProcessGroup
 
@@ -63,7 +63,7 @@ def estimate_memory_mb(model: DecoderModel, config: TrainConfig, threads: int) -
     parameters = sum(p.numel() for p in model.parameters())
     # A tied weight has two gradients until autograd adds them up.
     gradients = parameters + (V * H if model.tie_word_embeddings else 0)
-    if dispatch.kernels is None or dispatch.requested() == "ref":
+    if extension.kernels is None or dispatch.requested() == "ref":
         activations = _reference_floats(config, V)
         floats = 3 * parameters + max(activations, gradients)
     elif decoder_loss.why_not_shape(B, S, V) is None:

@@ -12,7 +12,7 @@ from fastllm import command
 from fastllm.command import Log, errors_in_one_line, no_log
 from fastllm.data.loader import TextDataset
 from fastllm.data.text import clean_lines, read_text
-from fastllm.device import Device, choose_device, choose_precision
+from fastllm.device import Device, autocast, choose_device, choose_precision
 from fastllm.files import replace_file
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import implementation_line
@@ -67,7 +67,6 @@ def train(
             stack.enter_context(group.reporting_peer_loss())
             group.check_agreement({**config.model_dump(mode="json"), "device": device})
             log: Log = command.log if group.is_main and not config.quiet else no_log
-            operations = implementation_line(device)
             if config.parallel != "ddp" and group.size == 1:
                 log(
                     f"warning: parallel {config.parallel} divides a step among several processes, "
@@ -79,7 +78,7 @@ def train(
             trainer = prepare(run, log, group, engine_class)
             log(f"run         {run_dir}")
             log(f"threads     {run.threads}{' in each process' if group.size > 1 else ''}")
-            log(f"operations  {operations}{trainer.engine.caveat}")
+            log(f"operations  {operations(trainer)}{trainer.engine.caveat}")
             on_start(trainer)
         with errors_in_one_line(CheckpointError, TrainingError, ImplementationError, OSError):
             trainer.train()
@@ -88,6 +87,16 @@ def train(
         report(trainer, log)
     if trainer.stopped_by:
         raise SystemExit(128 + trainer.stopped_by)
+
+
+def operations(trainer: Trainer) -> str:
+    """The implementation of every operation for the batches of a run."""
+    run, config = trainer.run, trainer.config
+    shape = -(-config.batch_size // trainer.group.size), config.max_seq_len
+    ids = torch.zeros(shape, dtype=torch.long, device=run.device)
+    with autocast(run.device, run.precision):
+        reason = trainer.model.why_not_fused_loss(ids)
+    return implementation_line(run.device, {"decoder_loss": reason} if reason else None)
 
 
 def start_or_restart(config: TrainConfig) -> tuple[Path, bool]:

@@ -19,6 +19,7 @@ from fastllm.benchmarking.steps import (
     time_steps,
 )
 from fastllm.ops import dispatch
+from fastllm.ops.precision import why_not_autocast
 from tests.conftest import needs_extension
 
 SHAPE = CONFIGS["A"]
@@ -51,7 +52,7 @@ def test_parity_gate(rival: Rival) -> None:
 
 @needs_extension
 def test_parity_gate_in_bf16() -> None:
-    if reason := dispatch.why_not_autocast(torch.bfloat16):
+    if reason := why_not_autocast(torch.bfloat16):
         pytest.skip(reason)
     torch.manual_seed(0)
     model = build_fastllm(SHAPE)

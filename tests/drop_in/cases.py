@@ -1,7 +1,7 @@
 """Modules as users drop them into their own code, each with an input, and the reference results."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastllm
 from fastllm import MLP, DecoderModel, MultiHeadAttention, TransformerBlock
-from fastllm.ops import dispatch
+from fastllm.ops import extension
 from tests.conftest import assert_as_accurate
 
 
@@ -117,38 +117,35 @@ def assert_like_reference(kind: str, scenario: Scenario, calls: "Calls") -> None
             assert_as_accurate(tensors[0], tensors[1], expected, name)
 
 
-class Calls(list[tuple[str, tuple]]):
-    """Name and arguments of every kernel call since the last `clear`."""
+class Calls(list[tuple[str, dict[str, Any]]]):
+    """Name and arguments of every kernel call, and of every record for one, since `clear`."""
 
     def names(self) -> set[str]:
-        return {name for name, _ in self}
+        """The kernels alone; records and other classes are capitalised."""
+        return {name for name, _ in self if name.islower()}
 
     def grad_addresses(self) -> list[int]:
         """Where kernels were told to write gradients; they compute no others."""
-        written: list[int] = []
-        for name, arguments in self:
-            if name == "decoder_loss":
-                written += flat(arguments[5])
-            elif name.endswith("_bwd") or name == "linear_cross_entropy":
-                written += flat(arguments[:2])
-        return [address for address in written if address]
+        addresses = []
+        for name, fields in self:
+            if name in ("LinearGrad", "NormGrad"):
+                addresses += [fields["weight"], fields["bias"]]
+            elif name == "DecoderGrad":
+                addresses += [fields["embedding"], fields["positions"]]
+            elif name.islower():
+                written = {"grad_x", "grad_q", "grad_k", "grad_v", "grad_weight", "grad_positions"}
+                addresses += [fields[field] for field in written.intersection(fields)]
+        return [address for address in addresses if address]
 
-    def kept_addresses(self) -> list[int]:
+    def saved_addresses(self) -> list[int]:
         """Where kernels were told to save something for the backward."""
-        written: list[int] = []
-        for name, arguments in self:
-            if name == "mlp_fwd":
-                written += arguments[1]
-            elif name == "multi_head_attention_fwd":  # the others are its workspace as well
-                stats, _, _, total = arguments[1]
-                written += stats, total
-        return [address for address in written if address]
-
-
-def flat(value: object) -> list[int]:
-    if isinstance(value, list | tuple):
-        return [number for each in value for number in flat(each)]
-    return [value] if isinstance(value, int) else []
+        addresses = []
+        for name, fields in self:
+            if name == "MlpSaved":
+                addresses += fields.values()
+            elif name == "MultiHeadAttentionSaved":  # qkv and attn_out are its workspace as well
+                addresses += [fields["stats"], fields["residual"]]
+        return [address for address in addresses if address]
 
 
 class Spy:
@@ -156,15 +153,15 @@ class Spy:
 
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
-        self.kernels = dispatch.kernels
+        self.kernels = extension.kernels
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         function = getattr(self.kernels, name)
         if name in ("isa", "set_isa", "native_bf16"):  # these compute nothing
             return function
 
-        def call(*arguments: object) -> object:
-            self.calls.append((name, arguments))
-            return function(*arguments)
+        def call(*arguments: Any, **fields: Any) -> Any:
+            self.calls.append((name, fields))
+            return function(*arguments, **fields)
 
         return call

@@ -3,17 +3,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastllm.ops import dispatch
+from fastllm.ops import extension
 from tests.drop_in.cases import Calls, Spy
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """The kernels called in the test."""
-    if dispatch.kernels is None:
-        pytest.skip(f"no C++ kernels: {dispatch.extension_problem}")
+    if extension.kernels is None:
+        pytest.skip(f"no C++ kernels: {extension.problem}")
     calls = Calls()
-    monkeypatch.setattr(dispatch, "kernels", Spy(calls))
+    monkeypatch.setattr(extension, "kernels", Spy(calls))
     return calls
 
 

@@ -5,15 +5,14 @@ import torch
 from torch import Tensor, nn
 
 import fastllm
-from fastllm.ops import dispatch, parameters
+from fastllm.ops import extension, memory
 from fastllm.ops.attention import attention
-from fastllm.ops.embedding import Settings, embedding
+from fastllm.ops.decoder import Embedding, Linear, Mlp, MultiHeadAttention, Norm
+from fastllm.ops.embedding import embedding
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.mlp import mlp
-from fastllm.ops.multi_head_attention import Settings as AttentionSettings
 from fastllm.ops.multi_head_attention import multi_head_attention
-from fastllm.ops.parameters import Linear, Norm
 from fastllm.optim import Adam
 from tests.conftest import needs_extension
 from tests.drop_in.cases import (
@@ -108,7 +107,7 @@ def test_gradients_handed_out_are_never_overwritten(
     expected = Case(kind)
     expected.loss(0).backward()
     if large:  # memory of large gradients is reused
-        monkeypatch.setattr(parameters, "LARGE", 8)
+        monkeypatch.setattr(memory, "LARGE", 8)
     case = Case(kind)
     case.loss(0).backward()
     calls.clear()
@@ -116,7 +115,7 @@ def test_gradients_handed_out_are_never_overwritten(
     for seed in range(1, 4):
         case.module.zero_grad()
         case.loss(seed).backward()
-    assert ("Memory" in calls.names()) == large
+    assert ("Memory" in dict(calls)) == large
     for name, grad in expected.grads().items():
         if name != "input":  # which accumulates
             assert torch.equal(first[name], grad), name  # type: ignore[arg-type]
@@ -127,8 +126,8 @@ def test_gradients_handed_out_are_never_overwritten(
 def test_memory_of_large_gradients_is_used_again(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parameters, "LARGE", 8)
-    dispatch.kernels.Memory(12345)  # a size not in the free list empties it
+    monkeypatch.setattr(memory, "LARGE", 8)
+    extension.kernels.Memory(12345)  # a size not in the free list empties it
     case = Case(kind)
     if not case.is_model:
         case.x.requires_grad_(False)
@@ -193,15 +192,10 @@ def test_frozen_parameters_get_no_gradient_and_the_others_the_same_as_before(
             assert torch.equal(parameter.grad, expected[name]), name  # type: ignore[arg-type]
         else:
             assert parameter.grad is None, name
-    # The kernels compute both gradients of a norm or neither. By operation, gradients of hidden
-    # states are added: one for each operation after the first trained one.
-    learning = {
-        name.rsplit(".", 1)[0] if "norm" in name else name
-        for name, parameter in case.module.named_parameters()
-        if parameter.requires_grad
-    }
-    norms = sum("norm" in name for name in learning)
-    states = len(calls.grad_addresses()) - len(learning) - norms
+    # By operation, gradients of hidden states are added: one for each operation after the first
+    # trained one.
+    learning = [p for p in case.module.parameters() if p.requires_grad]
+    states = len(calls.grad_addresses()) - len(learning)
     assert states in (range(1) if kind == "model-whole" else range(7))
 
 
@@ -214,7 +208,7 @@ def test_nothing_before_the_first_trained_layer_is_differentiated(kind: str, cal
     case.loss().backward()
     assert not [name for name in calls.names() if name.endswith("_bwd")]
     assert len(calls.grad_addresses()) == 2
-    assert calls.kept_addresses() == []
+    assert calls.saved_addresses() == []
 
 
 class LowRank(nn.Module):
@@ -291,7 +285,7 @@ def test_no_gradient_is_wanted(kind: str, calls: Calls) -> None:
     calls.clear()
     assert not case.loss().requires_grad
     assert calls
-    assert calls.kept_addresses() == calls.grad_addresses() == []
+    assert calls.saved_addresses() == calls.grad_addresses() == []
 
 
 @each_model
@@ -344,7 +338,7 @@ def test_large_gradients_of_a_tied_weight_add_up_in_place(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fresh memory for the sum would cost a page fault per 4 kB in every step."""
-    monkeypatch.setattr(parameters, "LARGE", 8)
+    monkeypatch.setattr(memory, "LARGE", 8)
     made: list[int] = []
     original = torch.frombuffer
 
@@ -373,13 +367,13 @@ def test_a_block_used_twice_gets_the_sum(kind: str, calls: Calls) -> None:
 
 H = 8
 OPERATIONS = {
-    "embedding": lambda x: embedding(torch.tensor([[1, 2, 0]]), x, x[:3], Settings()),
+    "embedding": lambda x: embedding(torch.tensor([[1, 2, 0]]), Embedding(x, x[:3])),
     "layer_norm": lambda x: layer_norm(x, Norm(x[0], x[1], 1e-5)),
     "attention": lambda x: attention(*x.view(1, 2, 4, H).expand(3, 1, 2, 4, H)),
     "multi_head_attention": lambda x: multi_head_attention(
-        x[None], Linear(x.repeat(3, 1), None), Linear(x, None), AttentionSettings(2)
+        x[None], MultiHeadAttention(Linear(x.repeat(3, 1), None), Linear(x, None), 2)
     ),
-    "mlp": lambda x: mlp(x, Linear(x, None), Linear(x, None)),
+    "mlp": lambda x: mlp(x, Mlp(Linear(x, None), Linear(x, None))),
     "linear_cross_entropy": lambda x: linear_cross_entropy(x, Linear(x, None), torch.arange(H)),
 }
 

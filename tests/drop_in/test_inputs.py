@@ -9,7 +9,15 @@ from torch import Tensor, nn
 import fastllm
 from fastllm import MLP, DecoderModel, MultiHeadAttention, TransformerBlock
 from fastllm.models import decoder
-from fastllm.ops import OPERATIONS, dispatch, implementations
+from fastllm.ops import (
+    LAYER_BY_LAYER,
+    OPERATIONS,
+    WHOLE_MODEL,
+    dispatch,
+    implementation_line,
+    implementations,
+)
+from fastllm.ops.decoder import Decoder, Dropout
 from tests.conftest import needs_extension
 from tests.drop_in.cases import (
     Calls,
@@ -35,7 +43,7 @@ def test_other_dtypes_fall_to_the_reference(kind: str, dtype: torch.dtype, calls
         assert torch.equal(results[0][name], grad), name  # type: ignore[arg-type]
     with (
         fastllm.use("cpu"),
-        pytest.raises(RuntimeError, match=f"'cpu' was asked for.*{dtype}.*compute in"),
+        pytest.raises(RuntimeError, match=f"'cpu' was requested.*{dtype}.*compute in"),
     ):
         Case(kind, dtype).loss()
 
@@ -335,24 +343,69 @@ def test_implementations_say_what_runs_and_why_others_do_not() -> None:
     answer = implementations()
     assert set(answer) == set(OPERATIONS)
     for operation, table in answer.items():
-        assert (table["cpu"], table["ref"]) == ("chosen", "available")
-        assert list(table) == ["cpu", *(["triton"] if operation != "sampling" else []), "ref"]
+        last = LAYER_BY_LAYER if operation in WHOLE_MODEL else "ref"
+        assert (table["cpu"], table[last]) == ("chosen", "available")
+        triton = [] if operation in ("sampling", *WHOLE_MODEL) else ["triton"]
+        assert list(table) == ["cpu", *triton, last]
     with fastllm.use("ref"):
-        for table in implementations().values():
-            assert (table["cpu"], table["ref"]) == ("available", "chosen")
+        for operation, table in implementations().items():
+            if operation in WHOLE_MODEL:
+                expected = {"cpu": "'ref' was requested", LAYER_BY_LAYER: "chosen"}
+                assert table == expected
+            else:
+                assert (table["cpu"], table["ref"]) == ("available", "chosen")
+
+
+@needs_extension
+def test_the_line_says_why_a_model_runs_layer_by_layer() -> None:
+    model = DecoderModel(5000, 16, 1, 2, 12)
+    ids = torch.zeros(24, 12, dtype=torch.long)
+    reason = model.why_not_fused_loss(ids)
+    assert reason == "the logits of 5,000 tokens do not stay in the caches"
+    line = implementation_line(declined={"decoder_loss": reason})
+    assert line.startswith(f"decoder_loss: layer by layer ({reason}), decode: cpu, embedding: cpu")
+    assert implementation_line().startswith("decoder_loss: cpu, ")
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("attach", "reason"),
+    [
+        (lambda m: m.lm_head.register_forward_hook(print), "lm_head is replaced, or something"),
+        (lambda m: m.transformer_blocks[1].register_forward_hook(print), "to a transformer block"),
+        (
+            lambda m: m.transformer_blocks[1].mlp.fc1.register_forward_hook(print),
+            "transformer_blocks.1 has a part that operations do not know, or something is att",
+        ),
+        (lambda m: setattr(m, "final_norm", torch.nn.Identity()), "final_norm is replaced"),
+        (
+            lambda m: m.embedding_layer.token_embeddings.register_forward_hook(print),
+            "embedding_layer has a part that operations do not know",
+        ),
+    ],
+)
+def test_the_reason_names_the_part_that_something_is_attached_to(
+    attach: Callable[[DecoderModel], object], reason: str
+) -> None:
+    model = DecoderModel(11, 16, 2, 2, 12)
+    ids = torch.zeros(24, 12, dtype=torch.long)
+    assert model.why_not_fused_loss(ids) is None
+    attach(model)
+    assert reason in str(model.why_not_fused_loss(ids))
 
 
 @needs_extension
 def test_reasons_are_sentences_about_what_was_given() -> None:
     model = DecoderModel(11, 16, 1, 2, 12)
     ids = torch.zeros(24, 12, dtype=torch.long)
-    whole = model.fused(ids, None)
-    assert whole is not None and decoder.why_not(whole, ids, ids) is None
-    assert "too few to be shared out" in str(decoder.why_not(whole, ids[:3], ids[:3]))
-    assert "no integer" in str(decoder.why_not(whole, ids + 0.5, ids))
-    assert "everything is dropped" in str(decoder.why_not(whole._replace(dropout_p=1), ids, ids))
+    whole = model.record(12)
+    assert isinstance(whole, Decoder) and decoder.why_not(whole, ids, ids) is None
+    assert "too few to share among threads" in str(decoder.why_not(whole, ids[:3], ids[:3]))
+    assert "not integers" in str(decoder.why_not(whole, ids + 0.5, ids))
+    dropped = whole._replace(embedding=whole.embedding._replace(dropout=Dropout(1.0)))
+    assert "probability is outside [0, 1)" in str(decoder.why_not(dropped, ids, ids))
     with fastllm.use("ref"):
-        assert "'ref' was asked for" in str(decoder.why_not(whole, ids, ids))
+        assert "'ref' was requested" in str(decoder.why_not(whole, ids, ids))
     with torch.autocast("cpu", torch.float16):
         assert "autocast to torch.float16 is on" in str(decoder.why_not(whole, ids, ids))
 
@@ -362,12 +415,12 @@ def test_asking_for_the_kernels_raises_with_the_reason_where_they_cannot_serve()
     attention = MultiHeadAttention(16, 2, p=1.0)
     with (
         fastllm.use("cpu"),
-        pytest.raises(dispatch.ImplementationError, match="or the probability is none; .*ref: can"),
+        pytest.raises(dispatch.ImplementationError, match=r"outside \[0, 1\); .*ref: can"),
     ):
         attention(torch.randn(2, 5, 16))
     with (
         fastllm.use("cpu"),
-        pytest.raises(dispatch.ImplementationError, match="cannot run 'mlp' .*no elements"),
+        pytest.raises(dispatch.ImplementationError, match="cannot run 'mlp' .*x is empty"),
     ):
         MLP(16)(torch.empty(0, 16))
 

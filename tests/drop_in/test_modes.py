@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastllm
 from fastllm import DecoderModel
-from fastllm.ops import dispatch, parameters
+from fastllm.ops import memory
+from fastllm.ops.precision import why_not_autocast
 from fastllm.optim import AdamW
 from tests.conftest import isa_in_use, needs_extension
 from tests.drop_in.cases import (
@@ -83,7 +84,7 @@ def test_without_gradients_nothing_is_saved_and_the_result_is_the_same(
         loss = case.loss()
     assert not loss.requires_grad
     assert torch.equal(loss, expected)
-    assert calls and calls.kept_addresses() == calls.grad_addresses() == []
+    assert calls and calls.saved_addresses() == calls.grad_addresses() == []
 
 
 @each_kind
@@ -197,7 +198,7 @@ def test_models_trained_at_once_in_several_threads_end_as_one_after_the_other(
     large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:  # gradients use memory shared by all threads
-        monkeypatch.setattr(parameters, "LARGE", 8)
+        monkeypatch.setattr(memory, "LARGE", 8)
     torch.set_num_threads(2)
     # Two alike, one of another size, and one with so few sequences that it runs by operation.
     settings = [(0, 32, 2, 16), (0, 32, 2, 16), (1, 48, 1, 24), (2, 32, 2, 3)]
@@ -211,7 +212,7 @@ def test_models_trained_at_once_in_several_threads_end_as_one_after_the_other(
 @each_kind
 def test_autocast_computes_in_bf16(kind: str, calls: Calls) -> None:
     """In the forward, and in the backward after it."""
-    if reason := dispatch.why_not_autocast(torch.bfloat16):
+    if reason := why_not_autocast(torch.bfloat16):
         pytest.skip(reason)
 
     def scenario(case: Case) -> dict[str, Tensor | None]:
@@ -232,7 +233,7 @@ def test_autocast_computes_in_bf16(kind: str, calls: Calls) -> None:
 
 @each_layer
 def test_inputs_that_autocast_made(kind: str, calls: Calls) -> None:
-    if reason := dispatch.why_not_autocast(torch.bfloat16):
+    if reason := why_not_autocast(torch.bfloat16):
         pytest.skip(reason)
     case = Case(kind)
     with torch.autocast("cpu", torch.bfloat16):
@@ -269,7 +270,7 @@ def test_autocast_goes_through_the_modules_without_bf16(kind: str, calls: Calls)
             results.append(case.grads())
             with (
                 fastllm.use("cpu"),
-                pytest.raises(RuntimeError, match="no dot product of bf16 numbers .base is in use"),
+                pytest.raises(RuntimeError, match="no bf16 dot product .base is in use"),
             ):
                 Case(kind).loss()
     for name, grad in results[1].items():

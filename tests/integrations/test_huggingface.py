@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastllm
-from fastllm.ops import dispatch
+from fastllm.ops.precision import why_not_autocast
 from tests.conftest import assert_as_accurate, needs_extension
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -112,7 +112,7 @@ def results(
 def test_parity(name: str, padding: str, precision: str) -> None:
     """The error is at most twice that of transformers' own, both against it in float64."""
     bf16 = precision == "bf16"
-    if bf16 and (reason := dispatch.why_not_autocast(torch.bfloat16)):
+    if bf16 and (reason := why_not_autocast(torch.bfloat16)):
         pytest.skip(reason)
     make = MODELS[name]
     # Rounded to bf16, some inputs of a ReLU change their sign, and these few dominate the error.

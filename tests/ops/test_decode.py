@@ -1,5 +1,7 @@
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +13,8 @@ import fastllm
 from fastllm import DecoderModel, TransformerBlock
 from fastllm.generation.decoding import ModuleDecoding, start_decoding
 from fastllm.ops import decode
-from fastllm.ops.decode import Decoding, round_to_int8, round_weights_to_int8
+from fastllm.ops.decode import Decoding, PackedDecoder, round_to_int8, round_weights_to_int8
+from fastllm.ops.decoder import Decoder
 from tests.conftest import BAD, assert_as_accurate, isa_in_use, needs_extension
 
 MODELS = {
@@ -53,9 +56,13 @@ def make_ids(model: DecoderModel) -> Tensor:
 
 
 def start(model: DecoderModel, batch_size: int = 3, precision: str = "fp32") -> Decoding:
-    decoder = model.fused(torch.empty(1, model.max_seq_len), None)
-    assert decoder is not None and decode.why_not(decoder) is None
-    return Decoding(decoder, batch_size, precision)
+    return Decoding(PackedDecoder(record(model), precision), batch_size)
+
+
+def record(model: DecoderModel) -> Decoder:
+    decoder = model.record(model.max_seq_len)
+    assert isinstance(decoder, Decoder), decoder
+    return decoder
 
 
 def decoded(
@@ -310,12 +317,12 @@ def test_memory_that_the_model_gives_up_is_not_read() -> None:
 @needs_extension
 def test_reasons() -> None:
     model = make_model()
-    decoder = model.fused(torch.empty(1, 40), None)
-    assert decoder is not None
+    decoder = record(model)
+    assert decode.why_not(decoder) is None
     with fastllm.use("ref"):
-        assert "'ref' was asked for" in str(decode.why_not(decoder))
-    half = copy.deepcopy(model).half().fused(torch.empty(1, 40), None)
-    assert half is not None and "torch.float16" in str(decode.why_not(half))
+        assert "'ref' was requested" in str(decode.why_not(decoder))
+    assert "torch.float16" in str(decode.why_not(record(copy.deepcopy(model).half())))
+    assert "dropout is on" in str(decode.why_not(record(copy.deepcopy(model).train())))
     with isa_in_use("base"):
         assert decode.why_not(decoder) is None
 
@@ -357,9 +364,105 @@ def test_models_of_other_layers_are_left_to_the_modules(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-    decoder = model.fused(torch.empty(1, 40), None)
-    assert decoder is not None and decode.why_not(decoder) == reason
+    assert decode.why_not(record(model)) == reason
     ids = make_ids(model)
     actual = decoded(start_decoding(model, 3), ids)
     plain = recomputed(model, ids)
     assert_as_accurate(actual, plain, recomputed(copy.deepcopy(model).double(), ids))
+
+
+@needs_extension
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_no_weight_is_kept_that_was_packed(precision: str) -> None:
+    """Only the token embeddings, which are read where they lie, outlive the model."""
+    model = make_model("even")
+    arrays = {}
+    for name, parameter in model.named_parameters():
+        array = parameter.detach().numpy().copy()
+        arrays[name] = weakref.ref(array)  # which lives as long as a tensor of its memory
+        parameter.data = torch.from_numpy(array)
+        del array, parameter
+    decoding = start_decoding(model, 2, precision=precision)
+    expected = decoding.extend([[1], [2]]).clone()
+    again = start_decoding(model, 2, precision=precision)
+    del model
+    gc.collect()
+    alive = [name for name, array in arrays.items() if array() is not None]
+    assert alive == ["embedding_layer.token_embeddings.weight"]
+    assert torch.equal(again.extend([[1], [2]]), expected)
+
+
+def changes() -> dict[str, Callable[[DecoderModel], object]]:
+    @torch.no_grad()
+    def in_place(model: DecoderModel) -> None:
+        model.transformer_blocks[0].mlp.fc1.weight.mul_(1.5)
+
+    def data(model: DecoderModel) -> None:
+        model.transformer_blocks[0].mlp.fc1.weight.data.mul_(1.5)
+
+    def bias(model: DecoderModel) -> None:
+        model.transformer_blocks[0].norm1.bias.data += 0.5
+
+    def loaded(model: DecoderModel) -> None:
+        torch.manual_seed(9)
+        state = {k: v + 0.1 * torch.randn_like(v) for k, v in model.state_dict().items()}
+        model.load_state_dict(state)
+
+    def replaced(model: DecoderModel) -> None:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight * 2)
+
+    def stepped(model: DecoderModel) -> None:
+        model.loss(torch.ones(64, 8, dtype=torch.long), torch.ones(64, 8).long()).backward()
+        fastllm.optim.Adam(model.parameters(), lr=0.1).step()
+
+    def epsilon(model: DecoderModel) -> None:
+        model.transformer_blocks[0].norm1.eps = 0.5
+
+    return {
+        function.__name__: function
+        for function in (in_place, data, bias, loaded, replaced, stepped, epsilon)
+    }
+
+
+@needs_extension
+@pytest.mark.parametrize("change", changes())
+def test_an_unchanged_model_is_packed_once_and_a_changed_one_again(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, packed = make_model("even"), []
+    original = decode.PackedDecoder
+    monkeypatch.setattr(decode, "PackedDecoder", lambda *a: packed.append(a) or original(*a))
+    before = start_decoding(model, 1).extend([[1]]).clone()
+    assert torch.equal(start_decoding(model, 1, capacity=7).extend([[1]]), before)
+    assert len(packed) == 1
+    start_decoding(model, 1, precision="bf16")
+    assert len(packed) == 2
+    changes()[change](model)
+    after = start_decoding(model, 1).extend([[1]])
+    assert len(packed) == 3 and not torch.equal(after, before)
+    with fastllm.use("ref"):
+        expected = start_decoding(model, 1).extend([[1]])
+    assert torch.allclose(after, expected, atol=1e-4)
+
+
+@needs_extension
+def test_training_mode_frees_the_packed_weights() -> None:
+    model = make_model("even")
+    start_decoding(model, 1)
+    assert model in decode._packed
+    model.train()
+    assert model not in decode._packed
+    model.eval()
+    copied = copy.deepcopy(model)
+    start_decoding(model, 1)
+    copy.deepcopy(model)  # what is packed does not hinder copies
+    assert torch.equal(
+        start_decoding(copied, 1).extend([[3]]), start_decoding(model, 1).extend([[3]])
+    )
+
+
+@needs_extension
+def test_a_capacity_beyond_the_positions_is_refused() -> None:
+    packed = PackedDecoder(record(make_model()))
+    with pytest.raises(ValueError, match="capacity of 41 tokens exceeds the model's 40 positions"):
+        Decoding(packed, 1, 41)

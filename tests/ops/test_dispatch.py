@@ -6,28 +6,40 @@ import pytest
 import torch
 
 import fastllm
-from fastllm.ops import dispatch
-from fastllm.ops.dispatch import Implementation, choose
+from fastllm.ops import dispatch, extension
+from fastllm.ops.dispatch import Implementation, choose, choose_here
 from fastllm.ops.dropout import dropout
 from tests.conftest import needs_extension
 
 TABLE = [
-    Implementation("cpu", lambda x: "cpu", lambda *x: "it is Monday" if x else None),
+    Implementation("cpu", lambda x: "cpu", why_not=lambda x: "it is Monday" if x == 1 else None),
     Implementation("ref", lambda x: "ref"),
 ]
 
 
 def test_automatic_choice_falls_through_to_the_reference() -> None:
-    assert choose("op", TABLE).name == "cpu"
+    assert choose("op", TABLE, 0).name == "cpu"
     assert choose("op", TABLE, 1).name == "ref"
+
+
+def test_a_machine_that_lacks_something_is_asked_before_the_arguments() -> None:
+    elsewhere = TABLE[0]._replace(why_not_here=lambda: "there is no abacus")
+    assert choose_here("op", TABLE).name == "cpu"
+    assert choose_here("op", [elsewhere, TABLE[1]]).name == "ref"
+    assert choose("op", [elsewhere, TABLE[1]], 0).name == "ref"
+    with (
+        fastllm.use("cpu"),
+        pytest.raises(dispatch.ImplementationError, match=r"cpu: there is no abacus; ref: can"),
+    ):
+        choose("op", [elsewhere, TABLE[1]], 1)
 
 
 def test_asked_for_by_name_runs_or_raises_with_every_reason() -> None:
     with fastllm.use("ref"):
-        assert choose("op", TABLE).name == "ref"
+        assert choose("op", TABLE, 0).name == "ref"
     with (
         fastllm.use("cpu"),
-        pytest.raises(RuntimeError, match="'cpu' was asked for and cannot run 'op'.*Monday"),
+        pytest.raises(RuntimeError, match="'cpu' was requested and cannot run 'op'.*Monday"),
     ):
         choose("op", TABLE, 1)
 
@@ -42,9 +54,9 @@ def test_use_nests_and_restores() -> None:
 
 def test_variable_is_overridden_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLLM_IMPL", "ref")
-    assert choose("op", TABLE).name == "ref"
+    assert choose("op", TABLE, 0).name == "ref"
     with fastllm.use("auto"):
-        assert choose("op", TABLE).name == "cpu"
+        assert choose("op", TABLE, 0).name == "cpu"
 
 
 @pytest.mark.parametrize("name", ["fast", "CPU", ""])
@@ -81,16 +93,16 @@ def test_triton_says_what_the_machine_lacks(
     if setting == "TRITON_INTERPRETED" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA GPU")
     monkeypatch.setattr(dispatch, setting, value)
-    dispatch._why_no_triton.cache_clear()
+    dispatch.why_not_triton_here.cache_clear()
     try:
-        assert str(dispatch.why_not_triton()).startswith(reason)
+        assert str(dispatch.why_not_triton_here()).startswith(reason)
         with (
             fastllm.use("triton"),
-            pytest.raises(dispatch.ImplementationError, match="'triton' was asked for"),
+            pytest.raises(dispatch.ImplementationError, match="'triton' was requested"),
         ):
             dropout(torch.ones(3), 0.5, 1)
     finally:
-        dispatch._why_no_triton.cache_clear()
+        dispatch.why_not_triton_here.cache_clear()
 
 
 def test_unknown_name_in_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +124,6 @@ class Odd(torch.Tensor):
 
 
 def test_why_not_cpu_names_what_is_wrong() -> None:
-    if dispatch.kernels is None:
-        assert "extension" in str(dispatch.why_not_cpu())
-        return
     assert dispatch.why_not_cpu(torch.ones(2)) is None
     assert "float64" in str(dispatch.why_not_cpu(torch.ones(2).double()))
     assert "meta" in str(dispatch.why_not_cpu(torch.ones(2, device="meta")))
@@ -160,15 +169,15 @@ except RuntimeError as error:
     assert result.stderr.count("runs on the slow PyTorch reference") == 1
     assert "install a C++ compiler" in result.stderr
     assert "'ref': 'chosen'" in result.stdout
-    assert "'cpu' was asked for and cannot run 'adam'" in result.stdout
+    assert "'cpu' was requested and cannot run 'adam'" in result.stdout
 
 
 @pytest.mark.subprocess
 @needs_extension
-@pytest.mark.parametrize("isa", dispatch.kernels.isas() if dispatch.kernels else [])
+@pytest.mark.parametrize("isa", extension.kernels.isas() if extension.kernels else [])
 def test_variable_caps_the_instruction_set(isa: str) -> None:
     result = run_python(
-        "from fastllm.ops.dispatch import kernels; print(kernels.isa())", FASTLLM_CPU_ISA=isa
+        "from fastllm.ops.extension import kernels; print(kernels.isa())", FASTLLM_CPU_ISA=isa
     )
     assert result.stdout.strip() == isa
 
@@ -181,9 +190,9 @@ def test_unknown_instruction_set_is_refused_with_the_known_ones() -> None:
 
 
 def test_a_cap_above_the_cpu_is_what_the_cpu_can_do() -> None:
-    assert dispatch.best_isa("avx512_bf16", ["base", "avx2"]) == "avx2"
-    assert dispatch.best_isa("avx2", ["base", "avx2", "avx512"]) == "avx2"
-    assert dispatch.best_isa("avx512", ["base"]) == "base"
+    assert extension.best_isa("avx512_bf16", ["base", "avx2"]) == "avx2"
+    assert extension.best_isa("avx2", ["base", "avx2", "avx512"]) == "avx2"
+    assert extension.best_isa("avx512", ["base"]) == "base"
 
 
 @pytest.mark.subprocess

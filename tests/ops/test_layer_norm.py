@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 import fastllm
+from fastllm.ops.decoder import Norm
 from fastllm.ops.layer_norm import layer_norm
-from fastllm.ops.parameters import Norm
 from tests.conftest import (
     BAD,
     LAYOUTS,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllm.ops.decoder import Linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
-from fastllm.ops.parameters import Linear
 from tests.conftest import (
     BAD,
     LAYOUTS,

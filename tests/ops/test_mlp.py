@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllm.ops.mlp import ACTIVATIONS, mlp
-from fastllm.ops.parameters import Linear, Norm
+from fastllm.ops.decoder import ACTIVATIONS, Dropout, Linear, Mlp, Norm
+from fastllm.ops.mlp import mlp
 from tests.conftest import (
     BAD,
     LAYOUTS,
@@ -54,7 +54,8 @@ def problem(
         b1, b2 = vectors[:2] if biases else (None, None)
         layer_norm = None if norm == "none" else Norm(*vectors[-2:], 1e-5)
         layers = Linear(w1, b1), Linear(w2, b2)
-        return mlp(x, *layers, activation, p, 7, layer_norm, norm == "pre", out_p, 9)
+        dropouts = Dropout(p, 7), Dropout(out_p, 9)
+        return mlp(x, Mlp(*layers, activation, layer_norm, norm == "pre", *dropouts))
 
     return run, tensors
 
@@ -129,7 +130,7 @@ def test_not_a_number_and_infinity_as_in_the_reference(
 def test_activations_of_what_is_no_number(arithmetic: str, activation: str, bad: float) -> None:
     def run(x: Tensor) -> Tensor:
         same = Linear(torch.ones(1, 1, dtype=x.dtype), None)
-        return mlp(x, same, same, activation)
+        return mlp(x, Mlp(same, same, activation))
 
     assert_parity(run, torch.tensor([[bad], [1.0]]), kinds_of_gradients=False)
 
@@ -150,6 +151,6 @@ def test_same_bits(arithmetic: str, threads: None, norm: str) -> None:
 def test_wrong_sizes_and_names_are_refused() -> None:
     fc1, fc2 = Linear(torch.ones(8, 4), None), Linear(torch.ones(4, 8), None)
     with pytest.raises(ValueError, match="do not fit"):
-        mlp(torch.ones(2, 5), fc1, fc2)
+        mlp(torch.ones(2, 5), Mlp(fc1, fc2))
     with pytest.raises(ValueError, match="Unknown activation 'tanh'"):
-        mlp(torch.ones(2, 4), fc1, fc2, "tanh")
+        mlp(torch.ones(2, 4), Mlp(fc1, fc2, "tanh"))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import fastllm
-from fastllm.ops.multi_head_attention import Settings, multi_head_attention
-from fastllm.ops.parameters import Linear, Norm
+from fastllm.ops.decoder import Dropout, Linear, MultiHeadAttention, Norm
+from fastllm.ops.multi_head_attention import multi_head_attention
 from tests.conftest import (
     BAD,
     LAYOUTS,
@@ -47,7 +47,8 @@ def problem(
     shape: tuple[int, int, int, int],
     norm: str = "pre",
     biases: bool = True,
-    p: float = 0.2,
+    weights_p: float = 0.2,
+    out_p: float = 0.2,
     **settings: Any,
 ) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """The operation as a function of tensors, and random tensors for it."""
@@ -59,13 +60,15 @@ def problem(
     tensors = [x, qkv / H**0.5, out / H**0.5]
     tensors += [b1, b2] if biases else []
     tensors += affine if norm != "none" else []
-    chosen = {"seed": 3, "out_seed": 5, "dropout_p": p, "out_dropout_p": p, **settings}
+    dropouts = {"weights_dropout": Dropout(weights_p, 3), "out_dropout": Dropout(out_p, 5)}
 
     def run(x: Tensor, qkv: Tensor, out: Tensor, *vectors: Tensor) -> Tensor:
         b1, b2 = vectors[:2] if biases else (None, None)
         layer_norm = None if norm == "none" else Norm(*vectors[-2:], 1e-5)
-        all_settings = Settings(N, norm_first=norm == "pre", **chosen)
-        return multi_head_attention(x, Linear(qkv, b1), Linear(out, b2), all_settings, layer_norm)
+        mha = MultiHeadAttention(
+            Linear(qkv, b1), Linear(out, b2), N, layer_norm, norm == "pre", **dropouts, **settings
+        )
+        return multi_head_attention(x, mha)
 
     return run, tensors
 
@@ -80,14 +83,14 @@ def test_parity(arithmetic: str, shape: tuple[int, int, int, int], norm: str) ->
         (False, 0.0, True, mask),
         (True, 0.1, False, mask),
     ):
-        run, tensors = problem(shape, norm, biases, p, is_causal=is_causal, attn_mask=attn_mask)
+        run, tensors = problem(shape, norm, biases, p, p, causal=is_causal, mask=attn_mask)
         assert_parity(run, *tensors)
 
 
 @pytest.mark.parametrize("p", [(0.3, 0.0), (0.0, 0.3)], ids=["weights", "output"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_parity_of_one_dropout_alone(arithmetic: str, p: tuple[float, float], norm: str) -> None:
-    run, tensors = problem((2, 3, 17, 8), norm, dropout_p=p[0], out_dropout_p=p[1])
+    run, tensors = problem((2, 3, 17, 8), norm, weights_p=p[0], out_p=p[1])
     assert_parity(run, *tensors)
 
 
@@ -98,7 +101,7 @@ def test_parity_of_masks(arithmetic: str, mask: str) -> None:
     sizes = named_sizes(mask, B=B, N=N, S=S, T=S)
     attn_mask = torch.rand(sizes, generator=torch.Generator().manual_seed(1)) < 0.4
     for is_causal in (False, True):
-        run, tensors = problem((B, N, S, 8), attn_mask=attn_mask, is_causal=is_causal)
+        run, tensors = problem((B, N, S, 8), mask=attn_mask, causal=is_causal)
         assert_parity(run, *tensors)
 
 
@@ -107,7 +110,7 @@ def test_parity_of_fully_masked_rows(arithmetic: str, norm: str) -> None:
     mask = torch.zeros(2, 1, 18, 18, dtype=torch.bool)
     mask[0] = True
     mask[1, 0, 4:7] = True
-    run, tensors = problem((2, 3, 18, 8), norm, attn_mask=mask, is_causal=True)
+    run, tensors = problem((2, 3, 18, 8), norm, mask=mask, causal=True)
     assert_parity(run, *tensors)
     if norm == "none":
         with fastllm.use("cpu"):
@@ -132,15 +135,15 @@ def test_parity_of_sequences_side_by_side(
     arithmetic: str, lengths: tuple[int, ...], norm: str
 ) -> None:
     for is_causal in (False, True):
-        run, tensors = side_by_side(lengths, norm, is_causal=is_causal)
+        run, tensors = side_by_side(lengths, norm, causal=is_causal)
         assert_parity(run, *tensors)
 
 
 @pytest.mark.parametrize("implementation", ["ref", "cpu"])
 def test_sequences_side_by_side_are_those_alone(implementation: str) -> None:
     with fastllm.use(implementation):
-        run, (x, *parameters) = side_by_side((5, 9, 2), "pre", p=0.0, is_causal=True)
-        alone, _ = problem((1, 3, 9, 7), "pre", p=0.0, is_causal=True)
+        run, (x, *parameters) = side_by_side((5, 9, 2), "pre", weights_p=0, out_p=0, causal=True)
+        alone, _ = problem((1, 3, 9, 7), "pre", weights_p=0, out_p=0, causal=True)
         parts = [alone(part[None], *parameters)[0] for part in x.split([5, 9, 2])]
         assert torch.allclose(run(x, *parameters), torch.cat(parts), atol=1e-5)
 
@@ -150,28 +153,28 @@ def test_wrong_starts_are_refused(starts: tuple[int, ...]) -> None:
     run, (x, *parameters) = problem((1, 3, 5, 7), starts=starts)
     with pytest.raises(ValueError, match="starts must rise from 0 to the number of rows 5"):
         run(x[0], *parameters)
-    run, (x, *parameters) = problem((1, 3, 5, 7), starts=(0, 5), attn_mask=torch.ones(5, 5) > 2)
-    with pytest.raises(ValueError, match="starts and attn_mask exclude each other"):
+    run, (x, *parameters) = problem((1, 3, 5, 7), starts=(0, 5), mask=torch.ones(5, 5) > 2)
+    with pytest.raises(ValueError, match="starts and mask exclude each other"):
         run(x[0], *parameters)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_parity_of_any_layout(arithmetic: str, layout: str, norm: str) -> None:
-    run, tensors = problem((2, 3, 9, 7), norm, is_causal=True)
+    run, tensors = problem((2, 3, 9, 7), norm, causal=True)
     inputs = [LAYOUTS[layout](tensor) for tensor in tensors]
     assert_parity(run, *inputs)
     assert_parity(lambda *tensors: run(*tensors).mT, *inputs)  # and of the gradient that comes
 
 
 def test_parity_of_long_sums(arithmetic: str) -> None:
-    run, tensors = problem((1, 6, 3, 128), is_causal=True)
+    run, tensors = problem((1, 6, 3, 128), causal=True)
     assert_parity(run, *tensors)
 
 
 def test_parity_of_large_scores(arithmetic: str) -> None:
     """Beyond 1e4. All products of these are exact: what is left is the softmax."""
-    run, (x, qkv, *rest) = problem((1, 2, 40, 16), "none", False, is_causal=True)
+    run, (x, qkv, *rest) = problem((1, 2, 40, 16), "none", False, causal=True)
     x, qkv = (x * 8).round(), (qkv * 8).round()
     qkv[:64] *= 4
     x[:, ::3] /= 2**13  # some rows whose weights are neither 0 nor 1
@@ -205,7 +208,7 @@ def test_one_gradient_alone(arithmetic: str, wanted: int) -> None:
 def test_same_bits(
     arithmetic: str, threads: None, shape: tuple[int, int, int, int], norm: str
 ) -> None:
-    run, tensors = problem(shape, norm, is_causal=True)
+    run, tensors = problem(shape, norm, causal=True)
     assert_same_bits(bits(run, *tensors))
 
 

@@ -208,7 +208,7 @@ def test_reasons() -> None:
     columns = torch.zeros(3, 2).t()
     for logits, seen, reason in (
         (columns, None, "the logits are not contiguous"),
-        (torch.zeros(2, 3), columns.bool(), "what was seen is not contiguous"),
+        (torch.zeros(2, 3), columns.bool(), "`seen` is not contiguous"),
         (torch.zeros(2, 3).double(), None, "a tensor is torch.float64"),
     ):
         arguments = (logits, Sampling(repetition_penalty=1.1), [0, 1], 0, seen)

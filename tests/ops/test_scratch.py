@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastllm import DecoderModel, use
-from fastllm.ops import dispatch
+from fastllm.ops import extension
 from tests.conftest import REPOSITORY, needs_extension
 
 # Every run starts with as little as the threads of the process hold already, then with ever more.
@@ -19,15 +19,15 @@ OUT_OF_MEMORY = """
 import re
 import torch
 from fastllm import DecoderModel, use
-from fastllm.ops.decode import Decoding
-from fastllm.ops.dispatch import kernels
+from fastllm.ops.decode import Decoding, PackedDecoder
+from fastllm.ops.extension import kernels
 
 torch.manual_seed(0)
 torch.set_num_threads(4)
 use("cpu").__enter__()
 model = DecoderModel(3000, 96, 2, 3, 64, 500, pos_encoding_learned=True)
 ids = torch.randint(3000, (16, 40))
-decoding = Decoding(model.fused(torch.empty(1, 64), None), 3)
+decoding = Decoding(PackedDecoder(model.record(64)), 3)
 
 def gradients(loss):
     torch.manual_seed(1)  # the same dropout every time
@@ -83,7 +83,7 @@ def test_refused_memory_is_a_memory_error_that_the_process_survives(case: str) -
 def test_memory_refused_by_the_system_is_a_memory_error() -> None:
     code = """
 import resource, torch, fastllm
-from fastllm.ops.dispatch import kernels
+from fastllm.ops.extension import kernels
 model = fastllm.DecoderModel(50000, 8, 1, 1, 64)
 ids = torch.zeros(4, 64, dtype=torch.long)
 model.loss(ids[:, :8], ids[:, :8])  # whatever is loaded late
@@ -107,7 +107,7 @@ except MemoryError as error:
 
 @needs_extension
 def test_scratch_shrinks_after_a_large_call() -> None:
-    kernels, threads = dispatch.kernels, torch.get_num_threads()
+    kernels, threads = extension.kernels, torch.get_num_threads()
     large = DecoderModel(50_000, 8, 1, 1, 64, dtype=torch.float32)
     small = DecoderModel(10, 8, 1, 1, 64, dtype=torch.float32)
     ids = torch.zeros(1, 64, dtype=torch.long)
@@ -136,7 +136,7 @@ def test_scratch_shrinks_after_a_large_call() -> None:
 @needs_extension
 def test_instruction_set_may_change_beside_running_kernels() -> None:
     """A call uses one table of kernels from beginning to end, whenever `set_isa` is called."""
-    kernels = dispatch.kernels
+    kernels = extension.kernels
     in_use, isas = kernels.isa(), kernels.isas()
     torch.manual_seed(0)
     model = DecoderModel(50, 48, 2, 3, 40, pos_encoding_learned=True).eval()

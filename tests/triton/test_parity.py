@@ -14,12 +14,12 @@ import fastllm
 from fastllm import DecoderModel
 from fastllm.ops import dispatch
 from fastllm.ops.attention import attention
+from fastllm.ops.decoder import ACTIVATIONS, Dropout, Embedding, Linear, Mlp, Norm
 from fastllm.ops.dropout import dropout, keep_mask
-from fastllm.ops.embedding import Settings, embedding
+from fastllm.ops.embedding import embedding
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
-from fastllm.ops.mlp import ACTIVATIONS, mlp
-from fastllm.ops.parameters import Linear, Norm
+from fastllm.ops.mlp import mlp
 from fastllm.optim import Adam, AdamW
 from tests import TRITON_DEVICE, TRITON_OPERATIONS
 from tests.conftest import (
@@ -153,7 +153,8 @@ def test_mlp(dtype: torch.dtype, activation: str, norm: str) -> None:
     def run(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *n: Tensor) -> Tensor:
         which = Norm(*n, 1e-5) if norm != "none" else None
         layers = Linear(w1, b1), Linear(w2, b2)
-        out = mlp(x, *layers, activation, 0.3, 11, which, norm == "pre", 0.2, 13)
+        dropouts = Dropout(0.3, 11), Dropout(0.2, 13)
+        out = mlp(x, Mlp(*layers, activation, which, norm == "pre", *dropouts))
         return out if which else out + 0 * sum(t.sum() for t in n)
 
     assert_parity(run, dtype, *tensors)
@@ -172,7 +173,8 @@ def test_mlp_shapes(
 
     def run(x: Tensor, w1: Tensor, w2: Tensor, *b: Tensor) -> Tensor:
         b1, b2 = b or (None, None)
-        return mlp(x, Linear(w1, b1), Linear(w2, b2), "gelu", dropout_p, 2**40)
+        dropout = Dropout(dropout_p, 2**40)
+        return mlp(x, Mlp(Linear(w1, b1), Linear(w2, b2), hidden_dropout=dropout))
 
     assert_parity(run, dtype, *tensors, *biases)
 
@@ -185,7 +187,8 @@ def test_mlp_layouts(layout: str) -> None:
 
     def run(*inputs: Tensor) -> Tensor:
         x, w1, b1, w2, b2 = map(lay, inputs)
-        return mlp(x, Linear(w1, b1), Linear(w2, b2), "gelu", 0.2, 5)
+        dropout = Dropout(0.2, 5)
+        return mlp(x, Mlp(Linear(w1, b1), Linear(w2, b2), hidden_dropout=dropout))
 
     # bf16 covers our own product, too; "offset" makes everything fp32.
     for dtype in [torch.float32] if layout == "offset" else [torch.float32, torch.bfloat16]:
@@ -215,8 +218,11 @@ def test_layer_norm(
 def test_embedding(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     B, S, H, V = shape
     ids = (randn(B, S).abs() * V).int() % V
-    settings = Settings(H**0.5, 0, 0.25, 77)
-    assert_parity(lambda w, p: embedding(ids, w, p, settings), dtype, randn(V, H), randn(S, H))
+
+    def run(weight: Tensor, positions: Tensor) -> Tensor:
+        return embedding(ids, Embedding(weight, positions, H**0.5, 0, Dropout(0.25, 77)))
+
+    assert_parity(run, dtype, randn(V, H), randn(S, H))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
@@ -265,9 +271,10 @@ def test_dropout(dtype: torch.dtype) -> None:
 def bad_cases() -> Iterator[tuple[str, Callable[..., Tensor], list[Tensor]]]:
     H = 16
     norm = Norm(torch.ones(H), torch.zeros(H), 1e-5)
-    layer = Linear(randn(64, H), None), Linear(randn(H, 64), None)
+    layers = Linear(randn(64, H), None), Linear(randn(H, 64), None)
     yield "attention", lambda x: attention(x, x, x, None, True), [randn(1, 1, 8, H)]
-    yield "mlp", lambda x: mlp(x, *layer, "gelu", 0.5, 3), [randn(8, H)]
+    layer = Mlp(*layers, hidden_dropout=Dropout(0.5, 3))
+    yield "mlp", lambda x: mlp(x, layer), [randn(8, H)]
     yield "layer_norm", lambda x: layer_norm(x, norm), [randn(8, H)]
     yield "dropout", lambda x: dropout(x, 0.5, 3), [randn(8, H)]
 
@@ -306,7 +313,7 @@ def test_ids_of_every_integer_type(kind: torch.dtype) -> None:
     def run(ids: Tensor) -> tuple[Tensor, Tensor]:
         weight = randn(3, 4).requires_grad_()
         with fastllm.use("triton"):
-            out = embedding(ids, weight, positions, Settings(2.0))
+            out = embedding(ids, Embedding(weight, positions, 2.0))
         return out, torch.autograd.grad(out.square().sum(), weight)[0]
 
     for actual, expected in zip(run(ids.to(kind)), run(ids), strict=True):

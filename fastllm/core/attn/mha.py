@@ -4,18 +4,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastllm.core.attachments import FORWARDS, all_are, parts, plain, plain_norm, weight_and_bias
 from fastllm.core.dropout import Dropout
+from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm
+from fastllm.ops import decoder as records
 from fastllm.ops.attention import attention
-from fastllm.ops.dropout import draw_seed
-from fastllm.ops.multi_head_attention import Settings, multi_head_attention
-from fastllm.ops.parameters import Linear, Norm
+from fastllm.ops.dropout import draw_seed, fresh_seeds
+from fastllm.ops.multi_head_attention import multi_head_attention
+from fastllm.ops.torch_private import submodules, weight_and_bias
 
 
 class KeyValueCache:
     """The keys and values of the positions so far, for one attention layer.
 
-    Memory for `max_seq_len` positions is taken at the first use, so that a step of generation
+    Memory for `max_seq_len` positions is allocated at the first use, so that a step of generation
     writes one position and copies nothing.
     """
 
@@ -26,7 +27,7 @@ class KeyValueCache:
         self._values: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes k and v [B, N, S, D] of new positions; gives those of all positions [B, N, T, D].
+        """Adds k and v [B, N, S, D] of new positions; returns those of all positions [B, N, T, D].
 
         Raises:
             ValueError: they do not fit into `max_seq_len` positions.
@@ -47,7 +48,7 @@ class KeyValueCache:
 
 
 class MultiHeadAttention(nn.Module):
-    """Self-attention over N heads, with its layer norm and residual connection if wanted.
+    """Self-attention over N heads, optionally with its layer norm and residual connection.
 
     Args:
         hidden_size: H, a multiple of `num_heads`.
@@ -111,20 +112,19 @@ class MultiHeadAttention(nn.Module):
         is_causal: bool | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Attends from every position of `hidden_states` [B, S, H]; gives [B, S, H].
+        """Attends from every position of `hidden_states` [B, S, H]; returns [B, S, H].
 
         Args:
-            attn_mask: boolean, broadcastable to [B, N, S, S] ([B, N, S, T] with a cache of T
-                positions in all); **True means masked**.
+            attn_mask: boolean, broadcastable to [B, N, S, S] ([B, N, S, T] with a cache, T counting
+                its positions and these); **True means masked**.
             is_causal: overrides the constructor's.
-            cache: holds the earlier positions, and takes these.
+            cache: holds the earlier positions; these are added.
         """
-        if cache is None and (projections := self.plain_projections()) is not None:
-            norm = None if self.norm is None else plain_norm(self.norm, self.hidden_size)
-            if self.norm is None or norm is not None:
-                return self.fused(
-                    hidden_states, attn_mask, is_causal, *projections, norm, self.norm_first
-                )
+        norm = None if self.norm is None else plain_norm(self.norm, self.hidden_size)
+        if cache is None and (self.norm is None or norm is not None):
+            record = self.record(norm, self.norm_first, attn_mask, is_causal)
+            if record is not None:
+                return multi_head_attention(hidden_states, record.with_seeds(fresh_seeds()))
         B, S, H = hidden_states.shape
         x = hidden_states
         if self.norm is not None and self.norm_first:
@@ -143,33 +143,33 @@ class MultiHeadAttention(nn.Module):
         out = hidden_states + out
         return out if self.norm_first else self.norm(out)
 
-    def plain_projections(self) -> tuple[Linear, Linear] | None:
-        """Of q, k, v and of the output, where one operation may stand for all between them."""
-        qkv_proj, out_proj, dropout = parts(self, "qkv_proj", "out_proj", "dropout")
-        if not all_are(nn.Linear, qkv_proj, out_proj) or not plain(qkv_proj, out_proj, dropout):
-            return None
-        return Linear(*weight_and_bias(qkv_proj)), Linear(*weight_and_bias(out_proj))
-
-    def fused(
+    def record(
         self,
-        hidden_states: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool | None,
-        qkv: Linear,
-        out: Linear,
-        norm: Norm | None,
+        norm: records.Norm | None,
         norm_first: bool,
-    ) -> Tensor:
-        """What `forward` computes, as one operation, with these projections and layer norm."""
-        settings = Settings(
+        attn_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> records.MultiHeadAttention | None:
+        """Parameters and settings for the operation, seeds not drawn yet; None if the modules must
+        run.
+
+        Args:
+            norm: the layer norm to do with it, if any.
+        """
+        qkv, out, dropout = submodules(self, "qkv_proj", "out_proj", "dropout")
+        if not all_are(nn.Linear, qkv, out) or not is_plain(qkv, out, dropout):
+            return None
+        return records.MultiHeadAttention(
+            records.Linear(*weight_and_bias(qkv)),
+            records.Linear(*weight_and_bias(out)),
             self.num_heads,
-            attn_mask,
-            self.is_causal if is_causal is None else is_causal,
-            *self._draw(),
-            *self.dropout.draw(),
+            norm,
             norm_first,
+            self.is_causal if is_causal is None else is_causal,
+            attn_mask,
+            weights_dropout=records.Dropout(self.p if self.training else 0.0),
+            out_dropout=records.Dropout(dropout.active_p()),
         )
-        return multi_head_attention(hidden_states, qkv, out, settings, norm)
 
     def _draw(self) -> tuple[float, int]:
         p = self.p if self.training else 0.0

@@ -11,7 +11,7 @@ from fastllm.integrations.huggingface.architectures import FUSED_CLASSES
 from fastllm.integrations.huggingface.attention import ATTENTION
 from fastllm.integrations.huggingface.fusible import FusedModule
 from fastllm.integrations.huggingface.loss import LanguageModel
-from fastllm.ops import dispatch
+from fastllm.ops import extension
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,8 +50,8 @@ def accelerate(model: Model, enable: bool = True, skip_logits: bool | None = Non
         module.__class__ = classes.get(type(module), type(module))
         if isinstance(module, LanguageModel):
             module.skip_logits = skip_logits
-    if enable and dispatch.kernels is None:
-        warnings.warn(f"nothing is accelerated: {dispatch.extension_problem}", stacklevel=2)
+    if enable and extension.kernels is None:
+        warnings.warn(f"nothing is accelerated: {extension.problem}", stacklevel=2)
     inner = {id(module) for each in models for module in each.modules() if module is not each}
     for outermost in (each for each in models if id(each) not in inner):
         _switch_attention(outermost, enable)

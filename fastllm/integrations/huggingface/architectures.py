@@ -25,7 +25,7 @@ from fastllm.integrations.huggingface.layers import (
     TransformerLayer,
 )
 from fastllm.integrations.huggingface.loss import HeadPaths, LanguageModel, with_fused_loss
-from fastllm.ops.parameters import Linear
+from fastllm.ops.decoder import Linear
 
 
 class GPT2Block(TransformerLayer, gpt2.GPT2Block):
@@ -125,7 +125,7 @@ class DistilBertForMaskedLM(LanguageModel, distilbert.DistilBertForMaskedLM):
         transform=("vocab_transform", "activation", "vocab_layer_norm"),
     )
 
-    def operands(self) -> Linear:
+    def record(self) -> Linear:
         loss = self.mlm_loss_fct
         if (
             type(loss) is not nn.CrossEntropyLoss
@@ -133,7 +133,7 @@ class DistilBertForMaskedLM(LanguageModel, distilbert.DistilBertForMaskedLM):
             or (loss.ignore_index, loss.label_smoothing, loss.reduction) != (-100, 0, "mean")
         ):
             raise CannotFuse("the model has a loss function of its own")
-        return super().operands()
+        return super().record()
 
 
 class FFNLayer(FeedForward, mobilebert.FFNLayer):
@@ -164,9 +164,9 @@ class MobileBertForMaskedLM(LanguageModel, mobilebert.MobileBertForMaskedLM):
     )
     bypassed = forwards_of(mobilebert.MobileBertOnlyMLMHead, mobilebert.MobileBertLMPredictionHead)
 
-    def operands(self) -> Linear:
+    def record(self) -> Linear:
         """The columns of the embeddings, tied, then `dense`: hidden states are wider than these."""
-        weight, bias = super().operands()
+        weight, bias = super().record()
         more_columns = linear_parameters(self.cls.predictions.dense).weight.t()
         return Linear(torch.cat((weight, more_columns), 1), bias)
 

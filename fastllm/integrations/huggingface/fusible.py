@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
-from fastllm.core.attachments import FORWARDS, plain
-from fastllm.ops import dispatch
-from fastllm.ops.parameters import Linear, Norm
+from fastllm.core.fusible import FORWARDS, is_plain
+from fastllm.ops import dispatch, extension
+from fastllm.ops.decoder import Linear, Norm
 
 Forwards = dict[type[nn.Module], Callable[..., Any]]
 
@@ -49,7 +49,7 @@ class FusedModule(nn.Module):
     UNFUSED = "through the modules"
     bypassed: ClassVar[Forwards] = {}
 
-    def operands(self) -> Any:
+    def record(self) -> Any:
         """What the fused operation takes: parameters, and the dropout that applies now.
 
         Raises:
@@ -60,7 +60,7 @@ class FusedModule(nn.Module):
     def why_not(self) -> str | None:
         """Why this module is not fused, or None."""
         try:
-            self.operands()
+            self.record()
             reason = why_not_kernels(next(self.parameters()))
         except CannotFuse as error:
             reason = str(error)
@@ -78,8 +78,8 @@ class FusedModule(nn.Module):
 def why_not_kernels(*tensors: Tensor | None) -> str | None:
     """Why the C++ kernels cannot run on these tensors here, or None."""
     if dispatch.requested() not in ("auto", "cpu"):
-        return f"'{dispatch.requested()}' was asked for"
-    return dispatch.why_not_fused(*tensors)
+        return f"'{dispatch.requested()}' was requested"
+    return extension.why_not_here() or dispatch.why_not_cpu_fused(*tensors)
 
 
 # Arguments that transformers hands down to every layer, and that change nothing there: a cache was
@@ -101,7 +101,7 @@ def are_ignorable(kwargs: dict[str, Any]) -> bool:
 def assert_plain(*modules: nn.Module, known: Forwards = PLAIN_FORWARDS) -> None:
     """Raises `CannotFuse` unless these are plain instances of known classes, without hooks."""
     for module in modules:
-        if not plain(module, known=known):
+        if not is_plain(module, known=known):
             raise CannotFuse(f"{type(module).__name__} is subclassed, patched or has hooks")
 
 
@@ -143,7 +143,7 @@ def linear_parameters(module: Any) -> Linear:
         expected("nn.Linear", module)
     if module.disable_adapters or module.merged or module.lora_variant:
         raise CannotFuse("LoRA is merged, switched off, or a variant such as DoRA")
-    if not plain(module, known={lora.Linear: lora.Linear.forward}):
+    if not is_plain(module, known={lora.Linear: lora.Linear.forward}):
         raise CannotFuse("LoRA has hooks")
     weight, bias = linear_parameters(module.base_layer)
     for name in (name for name in module.active_adapters if name in module.lora_A):

@@ -18,11 +18,11 @@ from fastllm.integrations.huggingface.fusible import (
     stacked_linear_parameters,
     why_not_kernels,
 )
-from fastllm.ops import dispatch
-from fastllm.ops.dropout import draw_seed
+from fastllm.ops.decoder import Dropout, Layer, Mlp, MultiHeadAttention
+from fastllm.ops.dropout import fresh_seeds
 from fastllm.ops.mlp import mlp
-from fastllm.ops.multi_head_attention import Settings, multi_head_attention
-from fastllm.ops.parameters import Linear, Norm
+from fastllm.ops.multi_head_attention import multi_head_attention
+from fastllm.ops.precision import autocast_input
 
 
 class LayerPaths(NamedTuple):
@@ -59,60 +59,18 @@ class LayerPaths(NamedTuple):
     mlp_dropout: str
 
 
-class LayerOperands(NamedTuple):
-    """The parameters of a transformer layer, and the dropout probabilities that apply now."""
-
-    norm_first: bool
-    norm1: Norm
-    qkv: Linear
-    out: Linear
-    num_heads: int
-    is_causal: bool
-    weights_dropout_p: float
-    out_dropout_p: float
-    norm2: Norm
-    fc1: Linear
-    fc2: Linear
-    activation: str
-    mlp_dropout_p: float
-
-    def compute(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        starts: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        """The layer's output for x: [B, S, H], or [rows, H] with `starts`."""
-        attention = Settings(
-            self.num_heads,
-            attn_mask,
-            is_causal,
-            self.weights_dropout_p,
-            seed_for(self.weights_dropout_p),
-            self.out_dropout_p,
-            seed_for(self.out_dropout_p),
-            self.norm_first,
-            starts,
-        )
-        x = multi_head_attention(x, self.qkv, self.out, attention, self.norm1)
-        return mlp(
-            x,
-            self.fc1,
-            self.fc2,
-            self.activation,
-            0.0,
-            0,
-            self.norm2,
-            self.norm_first,
-            self.mlp_dropout_p,
-            seed_for(self.mlp_dropout_p),
-        )
-
-
-def seed_for(dropout_p: float) -> int:
-    """A new seed for dropout; no random number is drawn if the probability is 0."""
-    return draw_seed() if dropout_p else 0
+def compute_layer(
+    layer: Layer,
+    x: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    starts: tuple[int, ...] | None = None,
+) -> Tensor:
+    """The output of a layer for x: [B, S, H], or [rows, H] with `starts`."""
+    seeds = fresh_seeds()
+    attention = layer.attention._replace(mask=mask, causal=causal, starts=starts)
+    x = multi_head_attention(x, attention.with_seeds(seeds))
+    return mlp(x, layer.mlp.with_seeds(seeds))
 
 
 class TransformerLayer(FusedModule):
@@ -149,23 +107,24 @@ class TransformerLayer(FusedModule):
         if attention_mask is not None and attention_mask.dtype is not torch.bool:
             return None  # a mask for another attention than ours
         try:
-            layer = self.operands()
+            layer = self.record()
         except CannotFuse:
             return None
-        x = dispatch.autocast_input(hidden_states, layer.qkv.weight)
-        if why_not_kernels(x, *layer.qkv, *layer.out, *layer.fc1, *layer.fc2) is not None:
+        causal, weight = layer.attention.causal, layer.attention.qkv.weight
+        x = autocast_input(hidden_states, weight)
+        if why_not_kernels(x, *layer.attention.parameters(), *layer.mlp.parameters()) is not None:
             return None
         unpadded = getattr(attention_mask, "unpadded", None)
-        if unpadded is None or unpadded.is_causal != layer.is_causal:
-            hidden = None if attention_mask is None else ~attention_mask
-            is_causal = layer.is_causal and hidden is None  # a mask includes causality
-            return layer.compute(x, hidden, is_causal)
+        if unpadded is None or unpadded.is_causal != causal:
+            masked = None if attention_mask is None else ~attention_mask
+            # A mask includes causality.
+            return compute_layer(layer, x, masked, causal and masked is None)
         flat = x.flatten(0, 1)
         rows = flat.index_select(0, unpadded.rows)
-        rows = layer.compute(rows, None, layer.is_causal, unpadded.starts)
+        rows = compute_layer(layer, rows, None, causal, unpadded.starts)
         return torch.zeros_like(flat).index_copy(0, unpadded.rows, rows).view_as(x)
 
-    def operands(self) -> LayerOperands:
+    def record(self) -> Layer:
         paths = self.paths
         attention = self.at(paths.attention)
         weights_dropout, mlp_dropout = self.at(paths.weights_dropout), self.at(paths.mlp_dropout)
@@ -177,20 +136,26 @@ class TransformerLayer(FusedModule):
         head_dim = out.weight.size(0) / num_heads
         if abs(attention.scaling * head_dim**0.5 - 1) > 1e-6:
             raise CannotFuse("the scores are not divided by the square root of the head width")
-        return LayerOperands(
-            norm_first=paths.norm_first,
-            norm1=norm_parameters(self.at(paths.norm1)),
-            qkv=stacked_linear_parameters(*map(self.at, paths.qkv)),
-            out=out,
-            num_heads=num_heads,
-            is_causal=attention.is_causal,
-            weights_dropout_p=weights_dropout.p if attention.training else 0.0,
-            out_dropout_p=out_dropout.p if out_dropout and out_dropout.training else 0.0,
-            norm2=norm_parameters(self.at(paths.norm2)),
-            fc1=linear_parameters(self.at(paths.fc1)),
-            fc2=linear_parameters(self.at(paths.fc2)),
-            activation=activation_name(self.at(paths.activation)),
-            mlp_dropout_p=mlp_dropout.p if mlp_dropout.training else 0.0,
+        out_dropout_p = out_dropout.p if out_dropout and out_dropout.training else 0.0
+        return Layer(
+            MultiHeadAttention(
+                qkv=stacked_linear_parameters(*map(self.at, paths.qkv)),
+                out=out,
+                heads=num_heads,
+                norm=norm_parameters(self.at(paths.norm1)),
+                norm_first=paths.norm_first,
+                causal=attention.is_causal,
+                weights_dropout=Dropout(weights_dropout.p if attention.training else 0.0),
+                out_dropout=Dropout(out_dropout_p),
+            ),
+            Mlp(
+                fc1=linear_parameters(self.at(paths.fc1)),
+                fc2=linear_parameters(self.at(paths.fc2)),
+                activation=activation_name(self.at(paths.activation)),
+                norm=norm_parameters(self.at(paths.norm2)),
+                norm_first=paths.norm_first,
+                out_dropout=Dropout(mlp_dropout.p if mlp_dropout.training else 0.0),
+            ),
         )
 
 
@@ -217,18 +182,18 @@ class FeedForward(FusedModule):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         try:
-            fc1, fc2, activation = self.operands()
+            network = self.record()
         except CannotFuse:
             return super().forward(hidden_states)
-        x = dispatch.autocast_input(hidden_states, fc1.weight)
-        if why_not_kernels(x, *fc1, *fc2) is not None:
+        x = autocast_input(hidden_states, network.fc1.weight)
+        if why_not_kernels(x, *network.parameters()) is not None:
             return super().forward(hidden_states)
-        return self.at(self.paths.norm)(mlp(x, fc1, fc2, activation) + x)
+        return self.at(self.paths.norm)(mlp(x, network) + x)
 
-    def operands(self) -> tuple[Linear, Linear, str]:
+    def record(self) -> Mlp:
         paths = self.paths
         self.assert_bypassable(*paths.containers)
-        return (
+        return Mlp(
             linear_parameters(self.at(paths.fc1)),
             linear_parameters(self.at(paths.fc2)),
             activation_name(self.at(paths.activation)),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from fastllm.core.attachments import plain
+from fastllm.core.fusible import is_plain
 from fastllm.integrations.huggingface.fusible import (
     CannotFuse,
     FusedModule,
@@ -18,8 +18,9 @@ from fastllm.integrations.huggingface.fusible import (
 )
 from fastllm.integrations.huggingface.layers import TransformerLayer
 from fastllm.integrations.huggingface.padding import skip_padding
+from fastllm.ops.autograd import check_first_derivative
+from fastllm.ops.decoder import Linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
-from fastllm.ops.parameters import Linear, check_first_derivative
 
 ROWS_MULTIPLE = 64
 """Scored rows are filled up to a multiple of this: with many different sizes, memory fragments."""
@@ -62,7 +63,7 @@ class LanguageModel(FusedModule):
     get_input_embeddings: Any
     loss_function: Any
 
-    def operands(self) -> Linear:
+    def record(self) -> Linear:
         """The head."""
         if self.paths.causal and self.loss_function is not ForCausalLMLoss:
             raise CannotFuse("the model has a loss function of its own")
@@ -72,7 +73,7 @@ class LanguageModel(FusedModule):
     def why_not(self) -> str | None:
         """Why the loss is computed from logits, or None."""
         try:
-            reason = why_not_kernels(*self.operands())
+            reason = why_not_kernels(*self.record())
         except CannotFuse as error:
             reason = str(error)
         return reason and f"{self.UNFUSED}: {reason}"
@@ -144,7 +145,7 @@ class LanguageModel(FusedModule):
         embeddings, ids = self.get_input_embeddings(), kwargs.get("input_ids")
         if ids is None or head.weight is not embeddings.weight or not head.weight.requires_grad:
             return head
-        if not plain(embeddings) or embeddings.max_norm or embeddings.scale_grad_by_freq:
+        if not is_plain(embeddings) or embeddings.max_norm or embeddings.scale_grad_by_freq:
             return head
         del kwargs["input_ids"]
         kwargs["inputs_embeds"], weight = TiedEmbeddingFunction.apply(
@@ -183,7 +184,7 @@ def with_fused_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
         # The Trainer keeps the bound method that it found, beyond accelerate(enable=False).
         if issubclass(type(self), LanguageModel) and self.skips_logits(**kwargs):
             try:
-                head = self.operands()
+                head = self.record()
             except CannotFuse:
                 return forward(self, *args, **kwargs)
             if why_not_kernels(*head) is None:

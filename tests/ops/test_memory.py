@@ -5,14 +5,13 @@ import torch
 from torch import Tensor
 
 from fastllm import DecoderModel, use
-from fastllm.ops import dispatch, parameters
-from fastllm.ops.embedding import Settings, embedding
+from fastllm.ops import extension, memory
+from fastllm.ops.decoder import Dropout, Embedding, Linear, Mlp, MultiHeadAttention, Norm
+from fastllm.ops.embedding import embedding
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.mlp import mlp
-from fastllm.ops.multi_head_attention import Settings as AttentionSettings
 from fastllm.ops.multi_head_attention import multi_head_attention
-from fastllm.ops.parameters import Linear, Norm
 from tests.conftest import assert_parity, needs_extension
 
 pytestmark = needs_extension
@@ -22,9 +21,9 @@ pytestmark = needs_extension
 def everything_large(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lets every gradient take the way of the large ones; counts them."""
     sizes: list[int] = []
-    original = dispatch.kernels.Memory
-    monkeypatch.setattr(dispatch.kernels, "Memory", lambda n: sizes.append(n) or original(n))
-    monkeypatch.setattr(parameters, "LARGE", 4)
+    original = extension.kernels.Memory
+    monkeypatch.setattr(extension.kernels, "Memory", lambda n: sizes.append(n) or original(n))
+    monkeypatch.setattr(memory, "LARGE", 4)
     return sizes
 
 
@@ -39,18 +38,24 @@ def test_parity(everything_large: list[int]) -> None:
     for _ in range(3):
         assert_parity(
             lambda x, w1, w2, w, b: mlp(
-                x, Linear(w1, None), Linear(w2, None), "gelu", 0.1, 3, Norm(w, b, 1e-5)
+                x,
+                Mlp(
+                    Linear(w1, None),
+                    Linear(w2, None),
+                    norm=Norm(w, b, 1e-5),
+                    hidden_dropout=Dropout(0.1, 3),
+                ),
             ),
             *(x, w1, w2, weight, bias),
         )
         assert_parity(
             lambda x, qkv, out: multi_head_attention(
-                x, Linear(qkv, None), Linear(out, None), AttentionSettings(3)
+                x, MultiHeadAttention(Linear(qkv, None), Linear(out, None), 3)
             ),
             *(x, qkv, out),
         )
         assert_parity(lambda x, w, b: layer_norm(x, Norm(w, b, 1e-5)), x, weight, bias)
-        assert_parity(lambda t, p: embedding(ids, t, p, Settings()), table, positions)
+        assert_parity(lambda t, p: embedding(ids, Embedding(t, p)), table, positions)
         assert_parity(lambda x, t: linear_cross_entropy(x, Linear(t, None), ids), x, table)
     assert len(everything_large) == 3 * (5 + 3 + 3 + 2 + 2)
 
@@ -88,7 +93,7 @@ def test_memory_serves_again_and_nothing_alive_changes(everything_large: list[in
     assert torch.equal(view, expected)
 
     # Where no more is idle than one step needs, all steps have the same.
-    dispatch.kernels.Memory(12_345)  # none of that size is idle: whatever is, goes
+    extension.kernels.Memory(12_345)  # none of that size is idle: whatever is, goes
     seen = addresses(gradients(batches[1]))
     assert addresses(gradients(batches[2])) == seen
     assert addresses(gradients(batches[3])) == seen

@@ -1,0 +1,172 @@
+// A decoder's packed weights, and sequences that continue with them.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+
+namespace fastllm {
+
+// A Decoder together with the array of its layers.
+struct OwnedDecoder {
+    OwnedDecoder(const Embedding& embedding, std::vector<Layer> all, const Norm& norm,
+                 const LinearCrossEntropy& head, int64_t padding_idx)
+        : layers(std::move(all)),
+          decoder{embedding, layers.data(), static_cast<int64_t>(layers.size()),
+                  norm,      head,          padding_idx} {}
+    OwnedDecoder(const OwnedDecoder& other)
+        : OwnedDecoder(other.decoder.embedding, other.layers, other.decoder.norm,
+                       other.decoder.head, other.decoder.padding_idx) {}
+
+    std::vector<Layer> layers;
+    Decoder decoder;
+};
+
+// The size of memory for so many floats, never 0.
+inline size_t float_bytes(int64_t floats) { return (floats + 1) * sizeof(float); }
+
+// Throws if an id is outside [0, vocabulary), unless it is `allowed`.
+inline void check_ids(const int64_t* ids, int64_t size, int64_t vocabulary,
+                      std::optional<int64_t> allowed = {}) {
+    for (int64_t i = 0; i < size; ++i)
+        if ((ids[i] < 0 || ids[i] >= vocabulary) && ids[i] != allowed)
+            throw std::out_of_range("Token id " + std::to_string(ids[i]) +
+                                    " is outside the vocabulary of " + std::to_string(vocabulary) +
+                                    " tokens");
+}
+
+// A snapshot of a decoder for decoding, with the weights of its linear layers packed. Only the token
+// embeddings are read from where they lie; whoever makes it keeps them there.
+class PackedDecoder {
+public:
+    PackedDecoder(const Kernels& kernels, const OwnedDecoder& from, Precision precision,
+                  int threads)
+        : kernels(kernels), precision(precision), decoder_(from) {
+        weights_.emplace(float_bytes(kernels.decode_weights_size(decoder_.decoder, precision)));
+        kernels.decode_pack(weights_->floats(), decoder_.decoder, precision, threads);
+        Decoder& d = decoder_.decoder;
+        const int64_t H = d.embedding.H;
+        own(d.embedding.positions, d.embedding.S * H);
+        for (auto& [attention, mlp] : decoder_.layers) {
+            own(attention.norm, H);
+            own(attention.qkv, 3 * H);
+            own(attention.out, H);
+            own(mlp.norm, H);
+            own(mlp.fc1, mlp.I);
+            own(mlp.fc2, H);
+        }
+        own(d.norm, H);
+        own(d.head.head, d.head.V);
+    }
+    PackedDecoder(const PackedDecoder&) = delete;
+
+    const Decoder& model() const { return decoder_.decoder; }
+    const float* weights() const { return weights_->floats(); }
+
+    const Kernels& kernels;  // whose layout the weights are packed in
+    const Precision precision;
+
+private:
+    void own(const float*& data, int64_t size) {
+        if (data) data = copies_.emplace_back(data, data + size).data();
+    }
+    void own(Norm& norm, int64_t size) {
+        own(norm.weight, size);
+        own(norm.bias, size);
+    }
+    void own(Linear& linear, int64_t outputs) {
+        linear.weight = nullptr;  // it was packed, and may not live as long
+        own(linear.bias, outputs);
+    }
+
+    OwnedDecoder decoder_;
+    std::optional<Memory> weights_;
+    std::deque<std::vector<float>> copies_;
+};
+
+// Sequences that continue, each after its own cache. Threads take turns.
+class DecodingState {
+public:
+    DecodingState(std::shared_ptr<const PackedDecoder> packed, int64_t B, int64_t capacity)
+        : packed_(std::move(packed)), caches_(B), cache_addresses_(B), lengths_(B, 0) {
+        const int64_t positions = packed_->model().embedding.S;
+        if (capacity > positions)
+            throw std::invalid_argument("the capacity of " + std::to_string(capacity) +
+                                        " tokens exceeds the model's " +
+                                        std::to_string(positions) + " positions");
+        decoding_ = {&packed_->model(), packed_->weights(), packed_->precision,
+                     B,                 capacity,           cache_addresses_.data()};
+    }
+    DecodingState(const DecodingState&) = delete;
+
+    // Appends tokens to each sequence, and writes rows of logits for the sequences that got any: one
+    // row after the other, or with `in_place` each in the row of its sequence. With `every`, a row
+    // for every token.
+    void extend(const std::vector<std::vector<int64_t>>& tokens, float* logits, bool in_place,
+                bool every, int threads) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (tokens.size() != lengths_.size())
+            throw std::invalid_argument("there are " + std::to_string(lengths_.size()) +
+                                        " sequences, got tokens for " +
+                                        std::to_string(tokens.size()));
+        std::vector<int64_t> ids, counts;
+        std::vector<Scored> scored;
+        for (size_t b = 0; b < tokens.size(); ++b) {
+            const auto count = static_cast<int64_t>(tokens[b].size());
+            if (lengths_[b] + count > decoding_.capacity)
+                throw std::invalid_argument(
+                    "Sequence length " + std::to_string(lengths_[b] + count) +
+                    " exceeds maximum sequence length " + std::to_string(decoding_.capacity));
+            ids.insert(ids.end(), tokens[b].begin(), tokens[b].end());
+            counts.push_back(count);
+            const auto end = static_cast<int64_t>(ids.size());
+            for (int64_t row = every ? end - count : end - (count > 0); row < end; ++row) {
+                const auto place = static_cast<int64_t>(in_place ? b : scored.size());
+                scored.push_back({row, place});
+            }
+        }
+        check_ids(ids.data(), ids.size(), packed_->model().embedding.V);
+        if (ids.empty()) return;
+        for (size_t b = 0; b < counts.size(); ++b) {
+            if (counts[b] == 0 || caches_[b]) continue;
+            caches_[b].emplace(float_bytes(packed_->kernels.decode_cache_size(decoding_)));
+            cache_addresses_[b] = caches_[b]->floats();
+        }
+        packed_->kernels.decode(logits, decoding_, ids.data(), counts.data(), lengths_.data(),
+                                scored.data(), scored.size(), threads);
+        for (size_t b = 0; b < counts.size(); ++b) lengths_[b] += counts[b];
+    }
+
+    // The sequence starts anew.
+    void clear(int64_t sequence) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto B = static_cast<int64_t>(lengths_.size());
+        if (sequence < 0 || sequence >= B)
+            throw std::out_of_range("there is no sequence " + std::to_string(sequence) +
+                                    " among " + std::to_string(B));
+        lengths_[sequence] = 0;
+    }
+
+    std::vector<int64_t> lengths() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return lengths_;
+    }
+
+private:
+    std::mutex mutex_;
+    std::shared_ptr<const PackedDecoder> packed_;
+    Decoding decoding_;
+    std::vector<std::optional<Memory>> caches_;  // of the sequences that had tokens
+    std::vector<float*> cache_addresses_;
+    std::vector<int64_t> lengths_;
+};
+
+}  // namespace fastllm

@@ -1,0 +1,46 @@
+"""Whether a fused operation may stand for modules, or their own forwards must run.
+
+A fused operation takes the parameters of several modules and calls none of them. It may do so only
+if each is exactly what it seems: an instance of a known class, without hooks, not compiled by
+itself, and with the class's own `forward`, patched neither on the class nor on the instance.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fastllm.ops.decoder import Norm
+from fastllm.ops.torch_private import any_global_hook, is_attached_to, weight_and_bias
+
+# The original forward of every class that operations can stand for.
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    cls: cls.forward
+    for cls in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GELU, nn.ReLU, nn.SiLU, nn.LeakyReLU)
+}
+
+
+def is_plain(*modules: Any, known: dict[type[nn.Module], Callable[..., Any]] = FORWARDS) -> bool:
+    """Whether all of these are plain instances of known classes with nothing attached."""
+    if any_global_hook():
+        return False
+    for module in modules:
+        cls = type(module)
+        if known.get(cls) is not cls.forward or is_attached_to(module):
+            return False
+    return True
+
+
+def all_are(cls: type[nn.Module], *modules: Any) -> bool:
+    """Whether all of these are of exactly this class; a plain module may be of another one."""
+    return all(type(module) is cls for module in modules)
+
+
+def plain_norm(module: Any, hidden_size: int) -> Norm | None:
+    """The parameters of a plain layer norm over the last `hidden_size` elements, else None."""
+    if type(module) is not nn.LayerNorm or not is_plain(module):
+        return None
+    weight, bias = weight_and_bias(module)
+    if module.normalized_shape != (hidden_size,) or weight is None or bias is None:
+        return None
+    return Norm(weight, bias, module.eps)

@@ -1,0 +1,413 @@
+"""The records that describe a decoder, from a norm up to the whole model.
+
+A layer is data: the same records with the same field names stand in csrc/kernels.h, in its bindings
+and here. Modules make them and operations take them. Only `to_kernel` hands addresses to the
+kernels, which trust every size: `why_not_sizes` must have answered None before.
+
+`parameters` lists a record's tensors and `with_parameters` puts as many others in their places, in
+the same order: gradients, or copies.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastllm.ops import extension
+from fastllm.ops.memory import address
+
+# In the order of `Activation` in csrc/kernels.h.
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "leaky_relu")
+
+
+class Norm(NamedTuple):
+    """A layer norm; weight and bias [H]."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def fits(self, H: int) -> bool:
+        return self.weight.shape == (H,) and self.bias.shape == (H,)
+
+    def to_kernel(self) -> Any:
+        weight, bias, eps = self
+        return extension.kernels.Norm(weight=weight.data_ptr(), bias=bias.data_ptr(), eps=eps)
+
+    def to_kernel_grad(self) -> Any:
+        return extension.kernels.NormGrad(weight=address(self.weight), bias=address(self.bias))
+
+
+class Linear(NamedTuple):
+    """A linear layer; weight [outputs, inputs], bias [outputs] or None.
+
+    The weight may be a transposed view, since some libraries keep theirs as [inputs, outputs].
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def fits(self, outputs: int, inputs: int) -> bool:
+        weight, bias = self
+        return weight.shape == (outputs, inputs) and (bias is None or bias.shape == (outputs,))
+
+    def to_kernel(self) -> Any:
+        weight, bias = self
+        return extension.kernels.Linear(
+            weight=weight.data_ptr(), bias=address(bias), transposed=not weight.is_contiguous()
+        )
+
+    def to_kernel_grad(self) -> Any:
+        return extension.kernels.LinearGrad(weight=address(self.weight), bias=address(self.bias))
+
+
+class Dropout(NamedTuple):
+    """Dropout with probability `p`; the seed names the mask, see `fastllm.ops.dropout`."""
+
+    p: float = 0.0
+    seed: int = 0
+
+    def with_seed(self, seeds: Iterator[int]) -> "Dropout":
+        """With the next seed if it is active."""
+        return Dropout(self.p, next(seeds)) if self.p else self
+
+    def to_kernel(self) -> Any:
+        return extension.kernels.Dropout(p=self.p, seed=self.seed)
+
+
+NO_DROPOUT = Dropout()
+
+
+class Embedding(NamedTuple):
+    """Token embeddings [V, H] times `scale`, plus the positions [S, H] of the tokens at hand.
+
+    The row `padding_idx` gets no gradient.
+    """
+
+    weight: Tensor
+    positions: Tensor
+    scale: float = 1.0
+    padding_idx: int | None = None
+    dropout: Dropout = NO_DROPOUT
+
+    def parameters(self) -> list[Tensor]:
+        return [self.weight, self.positions]
+
+    def with_parameters(self, tensors: Iterator[Any]) -> "Embedding":
+        return self._replace(weight=next(tensors), positions=next(tensors))
+
+    def with_seeds(self, seeds: Iterator[int]) -> "Embedding":
+        return self._replace(dropout=self.dropout.with_seed(seeds))
+
+    def to_kernel(self, B: int, S: int, ids: Tensor | None) -> Any:
+        """Args: ids: [B, S], int64; None for a kernel that is given them otherwise."""
+        V, H = self.weight.shape
+        return extension.kernels.Embedding(
+            B=B,
+            S=S,
+            H=H,
+            V=V,
+            ids=address(ids),
+            weight=self.weight.data_ptr(),
+            positions=self.positions.data_ptr(),
+            scale=self.scale,
+            dropout=self.dropout.to_kernel(),
+        )
+
+
+class MultiHeadAttention(NamedTuple):
+    """Self-attention over `heads` heads: [norm ->] qkv -> attention -> out -> dropout.
+
+    Attributes:
+        qkv: weight [3 H, H], its rows ordered q, k, v, each by head.
+        out: weight [H, H].
+        norm: a layer norm; it brings the residual connection.
+        norm_first: `x + f(norm(x))` rather than `norm(x + f(x))`.
+        causal: hide the positions after the query's own.
+        mask: boolean, broadcastable to [B, N, S, S]; **True means masked**. Combined with `causal`
+            by "or".
+        starts: for sequences packed into one x [rows, H]: the row where each begins, and the number
+            of rows; excludes a mask.
+        weights_dropout, out_dropout: on the attention weights and on the result.
+    """
+
+    qkv: Linear
+    out: Linear
+    heads: int
+    norm: Norm | None = None
+    norm_first: bool = True
+    causal: bool = False
+    mask: Tensor | None = None
+    starts: tuple[int, ...] | None = None
+    weights_dropout: Dropout = NO_DROPOUT
+    out_dropout: Dropout = NO_DROPOUT
+
+    def with_seeds(self, seeds: Iterator[int]) -> "MultiHeadAttention":
+        return self._replace(
+            weights_dropout=self.weights_dropout.with_seed(seeds),
+            out_dropout=self.out_dropout.with_seed(seeds),
+        )
+
+    def sizes(self, x: Tensor) -> tuple[int, int]:
+        """B and S of x [B, S, H]; of packed sequences, S is the length of the longest."""
+        if self.starts is None:
+            return x.size(0), x.size(1)
+        return len(self.starts) - 1, max(end - begin for begin, end in pairwise(self.starts))
+
+    def why_not_sizes(self, H: int) -> str | None:
+        if H % self.heads:
+            return f"the width {H} is not divisible by the {self.heads} heads"
+        if not self.qkv.fits(3 * H, H):
+            return _misfit("qkv", self.qkv, 3 * H, H)
+        if not self.out.fits(H, H):
+            return _misfit("out", self.out, H, H)
+        if self.norm and not self.norm.fits(H):
+            return f"the attention's norm does not have the width {H}"
+        return None
+
+    def parameters(self) -> list[Tensor | None]:
+        return [*_weight_and_bias(self.norm), *self.qkv, *self.out]
+
+    def with_parameters(self, tensors: Iterator[Any]) -> "MultiHeadAttention":
+        norm = _next_norm(self.norm, tensors)
+        return self._replace(norm=norm, qkv=_next_linear(tensors), out=_next_linear(tensors))
+
+    def to_kernel(self, B: int, S: int, starts: Tensor | None, precision: int) -> Any:
+        """Args: starts: `self.starts` as int64 [B + 1] in memory, or None."""
+        N = self.heads
+        return extension.kernels.MultiHeadAttention(
+            B=B,
+            S=S,
+            N=N,
+            D=self.out.weight.size(0) // N,
+            starts=address(starts),
+            norm=self.norm and self.norm.to_kernel(),
+            norm_first=self.norm_first,
+            qkv=self.qkv.to_kernel(),
+            out=self.out.to_kernel(),
+            mask=mask_to_kernel(self.mask, B, N, S, S),
+            causal=self.causal,
+            weights_dropout=self.weights_dropout.to_kernel(),
+            out_dropout=self.out_dropout.to_kernel(),
+            precision=precision,
+        )
+
+    def to_kernel_grad(self) -> Any:
+        """Of a record that holds gradients."""
+        return extension.kernels.MultiHeadAttentionGrad(
+            norm=self.norm and self.norm.to_kernel_grad(),
+            qkv=self.qkv.to_kernel_grad(),
+            out=self.out.to_kernel_grad(),
+        )
+
+
+class Mlp(NamedTuple):
+    """A feed-forward network: [norm ->] fc1 -> activation -> dropout -> fc2 -> dropout.
+
+    Attributes:
+        fc1, fc2: weights [I, H] and [H, I].
+        activation: one of `ACTIVATIONS`: `gelu` (exact), `gelu_tanh`, `relu`, `silu` or
+            `leaky_relu` (slope 0.01).
+        norm: a layer norm; it brings the residual connection.
+        norm_first: `x + f(norm(x))` rather than `norm(x + f(x))`.
+        hidden_dropout, out_dropout: on the activations and on the result.
+    """
+
+    fc1: Linear
+    fc2: Linear
+    activation: str = "gelu"
+    norm: Norm | None = None
+    norm_first: bool = True
+    hidden_dropout: Dropout = NO_DROPOUT
+    out_dropout: Dropout = NO_DROPOUT
+
+    def with_seeds(self, seeds: Iterator[int]) -> "Mlp":
+        return self._replace(
+            hidden_dropout=self.hidden_dropout.with_seed(seeds),
+            out_dropout=self.out_dropout.with_seed(seeds),
+        )
+
+    def why_not_sizes(self, H: int) -> str | None:
+        I = self.fc1.weight.size(0)
+        if not self.fc1.fits(I, H):
+            return _misfit("fc1", self.fc1, I, H)
+        if not self.fc2.fits(H, I):
+            return _misfit("fc2", self.fc2, H, I)
+        if self.norm and not self.norm.fits(H):
+            return f"the MLP's norm does not have the width {H}"
+        return None
+
+    def parameters(self) -> list[Tensor | None]:
+        return [*_weight_and_bias(self.norm), *self.fc1, *self.fc2]
+
+    def with_parameters(self, tensors: Iterator[Any]) -> "Mlp":
+        norm = _next_norm(self.norm, tensors)
+        return self._replace(norm=norm, fc1=_next_linear(tensors), fc2=_next_linear(tensors))
+
+    def to_kernel(self, rows: int, precision: int) -> Any:
+        I, H = self.fc1.weight.shape
+        return extension.kernels.Mlp(
+            rows=rows,
+            H=H,
+            I=I,
+            norm=self.norm and self.norm.to_kernel(),
+            norm_first=self.norm_first,
+            fc1=self.fc1.to_kernel(),
+            fc2=self.fc2.to_kernel(),
+            activation=ACTIVATIONS.index(self.activation),
+            hidden_dropout=self.hidden_dropout.to_kernel(),
+            out_dropout=self.out_dropout.to_kernel(),
+            precision=precision,
+        )
+
+    def to_kernel_grad(self) -> Any:
+        """Of a record that holds gradients."""
+        return extension.kernels.MlpGrad(
+            norm=self.norm and self.norm.to_kernel_grad(),
+            fc1=self.fc1.to_kernel_grad(),
+            fc2=self.fc2.to_kernel_grad(),
+        )
+
+
+class Layer(NamedTuple):
+    """A transformer layer; both sublayers have a norm, and so a residual connection."""
+
+    attention: MultiHeadAttention
+    mlp: Mlp
+
+
+class Decoder(NamedTuple):
+    """A decoder model: embedding, layers, final norm (None if Post-LN) and head [V, H]."""
+
+    embedding: Embedding
+    layers: Sequence[Layer]
+    norm: Norm | None
+    head: Linear
+
+    def why_not_sizes(self, S: int) -> str | None:
+        """For sequences of S tokens."""
+        H = self.embedding.weight.size(1)
+        for attention, mlp in self.layers:
+            if reason := attention.why_not_sizes(H) or mlp.why_not_sizes(H):
+                return reason
+        if self.embedding.positions.shape != (S, H):
+            return f"the positions are {list(self.embedding.positions.shape)}, not {[S, H]}"
+        if self.norm and not self.norm.fits(H):
+            return f"the final norm does not have the width {H}"
+        V = self.head.weight.size(0)
+        return None if self.head.fits(V, H) else _misfit("the head", self.head, V, H)
+
+    def dropouts(self) -> list[Dropout]:
+        """Every dropout, in the order in which `with_seeds` and the modules take seeds."""
+        dropouts = [self.embedding.dropout]
+        for attention, mlp in self.layers:
+            dropouts += [attention.weights_dropout, attention.out_dropout]
+            dropouts += [mlp.hidden_dropout, mlp.out_dropout]
+        return dropouts
+
+    def with_seeds(self, seeds: Iterator[int]) -> "Decoder":
+        return self._replace(
+            embedding=self.embedding.with_seeds(seeds),
+            layers=[
+                Layer(attention.with_seeds(seeds), mlp.with_seeds(seeds))
+                for attention, mlp in self.layers
+            ],
+        )
+
+    def parameters(self) -> list[Tensor | None]:
+        tensors: list[Tensor | None] = [*self.embedding.parameters()]
+        for attention, mlp in self.layers:
+            tensors += attention.parameters() + mlp.parameters()
+        return [*tensors, *_weight_and_bias(self.norm), *self.head]
+
+    def with_parameters(self, tensors: Iterator[Any]) -> "Decoder":
+        return Decoder(
+            self.embedding.with_parameters(tensors),
+            [
+                Layer(attention.with_parameters(tensors), mlp.with_parameters(tensors))
+                for attention, mlp in self.layers
+            ],
+            _next_norm(self.norm, tensors),
+            _next_linear(tensors),
+        )
+
+    def to_kernel(
+        self,
+        B: int,
+        S: int,
+        ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        ignore_index: int = -100,
+        precision: int = 0,
+    ) -> Any:
+        """Args: ids, labels: [B, S], int64; None for a kernel that is given them otherwise."""
+        V, H = self.head.weight.shape
+        padding_idx = self.embedding.padding_idx
+        return extension.kernels.Decoder(
+            embedding=self.embedding.to_kernel(B, S, ids),
+            layers=[
+                extension.kernels.Layer(
+                    attention=attention.to_kernel(B, S, None, precision),
+                    mlp=mlp.to_kernel(B * S, precision),
+                )
+                for attention, mlp in self.layers
+            ],
+            norm=self.norm and self.norm.to_kernel(),
+            head=extension.kernels.LinearCrossEntropy(
+                rows=B * S,
+                H=H,
+                V=V,
+                targets=address(labels),
+                ignore_index=ignore_index,
+                head=self.head.to_kernel(),
+                precision=precision,
+            ),
+            padding_idx=-1 if padding_idx is None else padding_idx,
+        )
+
+    def to_kernel_grad(self) -> Any:
+        """Of a record that holds gradients."""
+        return extension.kernels.DecoderGrad(
+            embedding=address(self.embedding.weight),
+            positions=address(self.embedding.positions),
+            layers=[
+                extension.kernels.LayerGrad(
+                    attention=attention.to_kernel_grad(), mlp=mlp.to_kernel_grad()
+                )
+                for attention, mlp in self.layers
+            ],
+            norm=self.norm and self.norm.to_kernel_grad(),
+            head=self.head.to_kernel_grad(),
+        )
+
+
+def mask_to_kernel(mask: Tensor | None, *sizes: int) -> Any:
+    """A boolean mask broadcast to `sizes` [B, N, S, T]; None for None."""
+    if mask is None:
+        return None
+    return extension.kernels.Mask(data=mask.data_ptr(), strides=mask.expand(*sizes).stride())
+
+
+def _misfit(name: str, linear: Linear, outputs: int, inputs: int) -> str:
+    bias = "none" if linear.bias is None else list(linear.bias.shape)
+    return (
+        f"{name} has a weight {list(linear.weight.shape)} and bias {bias}; the kernels need "
+        f"{[outputs, inputs]} and {[outputs]}"
+    )
+
+
+def _weight_and_bias(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    return norm[:2] if norm else (None, None)
+
+
+# Gradients may be None where a parameter is not, which the fields' types do not say.
+
+
+def _next_linear(tensors: Iterator[Any]) -> Linear:
+    return Linear(next(tensors), next(tensors))
+
+
+def _next_norm(norm: Norm | None, tensors: Iterator[Any]) -> Norm | None:
+    weight, bias = next(tensors), next(tensors)
+    return norm and Norm(weight, bias, norm.eps)
