@@ -112,27 +112,75 @@ double adam_step(const std::vector<const AdamGroup*>& groups, bool decoupled_wei
                                decoupled_weight_decay, max_grad_norm, threads);
 }
 
-// A DecoderGrad together with the array of its layers.
-struct OwnedDecoderGrad {
-    std::vector<LayerGrad> layers;
-    DecoderGrad grad;
+// A DecoderGrad, whose pointers belong to parameters with the addresses that the decoder has.
+class OwnedDecoderGrad {
+public:
+    explicit OwnedDecoderGrad(const Decoder& d) : layers_(d.layer_count) {
+        grad.layers = layers_.data();
+        slots_ = {{d.embedding.weight, &grad.embedding}, {d.embedding.positions, &grad.positions}};
+        for (int64_t l = 0; l < d.layer_count; ++l) {
+            const auto& [attention, mlp] = d.layers[l];
+            auto& [attention_grad, mlp_grad] = layers_[l];
+            add(attention.qkv, attention_grad.qkv);
+            add(attention.out, attention_grad.out);
+            add(attention.norm, attention_grad.norm);
+            add(mlp.fc1, mlp_grad.fc1);
+            add(mlp.fc2, mlp_grad.fc2);
+            add(mlp.norm, mlp_grad.norm);
+        }
+        add(d.norm, grad.norm);
+        add(d.head.head, grad.head);
+    }
+    OwnedDecoderGrad(const OwnedDecoderGrad&) = delete;
+
+    // The gradient of the parameter at this address goes to `to`. Of a tied parameter, which is
+    // there twice, each call sets one of both: they are added up.
+    void set(const float* parameter, float* to) {
+        for (size_t tries = 0; tries < slots_.size(); ++tries) {
+            Slot& slot = slots_[next_++ % slots_.size()];  // the next one, if orders are the same
+            if (slot.parameter != parameter) continue;
+            *slot.grad = to;
+            slot.parameter = nullptr;
+            return;
+        }
+        throw std::invalid_argument("a gradient is of a tensor that the decoder does not have");
+    }
+
+    DecoderGrad grad = {};
+
+private:
+    struct Slot {
+        const float* parameter;
+        float** grad;
+    };
+
+    template <typename Parameters, typename Grads>
+    void add(const Parameters& parameters, Grads& grads) {
+        slots_.push_back({parameters.weight, &grads.weight});
+        slots_.push_back({parameters.bias, &grads.bias});
+    }
+
+    std::vector<LayerGrad> layers_;
+    std::vector<Slot> slots_;
+    size_t next_ = 0;
 };
 
-double decoder_loss(const OwnedDecoder& owned, const OwnedDecoderGrad* grad, int threads) {
+// The gradients of these parameters go to `grads`, 0 for those that are not needed; no gradients at
+// all without `grads`.
+double decoder_loss(const OwnedDecoder& model, const Batch& batch,
+                    const std::vector<Address>& parameters,
+                    const std::optional<std::vector<Address>>& grads, int threads) {
+    const OwnedDecoder owned = model.for_batch(batch);
     const Decoder& decoder = owned.decoder;
-    const Embedding& e = decoder.embedding;
-    check_ids(e.ids, e.B * e.S, e.V);
-    for (int64_t b = 0; b < e.B; ++b)  // the first label of a sequence is not a target
-        check_ids(decoder.head.targets + b * e.S + 1, e.S - 1, decoder.head.V,
-                  decoder.head.ignore_index);
-    DecoderGrad all = {};
-    if (grad) {
-        if (grad->layers.size() != owned.layers.size())
-            throw std::invalid_argument("the gradients are of another number of layers");
-        all = grad->grad;
-        all.layers = grad->layers.data();
-    }
-    return kernels().decoder_loss(decoder, grad ? &all : nullptr, threads);
+    check_ids(batch.ids, batch.B * batch.S, decoder.embedding.V);
+    for (int64_t b = 0; b < batch.B; ++b)  // the first label of a sequence is not a target
+        check_ids(batch.labels + b * batch.S + 1, batch.S - 1, decoder.head.V,
+                  batch.ignore_index);
+    if (!grads) return kernels().decoder_loss(decoder, nullptr, threads);
+    OwnedDecoderGrad grad(decoder);
+    for (size_t i = 0; i < parameters.size(); ++i)
+        if (parameters[i]) grad.set(at<const float>(parameters[i]), at<float>(grads->at(i)));
+    return kernels().decoder_loss(decoder, &grad.grad, threads);
 }
 
 void define_records(py::module_& m) {
@@ -244,11 +292,6 @@ void define_records(py::module_& m) {
                  return Layer{attention, mlp};
              }),
              py::kw_only(), arg("attention"), arg("mlp"));
-    py::class_<LayerGrad>(m, "LayerGrad")
-        .def(py::init([](const MultiHeadAttentionGrad& attention, const MlpGrad& mlp) {
-                 return LayerGrad{attention, mlp};
-             }),
-             py::kw_only(), arg("attention"), arg("mlp"));
     py::class_<OwnedDecoder>(m, "Decoder")
         .def(py::init([](const Embedding& embedding, std::vector<Layer> layers, const Norm* norm,
                          const LinearCrossEntropy& head, int64_t padding_idx) {
@@ -257,15 +300,15 @@ void define_records(py::module_& m) {
              }),
              py::kw_only(), arg("embedding"), arg("layers"), arg("norm"), arg("head"),
              arg("padding_idx"));
-    py::class_<OwnedDecoderGrad>(m, "DecoderGrad")
-        .def(py::init([](Address embedding, Address positions, std::vector<LayerGrad> layers,
-                         const NormGrad* norm, const LinearGrad& head) {
-                 return OwnedDecoderGrad{std::move(layers),
-                                         {at<float>(embedding), at<float>(positions), nullptr,
-                                          or_null(norm), head}};
+    py::class_<Batch>(m, "Batch")
+        .def(py::init([](int64_t B, int64_t S, Address ids, Address labels, int64_t ignore_index,
+                         const Mask* mask, std::vector<Dropout> dropouts, int precision) {
+                 return Batch{B, S, at<const int64_t>(ids), at<const int64_t>(labels),
+                              ignore_index, or_null(mask), std::move(dropouts),
+                              static_cast<Precision>(precision)};
              }),
-             py::kw_only(), arg("embedding"), arg("positions"), arg("layers"), arg("norm"),
-             arg("head"));
+             py::kw_only(), arg("B"), arg("S"), arg("ids"), arg("labels"), arg("ignore_index"),
+             arg("mask"), arg("dropouts"), arg("precision"));
     py::class_<AdamGroup>(m, "AdamGroup")
         .def(py::init([](std::vector<Address> params, std::vector<Address> grads,
                          std::vector<Address> exp_avgs, std::vector<Address> exp_avg_sqs,
@@ -306,8 +349,7 @@ void define_decoding(py::module_& m) {
                Address logits, bool in_place, bool every, int threads) {
                 self.extend(tokens, at<float>(logits), in_place, every, threads);
             },
-            py::kw_only(), arg("tokens"), arg("logits"), arg("in_place"), arg("every"),
-            arg("threads"), no_gil)
+            arg("tokens"), arg("logits"), arg("in_place"), arg("every"), arg("threads"), no_gil)
         .def("clear", &DecodingState::clear, arg("sequence"), no_gil)
         .def_property_readonly("lengths", py::cpp_function(&DecodingState::lengths, no_gil));
 }
@@ -409,8 +451,8 @@ void define_kernels(py::module_& m) {
         },
         py::kw_only(), arg("grad_x"), arg("grad"), arg("x"), arg("entropy"), arg("threads"),
         no_gil);
-    m.def("decoder_loss", decoder_loss, py::kw_only(), arg("decoder"), arg("grad"),
-          arg("threads"), no_gil);
+    m.def("decoder_loss", decoder_loss, py::kw_only(), arg("decoder"), arg("batch"),
+          arg("parameters"), arg("grads"), arg("threads"), no_gil);
     m.def(
         "dropout",
         [](Address out, Address x, int64_t size, double p, uint64_t seed, uint32_t stream,

@@ -1,4 +1,4 @@
-// A decoder's packed weights, and sequences that continue with them.
+// A decoder that owns its records, its packed weights, and sequences that continue with them.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,18 @@
 
 namespace fastllm {
 
+// The input of one loss of a decoder.
+struct Batch {
+    int64_t B, S;
+    const int64_t *ids, *labels;  // [B, S]
+    int64_t ignore_index;
+    Mask mask;
+    // Of the embedding; then of each layer: attention weights, attention output, MLP hidden, MLP
+    // output.
+    std::vector<Dropout> dropouts;
+    Precision precision;
+};
+
 // A Decoder together with the array of its layers.
 struct OwnedDecoder {
     OwnedDecoder(const Embedding& embedding, std::vector<Layer> all, const Norm& norm,
@@ -25,6 +37,40 @@ struct OwnedDecoder {
     OwnedDecoder(const OwnedDecoder& other)
         : OwnedDecoder(other.decoder.embedding, other.layers, other.decoder.norm,
                        other.decoder.head, other.decoder.padding_idx) {}
+
+    // The same model with the sizes, dropouts and precision of a batch.
+    OwnedDecoder for_batch(const Batch& batch) const {
+        OwnedDecoder result = *this;
+        auto dropout = batch.dropouts.begin();
+        const auto next = [&] {
+            if (dropout == batch.dropouts.end())
+                throw std::invalid_argument("the batch has fewer dropouts than the decoder");
+            return *dropout++;
+        };
+        Embedding& embedding = result.decoder.embedding;
+        embedding.B = batch.B;
+        embedding.S = batch.S;
+        embedding.ids = batch.ids;
+        embedding.dropout = next();
+        for (auto& [attention, mlp] : result.layers) {
+            attention.B = batch.B;
+            attention.S = batch.S;
+            attention.mask = batch.mask;
+            attention.weights_dropout = next();
+            attention.out_dropout = next();
+            attention.precision = batch.precision;
+            mlp.rows = batch.B * batch.S;
+            mlp.hidden_dropout = next();
+            mlp.out_dropout = next();
+            mlp.precision = batch.precision;
+        }
+        LinearCrossEntropy& head = result.decoder.head;
+        head.rows = batch.B * batch.S;
+        head.targets = batch.labels;
+        head.ignore_index = batch.ignore_index;
+        head.precision = batch.precision;
+        return result;
+    }
 
     std::vector<Layer> layers;
     Decoder decoder;

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastllm.ops.decoder import Norm
-from fastllm.ops.torch_private import any_global_hook, is_attached_to, weight_and_bias
+from fastllm.ops.torch_private import any_global_hook, anything_attached, weight_and_bias
 
 # The original forward of every class that operations can stand for.
 FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
@@ -22,13 +22,11 @@ FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
 
 def is_plain(*modules: Any, known: dict[type[nn.Module], Callable[..., Any]] = FORWARDS) -> bool:
     """Whether all of these are plain instances of known classes with nothing attached."""
-    if any_global_hook():
-        return False
     for module in modules:
         cls = type(module)
-        if known.get(cls) is not cls.forward or is_attached_to(module):
+        if known.get(cls) is not cls.forward:
             return False
-    return True
+    return not any_global_hook() and not anything_attached(*modules)
 
 
 def all_are(cls: type[nn.Module], *modules: Any) -> bool:

@@ -9,6 +9,7 @@ the same order: gradients, or copies.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,10 +34,7 @@ class Norm(NamedTuple):
 
     def to_kernel(self) -> Any:
         weight, bias, eps = self
-        return extension.kernels.Norm(weight=weight.data_ptr(), bias=bias.data_ptr(), eps=eps)
-
-    def to_kernel_grad(self) -> Any:
-        return extension.kernels.NormGrad(weight=address(self.weight), bias=address(self.bias))
+        return _kernel_norm(weight.data_ptr(), bias.data_ptr(), eps)
 
 
 class Linear(NamedTuple):
@@ -54,12 +52,7 @@ class Linear(NamedTuple):
 
     def to_kernel(self) -> Any:
         weight, bias = self
-        return extension.kernels.Linear(
-            weight=weight.data_ptr(), bias=address(bias), transposed=not weight.is_contiguous()
-        )
-
-    def to_kernel_grad(self) -> Any:
-        return extension.kernels.LinearGrad(weight=address(self.weight), bias=address(self.bias))
+        return _kernel_linear(weight.data_ptr(), address(bias), not weight.is_contiguous())
 
 
 class Dropout(NamedTuple):
@@ -73,7 +66,8 @@ class Dropout(NamedTuple):
         return Dropout(self.p, next(seeds)) if self.p else self
 
     def to_kernel(self) -> Any:
-        return extension.kernels.Dropout(p=self.p, seed=self.seed)
+        p, seed = self
+        return extension.kernels.Dropout(p=p, seed=seed) if p else _kernel_no_dropout()
 
 
 NO_DROPOUT = Dropout()
@@ -167,11 +161,11 @@ class MultiHeadAttention(NamedTuple):
         return None
 
     def parameters(self) -> list[Tensor | None]:
-        return [*_weight_and_bias(self.norm), *self.qkv, *self.out]
+        return [*self.qkv, *self.out, *_weight_and_bias(self.norm)]
 
     def with_parameters(self, tensors: Iterator[Any]) -> "MultiHeadAttention":
-        norm = _next_norm(self.norm, tensors)
-        return self._replace(norm=norm, qkv=_next_linear(tensors), out=_next_linear(tensors))
+        qkv, out = _next_linear(tensors), _next_linear(tensors)
+        return MultiHeadAttention(qkv, out, self.heads, _next_norm(self.norm, tensors), *self[4:])
 
     def to_kernel(self, B: int, S: int, starts: Tensor | None, precision: int) -> Any:
         """Args: starts: `self.starts` as int64 [B + 1] in memory, or None."""
@@ -196,9 +190,9 @@ class MultiHeadAttention(NamedTuple):
     def to_kernel_grad(self) -> Any:
         """Of a record that holds gradients."""
         return extension.kernels.MultiHeadAttentionGrad(
-            norm=self.norm and self.norm.to_kernel_grad(),
-            qkv=self.qkv.to_kernel_grad(),
-            out=self.out.to_kernel_grad(),
+            norm=self.norm and _norm_grad(self.norm),
+            qkv=_linear_grad(self.qkv),
+            out=_linear_grad(self.out),
         )
 
 
@@ -239,11 +233,12 @@ class Mlp(NamedTuple):
         return None
 
     def parameters(self) -> list[Tensor | None]:
-        return [*_weight_and_bias(self.norm), *self.fc1, *self.fc2]
+        return [*self.fc1, *self.fc2, *_weight_and_bias(self.norm)]
 
     def with_parameters(self, tensors: Iterator[Any]) -> "Mlp":
+        fc1, fc2 = _next_linear(tensors), _next_linear(tensors)
         norm = _next_norm(self.norm, tensors)
-        return self._replace(norm=norm, fc1=_next_linear(tensors), fc2=_next_linear(tensors))
+        return Mlp(fc1, fc2, self.activation, norm, *self[4:])
 
     def to_kernel(self, rows: int, precision: int) -> Any:
         I, H = self.fc1.weight.shape
@@ -264,9 +259,9 @@ class Mlp(NamedTuple):
     def to_kernel_grad(self) -> Any:
         """Of a record that holds gradients."""
         return extension.kernels.MlpGrad(
-            norm=self.norm and self.norm.to_kernel_grad(),
-            fc1=self.fc1.to_kernel_grad(),
-            fc2=self.fc2.to_kernel_grad(),
+            norm=self.norm and _norm_grad(self.norm),
+            fc1=_linear_grad(self.fc1),
+            fc2=_linear_grad(self.fc2),
         )
 
 
@@ -299,21 +294,12 @@ class Decoder(NamedTuple):
         return None if self.head.fits(V, H) else _misfit("the head", self.head, V, H)
 
     def dropouts(self) -> list[Dropout]:
-        """Every dropout, in the order in which `with_seeds` and the modules take seeds."""
+        """Every dropout, in the order of the computation, in which the modules draw their seeds."""
         dropouts = [self.embedding.dropout]
         for attention, mlp in self.layers:
             dropouts += [attention.weights_dropout, attention.out_dropout]
             dropouts += [mlp.hidden_dropout, mlp.out_dropout]
         return dropouts
-
-    def with_seeds(self, seeds: Iterator[int]) -> "Decoder":
-        return self._replace(
-            embedding=self.embedding.with_seeds(seeds),
-            layers=[
-                Layer(attention.with_seeds(seeds), mlp.with_seeds(seeds))
-                for attention, mlp in self.layers
-            ],
-        )
 
     def parameters(self) -> list[Tensor | None]:
         tensors: list[Tensor | None] = [*self.embedding.parameters()]
@@ -321,65 +307,56 @@ class Decoder(NamedTuple):
             tensors += attention.parameters() + mlp.parameters()
         return [*tensors, *_weight_and_bias(self.norm), *self.head]
 
-    def with_parameters(self, tensors: Iterator[Any]) -> "Decoder":
-        return Decoder(
-            self.embedding.with_parameters(tensors),
-            [
-                Layer(attention.with_parameters(tensors), mlp.with_parameters(tensors))
-                for attention, mlp in self.layers
-            ],
-            _next_norm(self.norm, tensors),
-            _next_linear(tensors),
-        )
-
-    def to_kernel(
-        self,
-        B: int,
-        S: int,
-        ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        ignore_index: int = -100,
-        precision: int = 0,
-    ) -> Any:
-        """Args: ids, labels: [B, S], int64; None for a kernel that is given them otherwise."""
+    def to_kernel(self) -> Any:
+        """For any batch of sequences with as many tokens as there are positions."""
         V, H = self.head.weight.shape
         padding_idx = self.embedding.padding_idx
         return extension.kernels.Decoder(
-            embedding=self.embedding.to_kernel(B, S, ids),
+            embedding=self.embedding.to_kernel(0, self.embedding.positions.size(0), None),
             layers=[
                 extension.kernels.Layer(
-                    attention=attention.to_kernel(B, S, None, precision),
-                    mlp=mlp.to_kernel(B * S, precision),
+                    attention=attention._replace(mask=None).to_kernel(0, 0, None, 0),
+                    mlp=mlp.to_kernel(0, 0),
                 )
                 for attention, mlp in self.layers
             ],
             norm=self.norm and self.norm.to_kernel(),
             head=extension.kernels.LinearCrossEntropy(
-                rows=B * S,
+                rows=0,
                 H=H,
                 V=V,
-                targets=address(labels),
-                ignore_index=ignore_index,
+                targets=0,
+                ignore_index=0,
                 head=self.head.to_kernel(),
-                precision=precision,
+                precision=0,
             ),
             padding_idx=-1 if padding_idx is None else padding_idx,
         )
 
-    def to_kernel_grad(self) -> Any:
-        """Of a record that holds gradients."""
-        return extension.kernels.DecoderGrad(
-            embedding=address(self.embedding.weight),
-            positions=address(self.embedding.positions),
-            layers=[
-                extension.kernels.LayerGrad(
-                    attention=attention.to_kernel_grad(), mlp=mlp.to_kernel_grad()
-                )
-                for attention, mlp in self.layers
-            ],
-            norm=self.norm and self.norm.to_kernel_grad(),
-            head=self.head.to_kernel_grad(),
-        )
+    def to_kernel_once(self, addresses: Sequence[int]) -> Any:
+        """As `to_kernel`, made only once for parameters at these addresses.
+
+        A model's parameters stay where they are, and making its records takes several microseconds
+        a layer.
+        """
+        sizes = self.embedding.weight.shape, self.embedding.positions.shape, self.head.weight.shape
+        embedding = self.embedding.scale, self.embedding.padding_idx
+        layers = [
+            (a.heads, a.causal, a.norm_first, a.norm and a.norm.eps, *m.fc1.weight.shape,
+             m.activation, m.norm_first, m.norm and m.norm.eps)
+            for a, m in self.layers
+        ]  # fmt: skip
+        key = (*addresses, *sizes, *embedding, self.norm and self.norm.eps, *layers)
+        kernel = _kernel_decoders.get(key)
+        if kernel is None:
+            if len(_kernel_decoders) >= MOST_KERNEL_DECODERS:
+                _kernel_decoders.clear()
+            kernel = _kernel_decoders[key] = self.to_kernel()
+        return kernel
+
+
+MOST_KERNEL_DECODERS = 64
+_kernel_decoders: dict[tuple[Any, ...], Any] = {}
 
 
 def mask_to_kernel(mask: Tensor | None, *sizes: int) -> Any:
@@ -395,6 +372,32 @@ def _misfit(name: str, linear: Linear, outputs: int, inputs: int) -> str:
         f"{name} has a weight {list(linear.weight.shape)} and bias {bias}; the kernels need "
         f"{[outputs, inputs]} and {[outputs]}"
     )
+
+
+# A model's records name the same addresses step after step, and each would take half a microsecond.
+
+
+@lru_cache(maxsize=2048)
+def _kernel_norm(weight: int, bias: int, eps: float) -> Any:
+    return extension.kernels.Norm(weight=weight, bias=bias, eps=eps)
+
+
+@lru_cache(maxsize=2048)
+def _kernel_linear(weight: int, bias: int, transposed: bool) -> Any:
+    return extension.kernels.Linear(weight=weight, bias=bias, transposed=transposed)
+
+
+@cache
+def _kernel_no_dropout() -> Any:
+    return extension.kernels.Dropout(p=0.0, seed=0)
+
+
+def _norm_grad(grad: Norm) -> Any:
+    return extension.kernels.NormGrad(weight=address(grad.weight), bias=address(grad.bias))
+
+
+def _linear_grad(grad: Linear) -> Any:
+    return extension.kernels.LinearGrad(weight=address(grad.weight), bias=address(grad.bias))
 
 
 def _weight_and_bias(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:

@@ -5,6 +5,7 @@ core's caches and only the gradients are saved for the backward. The result equa
 operations one after the other, for which it stands if all of them would run in C++.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 from fastllm.ops import dispatch, extension
 from fastllm.ops.attention import check_mask, why_not_mask
 from fastllm.ops.autograd import check_first_derivative, needs_grad, scale_grads
-from fastllm.ops.decoder import Decoder
+from fastllm.ops.decoder import Decoder, Dropout, mask_to_kernel
 from fastllm.ops.dropout import DROPOUT_RANGE, draw_seeds
 from fastllm.ops.embedding import why_not_ids
-from fastllm.ops.memory import new_grad
+from fastllm.ops.memory import address, new_grad
 from fastllm.ops.precision import product_precision
 from fastllm.ops.torch_private import graph_is_kept
 
@@ -38,24 +39,40 @@ class DecoderLossFunction(torch.autograd.Function):
         ids: Tensor,
         labels: Tensor,
         ignore_index: int,
+        dropouts: Sequence[Dropout],
         keep: bool,
         *parameters: Tensor | None,
     ) -> Tensor:
         B, S = ids.shape
         grads: list[Tensor | None] = []
         if keep:
-            needed = ctx.needs_input_grad[5:]
+            needed = ctx.needs_input_grad[6:]
             grads = [new_grad(p, need) for p, need in zip(parameters, needed, strict=True)]
+        addresses = list(map(address, parameters))
+        mask = None
+        for layer in decoder.layers[:1]:  # all have the same
+            mask = mask_to_kernel(layer.attention.mask, B, layer.attention.heads, S, S)
         loss = extension.kernels.decoder_loss(
-            decoder=decoder.to_kernel(B, S, ids, labels, ignore_index, product_precision()),
-            grad=decoder.with_parameters(iter(grads)).to_kernel_grad() if keep else None,
+            decoder=decoder.to_kernel_once(addresses),
+            batch=extension.kernels.Batch(
+                B=B,
+                S=S,
+                ids=ids.data_ptr(),
+                labels=labels.data_ptr(),
+                ignore_index=ignore_index,
+                mask=mask,
+                dropouts=[dropout.to_kernel() for dropout in dropouts],
+                precision=product_precision(),
+            ),
+            parameters=addresses,
+            grads=list(map(address, grads)) if keep else None,
             threads=torch.get_num_threads(),
         )
         # Saving each gradient would take a microsecond. Saving anything makes autograd refuse a
         # second backward.
         ctx.save_for_backward(torch.empty(0))
         ctx.grads = grads
-        return torch.tensor(loss, dtype=torch.float32, device="cpu")
+        return torch.scalar_tensor(loss, dtype=torch.float32, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,16 +81,19 @@ class DecoderLossFunction(torch.autograd.Function):
         grads = scale_grads(ctx.grads, grad_out)
         if not graph_is_kept():
             ctx.grads = None
-        return None, None, None, None, None, *grads
+        return None, None, None, None, None, None, *grads
 
 
 def decoder_loss_cpu(decoder: Decoder, ids: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     ids, labels = ids.long().contiguous(), labels.long().contiguous()
     parameters = decoder.parameters()
     keep = needs_grad(*parameters)
-    seeds = draw_seeds(sum(dropout.p > 0 for dropout in decoder.dropouts()))
-    decoder = decoder.with_seeds(iter(seeds))
-    return DecoderLossFunction.apply(decoder, ids, labels, ignore_index, keep, *parameters)
+    dropouts = decoder.dropouts()
+    seeds = iter(draw_seeds(sum(dropout.p > 0 for dropout in dropouts)))
+    dropouts = [dropout.with_seed(seeds) for dropout in dropouts]
+    return DecoderLossFunction.apply(
+        decoder, ids, labels, ignore_index, dropouts, keep, *parameters
+    )
 
 
 def why_not_shape(B: int, S: int, V: int) -> str | None:
@@ -111,9 +131,12 @@ def why_not_cpu(decoder: Decoder, ids: Tensor, labels: Tensor, ignore_index: int
         return reason
     if not all(0 <= dropout.p < 1 for dropout in decoder.dropouts()):
         return DROPOUT_RANGE
-    for layer in decoder.layers[:1]:  # all layers have the same mask
-        if (reason := why_not_mask(layer.attention.mask, device)) is not None:
+    masks = [layer.attention.mask for layer in decoder.layers[:1]]  # all have the same
+    if masks and masks[0] is not None:
+        if (reason := why_not_mask(masks[0], device)) is not None:
             return reason
+        if len({layer.attention.heads for layer in decoder.layers}) > 1:
+            return "there is a mask, and the layers differ in their number of heads"
     return why_not_decoder(decoder, S)
 
 

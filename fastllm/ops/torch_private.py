@@ -43,17 +43,20 @@ def any_global_hook() -> bool:
     return torch_module._has_any_global_hook()
 
 
-def is_attached_to(module: nn.Module) -> bool:
-    """Whether the module has a hook, a `forward` of its own, or is compiled by itself."""
-    attributes = module.__dict__
-    return bool(
-        "forward" in attributes
-        or any(map(_acts, attributes["_forward_hooks"].values()))
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or module._compiled_call_impl is not None
-    )
+def anything_attached(*modules: Any) -> bool:
+    """Whether a module has a hook, a `forward` of its own, or is compiled by itself."""
+    for module in modules:
+        attributes = module.__dict__
+        if (
+            "forward" in attributes
+            or any(map(_acts, attributes["_forward_hooks"].values()))
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or module._compiled_call_impl is not None
+        ):
+            return True
+    return False
 
 
 def _acts(hook: Any) -> bool:

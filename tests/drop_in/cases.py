@@ -130,8 +130,8 @@ class Calls(list[tuple[str, dict[str, Any]]]):
         for name, fields in self:
             if name in ("LinearGrad", "NormGrad"):
                 addresses += [fields["weight"], fields["bias"]]
-            elif name == "DecoderGrad":
-                addresses += [fields["embedding"], fields["positions"]]
+            elif name == "decoder_loss":
+                addresses += fields["grads"] or []
             elif name.islower():
                 written = {"grad_x", "grad_q", "grad_k", "grad_v", "grad_weight", "grad_positions"}
                 addresses += [fields[field] for field in written.intersection(fields)]

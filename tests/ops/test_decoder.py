@@ -11,6 +11,7 @@ from torch import Tensor
 from fastllm import DecoderModel
 from fastllm.ops import extension
 from fastllm.ops.decoder import Decoder, Linear, Mlp, MultiHeadAttention, Norm
+from fastllm.ops.memory import address
 from tests.conftest import needs_extension
 
 pytestmark = needs_extension
@@ -88,36 +89,59 @@ def test_sizes_that_do_not_fit_are_named(record: Any, reason: str) -> None:
     assert re.search(reason, record.why_not_sizes(H))
 
 
-def test_parameters_go_back_to_their_places() -> None:
-    model = DecoderModel(11, H, 2, 2, 12, I)
-    decoder = model.record(12)
-    assert isinstance(decoder, Decoder)
-    parameters = decoder.parameters()
-    again = decoder.with_parameters(iter(parameters))
+@pytest.mark.parametrize("record", [ATTENTION, MLP, MLP._replace(norm=None)])
+def test_parameters_go_back_to_their_places(record: Any) -> None:
+    parameters = record.parameters()
+    assert record.with_parameters(iter(parameters)) is not record
+    again = record.with_parameters(iter(parameters))
     assert [*map(id, again.parameters())] == [*map(id, parameters)]
-    assert again.layers[1].mlp.fc2.bias is model.transformer_blocks[1].mlp.fc2.bias
-    assert (
-        again.layers[0].attention.out.weight
-        is model.transformer_blocks[0].self_attn.out_proj.weight
-    )
-    assert again.head.weight is model.lm_head.weight
-    # Every parameter of the model is one of the record's; its positions are a view of a buffer.
-    assert {id(p) for p in model.parameters()} == {id(p) for p in parameters} - {id(parameters[1])}
+    assert again[2:3] == record[2:3] and again[4:] == record[4:]
 
 
-def test_gradients_of_another_number_of_layers_are_refused() -> None:
+def test_gradients_are_matched_to_parameters_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by position: whatever order the record lists its parameters in, gradients are right."""
+    torch.manual_seed(0)
+    model = DecoderModel(11, H, 2, 2, 12, I, tie_word_embeddings=True, lm_head_bias=False).eval()
+    ids = torch.randint(0, 11, (64, 12))
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad(model.loss(ids, ids), list(model.parameters())))
+
+    expected, original = gradients(), Decoder.parameters
+    monkeypatch.setattr(Decoder, "parameters", lambda decoder: original(decoder)[::-1])
+    assert all(map(torch.equal, gradients(), expected))
+
+
+def test_a_gradient_of_a_strangers_tensor_is_refused() -> None:
+    decoder = DecoderModel(11, H, 1, 2, 12, I).record(12)
+    assert isinstance(decoder, Decoder)
     ids = torch.zeros(64, 12, dtype=torch.long)
-    records = []
-    for layers in (1, 2):
-        decoder = DecoderModel(11, H, layers, 2, 12, I).eval().record(12)
+    k = extension.kernels
+    fields = {"B": 64, "S": 12, "ids": ids.data_ptr(), "labels": ids.data_ptr(), "mask": None}
+    dropouts = [k.Dropout(p=0.0, seed=0)] * 5
+    batch = k.Batch(**fields, ignore_index=-100, dropouts=dropouts, precision=0)
+    few = k.Batch(**fields, ignore_index=-100, dropouts=dropouts[1:], precision=0)
+    arguments = {"decoder": decoder.to_kernel(), "threads": 1}
+    assert k.decoder_loss(**arguments, batch=batch, parameters=[], grads=None) > 0
+    with pytest.raises(ValueError, match="a tensor that the decoder does not have"):
+        k.decoder_loss(**arguments, batch=batch, parameters=[ids.data_ptr()], grads=[0])
+    with pytest.raises(ValueError, match="fewer dropouts than the decoder"):
+        k.decoder_loss(**arguments, batch=few, parameters=[], grads=None)
+
+
+def test_records_of_a_model_are_made_once() -> None:
+    model, other = DecoderModel(11, H, 1, 2, 12, I), DecoderModel(11, H, 1, 2, 12, I)
+
+    def kernel(model: DecoderModel) -> Any:
+        decoder = model.record(12)
         assert isinstance(decoder, Decoder)
-        records.append(decoder)
-    with pytest.raises(ValueError, match="another number of layers"):
-        extension.kernels.decoder_loss(
-            decoder=records[0].to_kernel(64, 12, ids, ids),
-            grad=records[1].to_kernel_grad(),
-            threads=1,
-        )
+        return decoder.to_kernel_once([*map(address, decoder.parameters())])
+
+    first = kernel(model)
+    assert kernel(model) is first
+    assert kernel(other) is not first
+    model.transformer_blocks[0].norm1.eps = 0.5
+    assert kernel(model) is not first
 
 
 @pytest.mark.parametrize(

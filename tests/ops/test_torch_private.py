@@ -64,7 +64,7 @@ def test_attachments_are_seen() -> None:
     assert private.any_global_hook()
     with_hook.remove()
     module = nn.Linear(2, 2)
-    assert not private.is_attached_to(module)
+    assert not private.anything_attached(module)
 
     def hook(*_: object) -> None:
         pass
@@ -76,13 +76,13 @@ def test_attachments_are_seen() -> None:
         "register_full_backward_pre_hook",
     ):
         handle = getattr(module, register)(hook)
-        assert private.is_attached_to(module), register
+        assert private.anything_attached(module), register
         handle.remove()
-        assert not private.is_attached_to(module)
+        assert not private.anything_attached(module)
     patched, compiled = copy.deepcopy(module), copy.deepcopy(module)
     patched.forward = lambda x: x  # type: ignore[method-assign]
     compiled.compile()
-    assert private.is_attached_to(patched) and private.is_attached_to(compiled)
+    assert private.anything_attached(patched) and private.anything_attached(compiled)
 
 
 def test_hooks_that_only_record_are_not_attachments() -> None:
@@ -92,7 +92,7 @@ def test_hooks_that_only_record_are_not_attachments() -> None:
     recorder.__module__ = "transformers.utils.output_capturing"
     module = nn.Linear(2, 2)
     module.register_forward_hook(recorder)
-    assert not private.is_attached_to(module)
+    assert not private.anything_attached(module)
 
 
 def test_tables_hold_submodules_and_parameters() -> None:
