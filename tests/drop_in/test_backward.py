@@ -1,5 +1,7 @@
 """Backward passes as users write them: accumulated, scaled, repeated, with frozen parameters."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -127,6 +129,7 @@ def test_memory_of_large_gradients_is_used_again(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "LARGE", 8)
+    gc.collect()  # garbage of other tests would free memory of the same sizes later
     extension.kernels.Memory(12345)  # a size not in the free list empties it
     case = Case(kind)
     if not case.is_model:
