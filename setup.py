@@ -7,6 +7,8 @@ still installs and runs on its plain-PyTorch reference.
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pybind11
@@ -45,14 +47,9 @@ Remedy:  install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf in
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
-            for isa, flags in ISAS.items():
-                ext.extra_objects += self.compiler.compile(
-                    ["csrc/kernels.cpp"],
-                    output_dir=f"{self.build_temp}/{isa}",
-                    macros=[("FASTLLM_ISA", isa)],
-                    extra_postargs=[*KERNEL_FLAGS, *OPENMP, *flags],
-                    depends=ext.depends,
-                )
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for objects in pool.map(partial(self.compile_kernels, ext), ISAS):
+                    ext.extra_objects += objects
             super().build_extension(ext)
             # Python started in this folder imports its sources, whether installed or not.
             if not (self.inplace or SANITIZE):
@@ -61,6 +58,16 @@ class BuildKernels(build_ext):
             if SANITIZE:
                 raise
             print(NO_EXTENSION.format(error=error), file=sys.stderr)
+
+    def compile_kernels(self, ext: Extension, isa: str) -> list[str]:
+        """The object files of one instruction set."""
+        return self.compiler.compile(
+            ["csrc/kernels.cpp"],
+            output_dir=f"{self.build_temp}/{isa}",
+            macros=[("FASTLLM_ISA", isa)],
+            extra_postargs=[*KERNEL_FLAGS, *OPENMP, *ISAS[isa]],
+            depends=ext.depends,
+        )
 
 
 setup(
