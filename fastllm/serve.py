@@ -94,12 +94,15 @@ def serve(config: ServeConfig, listener: socket.socket, api_key: str | None) -> 
     from fastllm.serving.model import load_served_model
     from fastllm.serving.server import Server
 
-    served = load_served_model(config.checkpoint, config.device, config.precision, config.quantize)
+    served, model = load_served_model(
+        config.checkpoint, config.device, config.precision, config.quantize
+    )
     parameters = served.parameters
     if parameters < FEW_PARAMETERS and not (config.threads or os.environ.get("OMP_NUM_THREADS")):
         set_threads(1)
     limits = Limits()
-    app = create_app(served, config.max_active, config.max_queue, api_key, limits)
+    app = create_app(served, model, config.max_active, config.max_queue, api_key, limits)
+    del model  # its weights are packed now; the server keeps no second copy
     server = Server(app, limits, config.drain_seconds)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host

@@ -11,6 +11,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from fastllm.models.decoder import DecoderModel
 from fastllm.serving.completion import Completion, Dispatcher
 from fastllm.serving.errors import ApiError
 from fastllm.serving.guard import Guard, Limits
@@ -74,12 +75,13 @@ class Service(NamedTuple):
             "object": "model",
             "created": self.served.created,
             "owned_by": "fastllm",
-            "max_model_len": self.served.model.max_seq_len,
+            "max_model_len": self.served.max_seq_len,
         }
 
 
 def create_app(
     served: ServedModel,
+    model: DecoderModel,
     slots: int,
     max_queue: int,
     api_key: str | None = None,
@@ -93,9 +95,7 @@ def create_app(
     """
     metrics = Metrics()
     dispatcher = Dispatcher(metrics)
-    scheduler = Scheduler(
-        served.model, served.tokenizer, served.precision, slots, max_queue, dispatcher
-    )
+    scheduler = Scheduler(model, served.tokenizer, served.precision, slots, max_queue, dispatcher)
     metrics.watch(scheduler)
     app = FastAPI(
         title="fastllm",
@@ -182,7 +182,7 @@ async def completions(request: Request) -> Response:
         raise ApiError(
             400, f"{choices} choices (prompts times n) are more than {service.max_choices}", "n"
         )
-    encoding = body, service.served.tokenizer, service.served.model.max_seq_len
+    encoding = body, service.served.tokenizer, service.served.max_seq_len
     if sum(map(len, body.prompt)) < LONG_PROMPTS:
         prompts = encode_prompts(*encoding)
     else:
@@ -213,7 +213,7 @@ async def card(request: Request) -> JSONResponse:
             "parameters": served.parameters,
             "vocab_size": served.tokenizer.vocab_size,
             "tokenizer": type(served.tokenizer).__name__,
-            "max_seq_len": served.model.max_seq_len,
+            "max_seq_len": served.max_seq_len,
             "precision": served.precision,
             "slots": service.slots,
             "settings": served.config.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""The model that a server serves, and what is known about it."""
+"""The model that a server serves, and its description."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,34 +13,32 @@ from fastllm.training.config import TrainConfig
 
 
 class ServedModel(NamedTuple):
-    """A model with its description.
+    """The description of a model. The weights are not part of it: packed, they live elsewhere.
 
     Attributes:
         name: how requests refer to it.
         precision: what it decodes in.
+        parameters: the number of weights.
         run_dir: the folder that may hold its metrics.jsonl.
         progress: its checkpoint's record of the training: step, tokens, losses.
         created: when its weights were written, in seconds since the epoch.
     """
 
     name: str
-    model: DecoderModel
     tokenizer: Tokenizer
     config: TrainConfig
     precision: str
+    parameters: int
+    max_seq_len: int
     run_dir: Path
     progress: dict[str, Any]
     created: int
 
-    @property
-    def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
 
 def load_served_model(
     run: Path, device: Device, precision: Precision, quantize: str | None
-) -> ServedModel:
-    """Loads a run's latest checkpoint, or the given one.
+) -> tuple[ServedModel, DecoderModel]:
+    """Loads a run's latest checkpoint, or the given one, ready for decoding.
 
     Raises:
         CheckpointError: there is no usable checkpoint.
@@ -52,13 +50,15 @@ def load_served_model(
     run_dir = checkpoint.resolve()
     if run_dir.parent.name == "checkpoints":
         run_dir = run_dir.parent.parent
-    return ServedModel(
+    served = ServedModel(
         run_dir.name,
-        model,
         tokenizer,
         config,
         decoding_precision,
+        sum(parameter.numel() for parameter in model.parameters()),
+        model.max_seq_len,
         run_dir,
         {} if progress is None else asdict(progress),
         int((checkpoint / "model.safetensors").stat().st_mtime),
     )
+    return served, model

@@ -168,7 +168,9 @@ class Scheduler:
         max_queue: int,
         deliver: Deliver,
     ) -> None:
-        self._model, self._tokenizer, self._deliver = model, tokenizer, deliver
+        # Not the model, whose weights the kernel has packed.
+        self._vocab_size, self._padding_idx = model.vocab_size, model.padding_idx
+        self._tokenizer, self._deliver = tokenizer, deliver
         self._decoding = start_decoding(model, slots, precision=precision)
         self._slots, self._max_queue = slots, max_queue
         self._changed = threading.Condition()  # on a reentrant lock
@@ -268,7 +270,7 @@ class Scheduler:
                 joining += size
                 job = self._queue.popleft()
                 try:
-                    running = RunningJob(job, self._tokenizer, self._model.vocab_size)
+                    running = RunningJob(job, self._tokenizer, self._vocab_size)
                 except Exception as error:
                     self._deltas.append((job, Delta(error=_describe(error))))
                 else:
@@ -410,8 +412,8 @@ class Scheduler:
         return finish_reason is not None
 
     def _without_padding(self, logits: Tensor) -> Tensor:
-        if self._model.padding_idx is not None:
-            logits[:, self._model.padding_idx] = -torch.inf
+        if self._padding_idx is not None:
+            logits[:, self._padding_idx] = -torch.inf
         return logits
 
     def _logprob(self, logits: Tensor, token: int, job: Job, offset: int) -> TokenLogprob:

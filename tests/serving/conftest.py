@@ -69,8 +69,19 @@ def running_server(
     limits: Limits = Limits(),  # noqa: B008 - immutable
     run_dir: Path = Path("nowhere"),
 ) -> Iterator[RunningServer]:
-    served = ServedModel("tiny", model, tokenizer, TrainConfig(), "fp32", run_dir, {"step": 7}, 123)
-    app = create_app(served, slots, max_queue, api_key, limits)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    served = ServedModel(
+        "tiny",
+        tokenizer,
+        TrainConfig(),
+        "fp32",
+        parameters,
+        model.max_seq_len,
+        run_dir,
+        {"step": 7},
+        123,
+    )
+    app = create_app(served, model, slots, max_queue, api_key, limits)
     server = Server(app, limits, drain_seconds=0.5)
     listener = listen("127.0.0.1", 0, None)
     port = listener.getsockname()[1]

@@ -490,8 +490,11 @@ def random_body(source: random.Random) -> bytes:
 
 def test_a_thousand_random_requests(characters: Model) -> None:
     """Each gets a completion or an error with a reason, and the server goes on."""
-    served = ServedModel("tiny", *characters, TrainConfig(), "fp32", Path("nowhere"), {}, 1)
-    app = create_app(served, 4, 200)
+    model, tokenizer = characters
+    served = ServedModel(
+        "tiny", tokenizer, TrainConfig(), "fp32", 1, model.max_seq_len, Path("nowhere"), {}, 1
+    )
+    app = create_app(served, model, 4, 200)
     source = random.Random(11)
     counts: dict[int, int] = {}
 

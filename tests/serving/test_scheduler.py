@@ -1,6 +1,8 @@
+import gc
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -126,6 +128,28 @@ def test_the_modules_run_models_that_the_kernel_cannot(characters: Model) -> Non
     assert calls
     for job in jobs:
         assert inbox.text(job) == alone(characters, job)
+
+
+@needs_extension
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_scheduler_keeps_no_weights_beside_the_packed_ones(
+    characters: Model, precision: str
+) -> None:
+    tokenizer = characters[1]
+    model = make_model(tokenizer)
+    job = random_job(random.Random(2), tokenizer)
+    expected, weight = alone((model, tokenizer), job, precision), weakref.ref(model.lm_head.weight)
+    inbox = Inbox()
+    scheduler = Scheduler(model, tokenizer, precision, 3, 10, inbox)
+    try:
+        del model
+        gc.collect()
+        assert weight() is None
+        scheduler.submit([job])
+        wait_until(lambda: inbox.done(job))
+    finally:
+        scheduler.close()
+    assert inbox.text(job) == expected
 
 
 @pytest.mark.parametrize("kind", ["characters", "subwords"])
