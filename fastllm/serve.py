@@ -83,7 +83,7 @@ def check_packages() -> None:
             importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"serving needs the package {error.name}: pip install 'fastllm[serve]'"
+            f"serving needs the package {error.name}: pip install fastapi uvicorn prometheus-client"
         ) from error
 
 

@@ -145,9 +145,11 @@ def test_an_error_ends_the_process_with_one_line(tmp_path: Path, text: Path) -> 
     assert not (tmp_path / "runs/text/config.json").exists()
 
 
-@pytest.mark.parametrize("launcher", ["ray", "deepspeed"])
+@pytest.mark.parametrize(
+    ("launcher", "remedy"), [("ray", "'ray[train]'"), ("deepspeed", "deepspeed")]
+)
 def test_launchers_name_what_is_missing(
-    launcher: str, text: Path, monkeypatch: pytest.MonkeyPatch
+    launcher: str, remedy: str, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is started, and without the library itself."""
     monkeypatch.setitem(sys.modules, launcher, None)
@@ -158,7 +160,7 @@ def test_launchers_name_what_is_missing(
         ([], f"--launcher {launcher} needs --num_workers, the number of its processes"),
         (["--num_workers", "17"], "a batch of 16 cannot be sharded over 17 processes"),
         (["--num_workers", "2", "--file_path", "nowhere.txt"], "nowhere.txt"),
-        (["--num_workers", "2", "--file_path", str(text)], f"install 'fastllm[{launcher}]'"),
+        (["--num_workers", "2", "--file_path", str(text)], f"pip install {remedy}"),
     ):
         with pytest.raises(SystemExit) as exit_:
             main([*flags, *more])

@@ -48,7 +48,7 @@ try:
     import deepspeed
 except ImportError as error:
     raise ImportError(
-        f"--launcher deepspeed needs DeepSpeed ({error}): pip install 'fastllm[deepspeed]'"
+        f"--launcher deepspeed needs DeepSpeed ({error}): pip install deepspeed"
     ) from None
 
 # It calls functions that newer versions of PyTorch have renamed.

@@ -40,7 +40,7 @@ try:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 except ImportError as error:
-    raise ImportError(f"--launcher ray needs Ray ({error}): pip install 'fastllm[ray]'") from None
+    raise ImportError(f"--launcher ray needs Ray ({error}): pip install 'ray[train]'") from None
 
 POLL_S = 0.2
 # Shared memory for objects that processes exchange, of which there are next to none: Ray's minimum.
