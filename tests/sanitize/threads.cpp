@@ -22,7 +22,9 @@ using Ids = std::vector<int64_t>;
 using Outputs = std::vector<Floats>;
 
 constexpr double P = 0.1;
-constexpr DropoutKey KEY = {7, 0};
+
+// Dropout with this probability and a fixed seed.
+Dropout with(double p) { return {p, 7}; }
 
 // NaN, so that elements that a kernel fails to write show.
 Floats empty(int64_t size) { return Floats(size, __builtin_nanf("")); }
@@ -110,7 +112,7 @@ Outputs attention(int64_t S, int64_t T, int64_t D, bool causal, bool masked, dou
     const std::vector<uint8_t> mask = source.mask(S * T);
     const Attention a = {B, N, S, T, D, {q.data(), {N * S * D, S * D, D}},
                          {key.data(), {N * T * D, T * D, D}}, {v.data(), {N * T * D, T * D, D}},
-                         {masked ? mask.data() : nullptr, {0, 0, T, 1}}, causal, p, KEY};
+                         {masked ? mask.data() : nullptr, {0, 0, T, 1}}, causal, with(p)};
     Floats out = empty(q.size()), grad_q = empty(q.size()), grad_k = empty(v.size()),
            grad_v = empty(v.size());
     k.attention_fwd(out.data(), a, threads);
@@ -130,7 +132,7 @@ Outputs multi_head_attention(int64_t B, int64_t S, int64_t N, int64_t D, Place p
     const MultiHeadAttention m = {B, S, N, D, unequal ? starts.data() : nullptr,
                                   place == Place::NONE ? Norm{} : norm.norm(),
                                   place == Place::BEFORE, qkv.linear(), projection.linear(),
-                                  {}, true, p, p, KEY, KEY, precision};
+                                  {}, true, with(p), with(p), precision};
     Floats stats = empty(2 * rows), projected = empty(3 * rows * H), attn_out = empty(rows * H),
            residual = empty(rows * H);
     const MultiHeadAttentionSaved saved = {place == Place::NONE ? nullptr : stats.data(),
@@ -158,7 +160,7 @@ Outputs mlp(int64_t rows, int64_t H, int64_t I, Place place, Activation activati
                fc2 = parameters(source, H, I);
     const Floats x = source.floats(rows * H), grad_out = source.floats(rows * H);
     const Mlp m = {rows, H, I, place == Place::NONE ? Norm{} : norm.norm(), place == Place::BEFORE,
-                   fc1.linear(), fc2.linear(), activation, p, p, KEY, KEY, precision};
+                   fc1.linear(), fc2.linear(), activation, with(p), with(p), precision};
     Floats stats = empty(2 * rows), hidden = empty(rows * I), residual = empty(rows * H);
     const MlpSaved saved = {place == Place::NONE ? nullptr : stats.data(), hidden.data(),
                             place == Place::BEHIND ? residual.data() : nullptr};
@@ -197,7 +199,7 @@ Outputs embedding(int64_t B, int64_t S, int64_t H, double p, int threads) {
     const Ids ids = source.ids(B * S, V);
     const Floats weight = source.floats(V * H), positions = source.floats(S * H),
                  grad_out = source.floats(B * S * H);
-    const Embedding e = {B, S, H, V, ids.data(), weight.data(), positions.data(), 2, p, KEY};
+    const Embedding e = {B, S, H, V, ids.data(), weight.data(), positions.data(), 2, with(p)};
     Floats out = empty(B * S * H), grad_weight = empty(V * H), grad_positions = empty(S * H);
     k.embedding_fwd(out.data(), e, threads);
     k.embedding_bwd(grad_weight.data(), grad_positions.data(), grad_out.data(), 3, e, threads);
@@ -223,7 +225,7 @@ Outputs dropout(int64_t size, int threads) {
     Source source;
     const Floats in = source.floats(size);
     Floats out = empty(size);
-    k.dropout(out.data(), in.data(), size, P, KEY, threads);
+    k.dropout(out.data(), in.data(), size, with(P), threads);
     return {out};
 }
 
@@ -249,16 +251,16 @@ Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first
         const Pair* p = &pairs[l * PAIRS];
         Pair* g = &grads[l * PAIRS];
         layers.push_back({{B, S, N, D, nullptr, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
-                           true, P, P, KEY, KEY, precision},
+                           true, with(P), with(P), precision},
                           {B * S, H, I, p[3].norm(), norm_first, p[4].linear(), p[5].linear(),
-                           Activation::GELU, P, 0, KEY, KEY, precision}});
+                           Activation::GELU, with(P), with(0), precision}});
         layer_grads.push_back({{g[0].norm_grad(), g[1].linear_grad(), g[2].linear_grad()},
                                {g[3].norm_grad(), g[4].linear_grad(), g[5].linear_grad()}});
     }
     const Pair norm = parameters(source, H, 1), head = parameters(source, V, H);
     Pair grad_norm = gradients(H, 1), grad_head = gradients(V, H);
     Floats grad_tokens = empty(V * H), grad_positions = empty(S * H);
-    const Decoder d = {{B, S, H, V, ids.data(), tokens.data(), positions.data(), 1, P, KEY},
+    const Decoder d = {{B, S, H, V, ids.data(), tokens.data(), positions.data(), 1, with(P)},
                        layers.data(), L, norm.norm(),
                        {B * S, H, V, ids.data(), -100, head.linear(), precision}, 5};
     const DecoderGrad grad = {grad_tokens.data(), grad_positions.data(), layer_grads.data(),
@@ -288,12 +290,12 @@ Outputs decode(int64_t N, int64_t D, bool norm_first, Precision precision, int t
     for (int64_t l = 0; l < L; ++l) {
         const Pair* p = &pairs[l * PAIRS];
         layers.push_back({{1, 1, N, D, nullptr, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
-                           true, 0, 0, KEY, KEY, precision},
+                           true, with(0), with(0), precision},
                           {1, H, I, p[3].norm(), norm_first, p[4].linear(), p[5].linear(),
-                           Activation::GELU, 0, 0, KEY, KEY, precision}});
+                           Activation::GELU, with(0), with(0), precision}});
     }
     const Pair norm = parameters(source, H, 1), head = parameters(source, V, H);
-    const Decoder d = {{1, 1, H, V, nullptr, tokens.data(), positions.data(), 1, 0, KEY},
+    const Decoder d = {{1, 1, H, V, nullptr, tokens.data(), positions.data(), 1, with(0)},
                        layers.data(), L, norm_first ? norm.norm() : Norm{},
                        {1, H, V, nullptr, -100, head.linear(), precision}, -1};
     Floats weights = empty(k.decode_weights_size(d, precision));
