@@ -133,8 +133,8 @@ public:
     }
     OwnedDecoderGrad(const OwnedDecoderGrad&) = delete;
 
-    // The gradient of the parameter at this address goes to `to`. Of a tied parameter, which is
-    // there twice, each call sets one of both: they are added up.
+    // The gradient of the parameter at this address goes to `to`. A tied parameter has two: each
+    // call sets one of them, and autograd adds them up.
     void set(const float* parameter, float* to) {
         for (size_t tries = 0; tries < slots_.size(); ++tries) {
             Slot& slot = slots_[next_++ % slots_.size()];  // the next one, if orders are the same
@@ -473,6 +473,12 @@ void define_kernels(py::module_& m) {
         },
         py::kw_only(), arg("tokens"), arg("logits"), arg("B"), arg("V"), arg("samplings"),
         arg("seen"), arg("seeds"), arg("steps"), arg("threads"), no_gil);
+    m.def(
+        "checksum",
+        [](Address data, int64_t size, int threads) {
+            return kernels().checksum(at<const float>(data), size, threads);
+        },
+        arg("data"), arg("size"), arg("threads"), no_gil);
     m.def(
         "fma_loop",
         [](int64_t iterations, int precision, int threads) {

@@ -90,7 +90,7 @@ inline void check_ids(const int64_t* ids, int64_t size, int64_t vocabulary,
 }
 
 // A snapshot of a decoder for decoding, with the weights of its linear layers packed. Only the token
-// embeddings are read from where they lie; whoever makes it keeps them there.
+// embeddings are read from the model's own memory, which the caller keeps alive.
 class PackedDecoder {
 public:
     PackedDecoder(const Kernels& kernels, const OwnedDecoder& from, Precision precision,

@@ -43,6 +43,7 @@ namespace fastllm {
 #include "decoder_loss.inc"
 #include "decode.inc"
 #include "sampling.inc"
+#include "checksum.inc"
 #include "machine.inc"
 
 #define FASTLLM_JOIN_(a, b) a##b
@@ -72,6 +73,7 @@ extern const Kernels FASTLLM_JOIN(kernels_, FASTLLM_ISA) = {
     .multi_head_attention_fwd = multi_head_attention_fwd,
     .multi_head_attention_bwd = multi_head_attention_bwd,
     .sample = sample,
+    .checksum = checksum,
     .scratch_bytes = scratch_bytes,
     .limit_scratch = limit_scratch,
     .fma_loop = fma_loop,

@@ -281,6 +281,9 @@ struct Kernels {
                    const Sampling* settings, const uint8_t* seen, const uint64_t* seeds,
                    const uint64_t* steps, int threads);
 
+    // checksum.inc: of `size` floats, by their bits.
+    uint64_t (*checksum)(const float* data, int64_t size, int threads);
+
     // scratch.inc: bytes of working memory that all threads hold between calls, and a limit on
     // them, for tests.
     int64_t (*scratch_bytes)();

@@ -7,7 +7,6 @@ from fastllm.finetuning.config import FinetuneConfig, words_as_lists
 from fastllm.finetuning.run import (
     check_packages,
     go_offline_if_unreachable,
-    has_checkpoint,
     last_checkpoint,
     prepare,
     report,
@@ -31,7 +30,7 @@ def main(arguments: list[str]) -> None:
         go_offline_if_unreachable(config)
         run_dir = None
         if not config.eval_only:
-            run_dir = choose_run_dir(config, run_name(config.model), has_checkpoint)
+            run_dir = choose_run_dir(config, run_name(config.model))
         trainer = prepare(config, run_dir, info)
         info(f"threads     {threads}")
         if run_dir is None:

@@ -44,7 +44,7 @@ def test_demo_corpus_when_no_file_is_given(tmp_path: Path) -> None:
         "parameters ",
         "memory      about ",
         "threads     1",
-        "operations  embedding: ",
+        "operations  decoder_loss: ",
         "validation  loss ",
         "best        loss ",
         "bits per character",
@@ -187,7 +187,7 @@ def test_profile(tmp_path: Path, text: Path) -> None:
     assert result.returncode == 0, result.stderr
     trace = json.loads((tmp_path / "runs/text/profile.json").read_text())
     names = " ".join(event.get("name", "") for event in trace["traceEvents"])
-    assert "MLPFunction" in names or "addmm" in names  # with or without the extension
+    assert "MlpFunction" in names or "addmm" in names  # with or without the extension
 
 
 def test_an_unusable_out_dir_is_named(tmp_path: Path, text: Path) -> None:

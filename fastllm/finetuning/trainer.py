@@ -73,6 +73,9 @@ class RunMonitor(StopRequest, TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._step_start = time.monotonic()
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.poll()  # says that a signal was heard
+
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.training_s += time.monotonic() - self._step_start
         self.tokens = state.num_input_tokens_seen - self._first_tokens

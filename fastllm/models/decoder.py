@@ -21,7 +21,7 @@ from fastllm.ops.dispatch import requested, use
 from fastllm.ops.embedding import check_token_ids
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
-from fastllm.ops.torch_private import submodules, weight_and_bias
+from fastllm.ops.torch_private import children, submodules, weight_and_bias
 
 
 class DecoderModel(nn.Module):
@@ -144,8 +144,8 @@ class DecoderModel(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing; the message names it.
-            ValueError: it is no GPT-2, one that this model cannot compute, or weights and
-                configuration do not fit each other; the message names the key or the tensor.
+            ValueError: it is not a GPT-2, or one that this model cannot compute, or weights
+                and configuration do not match; the message names the key or the tensor.
         """
         from fastllm.models.gpt2 import load_gpt2
 
@@ -279,7 +279,7 @@ class DecoderModel(nn.Module):
             self, "embedding_layer", "transformer_blocks", "lm_head"
         )
         final_norm = self.final_norm  # None in a Post-LN model
-        blocks: list[Any] = list(container._modules.values())
+        blocks = children(container)
         if not all_are(nn.ModuleList, container) or not all_are(TransformerBlock, *blocks):
             return "transformer_blocks holds something other than plain transformer blocks"
         if not all_are(EmbeddingLayer, table) or not is_plain(table):

@@ -333,20 +333,24 @@ class Decoder(NamedTuple):
             padding_idx=-1 if padding_idx is None else padding_idx,
         )
 
+    def settings(self) -> tuple[Any, ...]:
+        """All of the record but the parameters' addresses and contents, and what batches bring."""
+        tables = self.embedding.weight.shape, self.embedding.positions.shape, self.head.weight.shape
+        layers = [
+            (a.heads, a.causal, a.norm_first, a.norm and a.norm.eps, *m.fc1.weight.shape,
+             m.activation, m.norm_first, m.norm and m.norm.eps)
+            for a, m in self.layers
+        ]  # fmt: skip
+        scale, padding_idx = self.embedding.scale, self.embedding.padding_idx
+        return (*tables, scale, padding_idx, self.norm and self.norm.eps, *layers)
+
     def to_kernel_once(self, addresses: Sequence[int]) -> Any:
         """As `to_kernel`, made only once for parameters at these addresses.
 
         A model's parameters stay where they are, and making its records takes several microseconds
         a layer.
         """
-        sizes = self.embedding.weight.shape, self.embedding.positions.shape, self.head.weight.shape
-        embedding = self.embedding.scale, self.embedding.padding_idx
-        layers = [
-            (a.heads, a.causal, a.norm_first, a.norm and a.norm.eps, *m.fc1.weight.shape,
-             m.activation, m.norm_first, m.norm and m.norm.eps)
-            for a, m in self.layers
-        ]  # fmt: skip
-        key = (*addresses, *sizes, *embedding, self.norm and self.norm.eps, *layers)
+        key = (*addresses, *self.settings())
         kernel = _kernel_decoders.get(key)
         if kernel is None:
             if len(_kernel_decoders) >= MOST_KERNEL_DECODERS:

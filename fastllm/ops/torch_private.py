@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as torch_module
 
 
@@ -26,11 +26,6 @@ def in_forward_ad() -> bool:
 def graph_is_kept() -> bool:
     """Whether the backward under way may be repeated (retain_graph=True)."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def version(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place; None for inference tensors, which do not count."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def disable_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +67,11 @@ def submodules(module: nn.Module, *names: str) -> list[Any]:
     """The submodules of these names."""
     table = module._modules
     return [table[name] for name in names]
+
+
+def children(container: nn.Module) -> list[Any]:
+    """All submodules of a container, in order."""
+    return list(container._modules.values())
 
 
 def weight_and_bias(module: Any) -> tuple[Any, Any]:

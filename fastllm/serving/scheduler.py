@@ -431,8 +431,9 @@ class Scheduler:
 
 
 def _describe(error: Exception) -> str:
-    """The message for the client; what it cannot explain goes to the log with its traceback."""
+    """The message for the client. Every error goes to the log with its traceback."""
     if isinstance(error, (ValueError, LookupError)):
+        logger.warning("a job failed", exc_info=error)
         return str(error.args[0] if error.args else error)  # str() of a KeyError adds quotes
     logger.error("a job failed", exc_info=error)
     return "the server ran out of memory" if isinstance(error, MemoryError) else INTERNAL_ERROR

@@ -1,6 +1,7 @@
 """How well a model predicts a text."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -28,7 +29,11 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: DecoderModel, dataset: TextDataset, batch_size: int, engine: Engine | None = None
+    model: DecoderModel,
+    dataset: TextDataset,
+    batch_size: int,
+    engine: Engine | None = None,
+    before_batch: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Mean loss over every sequence of `dataset`; every predicted token has the same weight.
 
@@ -36,6 +41,7 @@ def evaluate(
         batch_size: sequences in a forward.
         engine: of the model's training. All of its ranks call this together, each takes a shard of
             the sequences, and all get the same result.
+        before_batch: called before each batch.
 
     Raises:
         ValueError: there is no token to predict.
@@ -49,6 +55,7 @@ def evaluate(
     rows = (data_group.shard(range(len(dataset))[i : i + batch_size]) for i in starts)
     total, count = 0.0, 0.0
     for batch in DataLoader(dataset, batch_sampler=rows, collate_fn=collate):
+        before_batch()
         ids = batch["input_ids"].to(device)
         predicted = int((model.targets(ids) != -100).sum())
         if predicted or in_step:

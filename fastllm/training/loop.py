@@ -279,7 +279,13 @@ class Trainer:
     def _validate(self, val_set: TextDataset) -> float:
         progress = self.progress
         with autocast(self.engine.device.type, self.run.precision):
-            self.evaluation = evaluate(self.model, val_set, self.config.batch_size, self.engine)
+            self.evaluation = evaluate(
+                self.model,
+                val_set,
+                self.config.batch_size,
+                self.engine,
+                before_batch=self._stop_request.poll,  # which says that a signal was heard
+            )
         progress.val_loss = self.evaluation.loss
         self._check_finite("validation loss", progress.val_loss)
         if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:

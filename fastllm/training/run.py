@@ -72,6 +72,7 @@ def train(
                     f"warning: parallel {config.parallel} divides a step among several processes, "
                     "and this is one; torchrun or --launcher ray start several"
                 )
+            implementation_line(device)  # refuses an implementation before any file is written
             run_dir, resume = group.broadcast(lambda: start_or_restart(config))
             run = resolve(config, run_dir, device, resume)
             group.check_agreement({"precision": run.precision})
@@ -139,19 +140,15 @@ def run_name(config: TrainConfig) -> str:
     return config.file_path.stem if config.file_path else "demo"
 
 
-def choose_run_dir(
-    config: RunSettings, name: str, holds_run: Callable[[Path], bool] = has_checkpoint
-) -> Path:
+def choose_run_dir(config: RunSettings, name: str) -> Path:
     """The folder of the run: the one given, or a new one, runs/NAME or runs/NAME-2 and so on.
-
-    Args:
-        holds_run: whether a folder has a checkpoint of the command that asks.
 
     Raises:
         ValueError: the folder already holds a run, which is not to be resumed.
     """
     if config.out_dir is not None:
-        if holds_run(config.out_dir) and not config.resume:
+        # Checkpoints of any command, but not one that was still being written.
+        if any(config.out_dir.glob("checkpoints/[!w]*")) and not config.resume:
             raise ValueError(
                 f"{config.out_dir} holds a run already; --resume continues it, another --out_dir "
                 "keeps it"

@@ -5,14 +5,17 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from torch import Tensor, nn
 
 import fastllm
 from fastllm import DecoderModel, TransformerBlock
 from fastllm.generation.decoding import ModuleDecoding, start_decoding
-from fastllm.ops import decode
+from fastllm.ops import decode, extension
 from fastllm.ops.decode import Decoding, PackedDecoder, round_to_int8, round_weights_to_int8
 from fastllm.ops.decoder import Decoder
 from tests.conftest import BAD, assert_as_accurate, isa_in_use, needs_extension
@@ -400,6 +403,13 @@ def changes() -> dict[str, Callable[[DecoderModel], object]]:
     def data(model: DecoderModel) -> None:
         model.transformer_blocks[0].mlp.fc1.weight.data.mul_(1.5)
 
+    def one_row(model: DecoderModel) -> None:
+        model.lm_head.weight.data[5] += 3
+
+    def swapped_rows(model: DecoderModel) -> None:
+        weight = model.transformer_blocks[0].self_attn.qkv_proj.weight
+        weight.data[[-1, -2]] = weight.data[[-2, -1]]
+
     def bias(model: DecoderModel) -> None:
         model.transformer_blocks[0].norm1.bias.data += 0.5
 
@@ -418,10 +428,8 @@ def changes() -> dict[str, Callable[[DecoderModel], object]]:
     def epsilon(model: DecoderModel) -> None:
         model.transformer_blocks[0].norm1.eps = 0.5
 
-    return {
-        function.__name__: function
-        for function in (in_place, data, bias, loaded, replaced, stepped, epsilon)
-    }
+    functions = in_place, data, one_row, swapped_rows, bias, loaded, replaced, stepped, epsilon
+    return {function.__name__: function for function in functions}
 
 
 @needs_extension
@@ -443,6 +451,23 @@ def test_an_unchanged_model_is_packed_once_and_a_changed_one_again(
     with fastllm.use("ref"):
         expected = start_decoding(model, 1).extend([[1]])
     assert torch.allclose(after, expected, atol=1e-4)
+
+
+@needs_extension
+@given(st.integers(1, 3000), st.integers(0), st.integers(1, 2**32 - 1))
+def test_checksum_notices_every_changed_bit(size: int, where: int, change: int) -> None:
+    numbers = torch.arange(size, dtype=torch.float32)
+
+    def checksum() -> int:
+        return extension.kernels.checksum(numbers.data_ptr(), size, 2)
+
+    before = checksum()
+    assert checksum() == before
+    word = numbers.numpy().view(np.uint32)
+    word[where % size] ^= change
+    assert checksum() != before
+    word[where % size] ^= change
+    assert checksum() == before
 
 
 @needs_extension
