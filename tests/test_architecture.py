@@ -41,6 +41,8 @@ LEVELS = {
     for entry in entries.split()
 }
 PRIVATE_TORCH = "fastllm/ops/torch_private.py"
+# Of modules and tensors, whatever a variable is called.
+PRIVATE_OF_MODULES = {"_modules", "_parameters", "_buffers", "_forward_hooks", "_version"}
 
 
 class Import(NamedTuple):
@@ -144,7 +146,8 @@ def private_names(path: str, source: str) -> list[str]:
                     roots.add(alias.asname or alias.name.split(".")[0])
     found = {}
     for line, name in sorted(used, key=lambda each: len(each[1])):  # the whole chain comes last
-        if name.split(".")[0] in roots and re.search(r"\._(?!_)", name):
+        is_private = name.split(".")[0] in roots and re.search(r"\._(?!_)", name)
+        if is_private or name.split(".")[-1] in PRIVATE_OF_MODULES:
             found[line] = name
     return [
         f"{path}:{line}: {name} is private to PyTorch: wrap it in {PRIVATE_TORCH}"
@@ -184,6 +187,7 @@ else:
 def f():
     import fastllm.bench
     torch._C.x()
+    f._modules
     return dist._y(), f._z, torch.__version__
 """
     path = "fastllm/data/text.py"
@@ -199,7 +203,8 @@ def f():
         "fastllm/data/text.py:8: imports fastllm/serve.py",
         "fastllm/serve.py:7: imports fastllm/data/text.py",
     ]
-    assert [each.split()[1] for each in private_names(path, source)] == ["torch._C.x", "dist._y"]
+    private = [each.split()[1] for each in private_names(path, source)]
+    assert private == ["torch._C.x", "f._modules", "dist._y"]
 
 
 def test_no_registry_and_no_folder_of_one_machine_is_named() -> None:
