@@ -18,8 +18,8 @@ from fastllm.ops import (
 )
 from fastllm.ops.dispatch import Implementation
 
-# Operations of a whole model. A model that they decline runs layer by layer, each operation by its
-# own choice, so they have no reference of their own.
+# Operations of a whole model. If they decline, the model runs layer by layer and each operation
+# chooses its own implementation, so they have no reference of their own.
 WHOLE_MODEL: dict[str, list[Implementation]] = {
     "decoder_loss": decoder_loss.IMPLEMENTATIONS,
     "decode": decode.IMPLEMENTATIONS,
@@ -41,15 +41,15 @@ LAYER_BY_LAYER = "layer by layer"
 
 
 def implementations(device: str = "cpu") -> dict[str, dict[str, str]]:
-    """For each operation: what runs on this machine, and why the other implementations do not.
+    """For each operation, the implementation that runs on this machine, and why others do not.
 
     Args:
-        device: `cpu` or `cuda`, where the tensors are.
+        device: the tensors' device, `cpu` or `cuda`.
 
     Returns:
         `{operation: {implementation: "chosen" | "available" | reason}}`, best first. The choice
         is the one for plain fp32 tensors; other arguments may lead further down the list. If the
-        operation of a whole model does not run, "layer by layer" is chosen.
+        operation of a whole model cannot run, "layer by layer" is chosen.
     """
     answer = {}
     for operation, table in OPERATIONS.items():
@@ -77,7 +77,7 @@ def _why_not_on(device: str, implementation: Implementation) -> str | None:
 def _chosen(operation: str, table: Sequence[Implementation], device: str) -> str:
     fitting = [each for each in table if _why_not_on(device, each) is None]
     if dispatch.requested() not in ("auto", *(each.name for each in fitting)):
-        fitting = list(table)  # choosing from all says why the requested one cannot run
+        fitting = list(table)  # so that the error says why the requested one cannot run
     return dispatch.choose_here(operation, fitting).name
 
 
@@ -85,7 +85,7 @@ def implementation_line(device: str = "cpu", declined: Mapping[str, str] | None 
     """The implementation of every operation for tensors on the device, on one line.
 
     Args:
-        declined: reasons why operations of `WHOLE_MODEL` do not run for the model at hand.
+        declined: reasons why operations of `WHOLE_MODEL` do not run for this model.
     """
     chosen = {
         operation: next(name for name, reason in table.items() if reason == "chosen")

@@ -42,7 +42,7 @@ def adam_ref(
         norms = torch.stack([torch.linalg.vector_norm(g.double()).cpu() for g in grads])
         grad_norm = float(torch.linalg.vector_norm(norms))
         scale = max_grad_norm / (grad_norm + 1e-6)
-        if not scale >= 1:  # nor when the norm is not a number, as in torch
+        if not scale >= 1:  # also true for NaN, which propagates as in torch
             clipping = scale
     for group in groups:
         lr, beta1, beta2, eps, weight_decay = group[5:]

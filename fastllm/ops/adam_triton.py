@@ -1,4 +1,4 @@
-"""Adam and AdamW in Triton: two launches for all parameters, however many there are.
+"""Adam and AdamW in Triton: two launches, regardless of the number of parameters.
 
 Roofline: a step reads parameter, gradient and both moments and writes three of them, 28 bytes a
 parameter; clipping reads the gradient once more.
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from fastllm.ops.adam import AdamGroup
 
-# Elements that a program updates: eight a thread.
+# Elements per program: eight per thread.
 ELEMENTS = 1024
 
 
 @triton.jit
 def _place(tensors, firsts, sizes, ELEMENTS: tl.constexpr):
-    """The tensor that a program is for, the elements in it, and which of them there are."""
+    """A program's tensor, its element indices, and a mask of those within the tensor."""
     program = tl.program_id(0)
     tensor = tl.load(tensors + program)
     at = tl.load(firsts + program) + tl.arange(0, ELEMENTS)
@@ -35,7 +35,7 @@ def _at(addresses, tensor):
 
 @triton.jit
 def adam_norms(norms, grads, tensors, firsts, sizes, ELEMENTS: tl.constexpr):
-    """Sums of squares in fp64, one for each program: no gradient is too large for them."""
+    """One sum of squares per program, in fp64 so that large gradients do not overflow."""
     tensor, at, inside = _place(tensors, firsts, sizes, ELEMENTS)
     grad = tl.load(_at(grads, tensor) + at, inside, other=0).to(tl.float64)
     tl.store(norms + tl.program_id(0), tl.sum(grad * grad))
@@ -46,7 +46,7 @@ def adam_update(
     parameters, grads, exp_avgs, exp_avg_sqs, settings, clipping, tensors, firsts, sizes,
     DECOUPLED: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Parameters and moments; the lists are of addresses."""
+    """Updates parameters and moments, which are given as lists of addresses."""
     tensor, at, inside = _place(tensors, firsts, sizes, ELEMENTS)
     settings += tensor * 7
     step_size, root, rate1, beta2 = (
@@ -78,7 +78,7 @@ def adam_update(
 
 @lru_cache(maxsize=8)
 def programs_of(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each program its tensor and first element; and the sizes of the tensors."""
+    """Each program's tensor and first element, and the sizes of the tensors."""
     counts = torch.tensor([triton.cdiv(size, ELEMENTS) for size in sizes])
     tensors = torch.arange(len(sizes)).repeat_interleave(counts)
     before = (counts.cumsum(0) - counts)[tensors]
@@ -87,7 +87,7 @@ def programs_of(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
 
 
 def settings_of(group: AdamGroup, step: float, decoupled_weight_decay: bool) -> list[float]:
-    """What `adam_update` takes for a parameter that is updated for the `step`-th time."""
+    """The settings of `adam_update` for a parameter's `step`-th update."""
     lr, beta1, beta2, eps, weight_decay = group[5:]
     decay = 1 - lr * weight_decay if decoupled_weight_decay else weight_decay
     step_size, root = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
@@ -95,7 +95,7 @@ def settings_of(group: AdamGroup, step: float, decoupled_weight_decay: bool) -> 
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device, without waiting for what the device has to do before."""
+    """The tensor on a device, copied without waiting for the work queued there."""
     if device.type != "cuda":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -124,17 +124,17 @@ def adam_triton(
     grid = (len(places[0]),)
     norm: float | Tensor = 0.0
     clipping = torch.ones((), dtype=torch.float32, device=device)
-    with torch.cuda.device_of(params[0]):  # where Triton launches
+    with torch.cuda.device_of(params[0]):  # Triton launches on the current device
         if max_grad_norm >= 0:
             norms = torch.empty(grid, dtype=torch.float64, device=device)
             adam_norms[grid](norms, addresses[1], *places, ELEMENTS=ELEMENTS)
             norm = norms.sum().sqrt()
             scale = max_grad_norm / (norm + 1e-6)
-            clipping = torch.where(scale >= 1, 1, scale).float()  # as in torch, also if it is none
+            clipping = torch.where(scale >= 1, 1, scale).float()  # NaN propagates, as in torch
         adam_update[grid](
             *addresses, settings, clipping, *places,
             DECOUPLED=decoupled_weight_decay, ELEMENTS=ELEMENTS,
         )  # fmt: skip
-    # So that a backward through what was computed before the step is refused, as after torch's.
+    # As after torch's step, autograd refuses a backward through results from before it.
     torch.autograd.graph.increment_version(params)
     return norm

@@ -32,7 +32,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) ->
         weights = scores.softmax(-1)
     else:
         weights = scores.masked_fill(masked, -math.inf).softmax(-1)
-        # The softmax of a fully masked row is 0 / 0; such a row attends to nothing.
+        # The softmax of a fully masked row is 0 / 0; make its weights 0.
         weights = weights.masked_fill(masked.all(-1, keepdim=True), 0)
     if options.dropout.p:
         # Every row starts a new group of random numbers.
@@ -53,7 +53,7 @@ class AttentionFunction(torch.autograd.Function):
             threads=torch.get_num_threads(),
         )
         ctx.options = options._replace(mask=None)
-        # The mask as well, so that autograd notices a change to it before the backward.
+        # Saving the mask lets autograd detect a change to it before the backward.
         ctx.save_for_backward(options.mask, q, k, v)
         return out
 
@@ -167,7 +167,8 @@ def attention(
         q: [B, N, S, D].
         k, v: [B, N, T, D]; the S queries are the last S of the T positions.
         attn_mask: boolean, broadcastable to [B, N, S, T]; **True means masked**, the opposite of
-            `torch.nn.functional.scaled_dot_product_attention`. Combined with causality by "or".
+            `torch.nn.functional.scaled_dot_product_attention`. It is combined with the causal mask
+            by "or".
         is_causal: hide the positions after the query's own.
         dropout_p: probability of dropping a weight.
         seed: names the dropout mask; see `dropout`. The T weights of a row are numbered as if they

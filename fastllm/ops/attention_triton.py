@@ -1,12 +1,12 @@
-"""Attention in Triton: tiles of scores that are never in memory (Dao, "FlashAttention-2", 2023).
+"""Attention in Triton, without scores in global memory (Dao, "FlashAttention-2", 2023).
 
-The forward keeps the logarithm of each row's sum of exponentials, and the backward computes the
-weights from it again: one kernel takes blocks of queries, another blocks of keys, so that each sums
-up its own gradients and no two write to the same place.
+The forward saves the logarithm of each row's sum of exponentials, from which the backward
+recomputes the weights. One backward kernel takes blocks of queries and another blocks of keys, so
+that each program sums its own gradients and no two write to the same place.
 
 Roofline: a block of 64 queries computes 4 * 64 * D operations for every key and value, 4 D bytes in
 16 bits: 64 a byte from L2, which gives an A100 more than it can multiply. So blocks are as large as
-registers allow, and what counts is that scores never go to memory.
+registers allow, and the gain comes from keeping scores out of memory.
 """
 
 import math
@@ -41,9 +41,9 @@ def config(block_s: int, block_t: int, warps: int, stages: int = 2) -> triton.Co
 
 
 class Tiles(NamedTuple):
-    """What fits into registers on every GPU from sm_80 to sm_100, by the type and the head's width.
+    """Tiles that fit into registers on every GPU from sm_80 to sm_100, by type and head width.
 
-    With a mask and dropout, which take most; `benchmarks/triton_targets.py` shows it.
+    Even with a mask and dropout, which need the most; see `benchmarks/triton_targets.py`.
     """
 
     narrow: tuple[triton.Config, ...]  # 16 bits, D <= 64
@@ -51,8 +51,8 @@ class Tiles(NamedTuple):
     fp32: tuple[triton.Config, ...]  # D <= 64
 
 
-# Of two to measure, the first has fewer threads to wait for each other, the second more warps to
-# hide what it waits for, or reads less for each query.
+# Of two candidates to measure, the first has fewer threads to synchronise. The second has more
+# warps to hide latency, or reads less per query.
 FORWARD = Tiles(
     narrow=(config(64, 64, 4), config(128, 64, 8)),
     wide=(config(32, 64, 4), config(64, 64, 8)),
@@ -84,7 +84,7 @@ def tuned_tiles(tiles: Tiles) -> Callable[[Any], Any]:
 
 @triton.jit
 def _hidden(mask, mask_strides, rows, columns, S, T, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
-    """Which of a block's scores do not count."""
+    """Which of a block's scores are masked."""
     hidden = columns[None, :] >= T
     if CAUSAL:
         hidden = hidden | (columns[None, :] > rows[:, None] + (T - S))
@@ -97,14 +97,14 @@ def _hidden(mask, mask_strides, rows, columns, S, T, CAUSAL: tl.constexpr, MASKE
 
 @triton.jit
 def _kept(head, rows, column, S, T, seed, dropped, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Which weights of a block survive dropout; rows are filled up to a multiple of 64."""
+    """Which weights of a block survive dropout; rows are padded to a multiple of 64."""
     first = (head * S + rows.to(tl.int64)) * (tl.cdiv(T, 64) * 64) + column
     return keep_mask(first, seed, 0, dropped, BLOCK_S, BLOCK_T)
 
 
 @triton.jit
 def _block(x, row, stride, size, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of [size, D] in memory, 0 beyond its ends: [BLOCK, BLOCK_D]."""
+    """A block [BLOCK, BLOCK_D] of a matrix [size, D] in memory, 0 beyond its bounds."""
     rows, d = row + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     inside = (rows[:, None] < size) & (d[None, :] < D)
     return tl.load(x + rows[:, None].to(tl.int64) * stride + d[None, :], inside, other=0)
@@ -120,7 +120,7 @@ def _write(x, block, row, stride, size, D, BLOCK: tl.constexpr, BLOCK_D: tl.cons
 
 @triton.jit
 def _head(strides, head, N):
-    """Where the head begins in a tensor of strides [B, N, ...]."""
+    """The offset of a head in a tensor of strides [B, N, ...]."""
     return (head // N).to(tl.int64) * strides[0] + (head % N).to(tl.int64) * strides[1]
 
 
@@ -132,7 +132,7 @@ def attention_fwd(
     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head, over all keys that they see; `scale` is of the exponents."""
+    """A block of queries of one head, over all visible keys; `scale` multiplies the exponents."""
     row, head = tl.program_id(0) * BLOCK_S, tl.program_id(1)
     rows = row + tl.arange(0, BLOCK_S)
     k += _head(k_strides, head, N)
@@ -155,7 +155,7 @@ def attention_fwd(
             seen = seen | (tl.min(hidden.to(tl.int32), 1) == 0)
         scores = tl.where(hidden, float("-inf"), scores)
         larger = tl.maximum(largest, tl.max(scores, 1))
-        # A row that has seen nothing finite yet must not become -inf - -inf.
+        # Until a row has a finite score, avoid -inf - -inf.
         base = tl.where(larger == float("-inf"), 0.0, larger)
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(largest - base)
@@ -167,13 +167,13 @@ def attention_fwd(
         product = dot(rounded(weights, values.dtype), values, PRECISION)
         sums = sums * shrink[:, None] + product
         largest = larger
-    # Nothing gives 0; what is infinitely unlikely is 0 / 0, as in the reference.
+    # A fully masked row gives 0; a row whose scores are all -inf gives NaN, as in the reference.
     factor = tl.where(seen, 1.0 / total, 0.0)
     if DROPOUT:
         factor *= 65536.0 / (65536 - dropped)
     out += _head(out_strides, head, N)
     _write(out, sums * factor[:, None], row, out_strides[2], S, D, BLOCK_S, BLOCK_D)
-    # Infinite where nothing was seen: every weight that is computed from it is 0.
+    # Infinite for a fully masked row, so that all weights recomputed from it are 0.
     logarithms = tl.where(seen, largest + tl.log2(total), float("inf"))
     tl.store(lse + head.to(tl.int64) * S + rows, logarithms, rows < S)
 
@@ -187,9 +187,9 @@ def attention_bwd_q(
     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by a block of queries; also delta, each row's product of output and gradient.
+    """The gradient of a block of queries; also delta, each row's product of output and gradient.
 
-    `grad_q`, `out` and `grad_out` have the strides `out_strides`.
+    `out_strides` are the strides of `grad_q`, `out` and `grad_out`.
     """
     row, head = tl.program_id(0) * BLOCK_S, tl.program_id(1)
     rows = row + tl.arange(0, BLOCK_S)
@@ -231,7 +231,7 @@ def attention_bwd_kv(
     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Gradients by a block of keys and values; both have the strides `grad_strides`."""
+    """The gradients of a block of keys and values; both have the strides `grad_strides`."""
     column, head = tl.program_id(0) * BLOCK_T, tl.program_id(1)
     columns = column + tl.arange(0, BLOCK_T)
     q += _head(q_strides, head, N)
@@ -241,7 +241,7 @@ def attention_bwd_kv(
     values = _block(v + _head(v_strides, head, N), column, v_strides[2], T, D, BLOCK_T, BLOCK_D)
     for_keys = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for_values = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    # The first query that sees the first of these keys, in whole blocks.
+    # The block of the first query that sees the first of these keys.
     begin = tl.maximum(0, column - (T - S)) // BLOCK_S * BLOCK_S if CAUSAL else 0
     for row in range(begin, S, BLOCK_S):
         rows = row + tl.arange(0, BLOCK_S)
@@ -270,7 +270,7 @@ def attention_bwd_kv(
 
 
 class AttentionFunction(torch.autograd.Function):
-    """The kernels; keeps the inputs, the output and a number for each row."""
+    """Saves the inputs, the output and one number per row."""
 
     @staticmethod
     def forward(
@@ -315,7 +315,7 @@ class AttentionFunction(torch.autograd.Function):
 
 
 def heads_beside_each_other(x: Tensor) -> Tensor:
-    """New memory for [B, N, S, D], in which a position's heads are one row for what comes next."""
+    """An empty [B, N, S, D] in which a position's heads are contiguous, as the projection reads."""
     B, N, S, D = x.shape
     return x.new_empty(B, S, N, D).transpose(1, 2)
 
@@ -323,7 +323,7 @@ def heads_beside_each_other(x: Tensor) -> Tensor:
 def kernel_arguments(
     q: Tensor, k: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The arguments of all three kernels: the mask, numbers and constants."""
+    """The arguments shared by all three kernels: the mask, numbers and constants."""
     B, N, S, D = q.shape
     T = k.size(2)
     if options.mask is None:
@@ -331,7 +331,7 @@ def kernel_arguments(
     else:
         mask = options.mask.view(torch.uint8).expand(B, N, S, T)
     scale = math.log2(math.e) / math.sqrt(D)
-    length = max(S, T).bit_length()  # tells the tuner how long the sequences are, roughly
+    length = max(S, T).bit_length()  # a tuning key: roughly, the sequence length
     numbers = (length, N, S, T, D, scale, options.dropout.seed, dropped_of_65536(options.dropout.p))
     constants = {
         "BLOCK_D": power_of_2(D),

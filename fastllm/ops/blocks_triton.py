@@ -1,7 +1,7 @@
-"""What the Triton kernels share: dropout masks, products of blocks, activations, tile sizes.
+"""Shared parts of the Triton kernels: dropout masks, block products, rounding, autotuning.
 
-Kernels are compiled for CUDA tensors. With TRITON_INTERPRET=1 in the environment before Triton is
-imported, Triton runs them on CPU tensors, slowly, to test what they compute.
+Kernels are compiled for CUDA tensors. If TRITON_INTERPRET=1 is set before Triton is imported,
+Triton interprets them on CPU tensors: slow, but enough to test their results.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 def tuned(
     configs: Sequence[triton.Config], key: Sequence[str], fitting: Callable[..., Any] | None = None
 ) -> Callable[[Any], Any]:
-    """`triton.autotune`, which measures on a GPU and keeps its choice on disk.
+    """`triton.autotune` with its choices cached on disk.
 
     Args:
-        configs: the first is taken where there is nothing to measure on.
-        key: arguments for whose values it measures anew, as for those of other types.
-        fitting: which of the configs to measure, as `early_config_prune` of `triton.autotune`.
+        configs: the candidates; the interpreter takes the first.
+        key: arguments whose values, like the tensors' types, are tuned for separately.
+        fitting: selects the candidates to measure, as `early_config_prune` of `triton.autotune`.
     """
     return triton.autotune(
         list(configs[:1] if INTERPRETED else configs),
@@ -35,12 +35,12 @@ def tuned(
 
 
 def dot_precision(x: Tensor) -> str:
-    """How `dot` multiplies fp32 numbers: as PyTorch is told to."""
+    """The precision of `dot` on fp32 operands: PyTorch's setting."""
     return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def in_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the type that products take under autocast, where it is on."""
+    """The tensors, cast to autocast's type if autocast is on."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -49,35 +49,36 @@ def in_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def power_of_2(size: int) -> int:
-    """The block that `size` elements fit in; products need 16 at least."""
+    """The size of a block that holds `size` elements; products need at least 16."""
     return max(16, triton.next_power_of_2(size))
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """Product of two blocks, summed in fp32."""
-    if _INTERPRETED:  # which multiplies the bits of bf16 numbers as if they were integers
+    """Product of two blocks, accumulated in fp32."""
+    if _INTERPRETED:  # the interpreter would multiply the bits of bf16 numbers as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """A block of fp32 numbers in another type, to the nearest."""
-    if _INTERPRETED and tl.bfloat16 == DTYPE:  # which cuts bits off
+    """A block of fp32 numbers, rounded to nearest in another type."""
+    if _INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter would truncate
         word = x.to(tl.uint32, bitcast=True)
         nearest = (word + 0x7FFF + (word >> 16 & 1)) & 0xFFFF0000
         x = tl.where(x == x, nearest, word).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 
-# What a program of an elementwise kernel is for: 16 bytes a thread, several transactions in flight.
+# Elements per program of an elementwise kernel: 16 bytes per thread, several transactions in
+# flight.
 ELEMENTS = 1024
 
 
 @triton.jit
 def elements(size, ELEMENTS: tl.constexpr):
-    """A program's elements [ELEMENTS / 64, 64]: the first of each row, all, which of them exist."""
+    """A program's indices [ELEMENTS / 64, 64]: the first per row, all, and whether they exist."""
     first = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS // 64) * 64
     at = first[:, None] + tl.arange(0, 64)[None, :]
     return first, at, at < size
@@ -85,10 +86,10 @@ def elements(size, ELEMENTS: tl.constexpr):
 
 @triton.jit
 def keep_mask(first, seed, stream, dropped, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """Which elements survive dropout: [ROWS, SIZE], each row beginning with element `first` [ROWS].
+    """Which elements survive dropout: [ROWS, SIZE]; each row starts at element `first` [ROWS].
 
-    As `fastllm.ops.dropout.keep_mask`: of 64 elements every counter of Philox decides eight. SIZE
-    is 32 or a multiple of 64, and rows begin at multiples of it.
+    As in `fastllm.ops.dropout.keep_mask`, each Philox counter decides eight of 64 elements. SIZE is
+    32 or a multiple of 64, and rows begin at multiples of it.
     """
     GROUPS: tl.constexpr = (SIZE + 63) // 64
     groups = first[:, None] // 64 + tl.arange(0, GROUPS)[None, :]
@@ -96,7 +97,7 @@ def keep_mask(first, seed, stream, dropped, ROWS: tl.constexpr, SIZE: tl.constex
     low, high = counters.to(tl.uint32), (counters >> 32).to(tl.uint32)
     third = (low * 0 + stream).to(tl.uint32)
     x0, x1, x2, x3 = tl.philox(seed, low, high, third, low * 0)
-    if SIZE == 32:  # half of the words are for the other half of the elements
+    if SIZE == 32:  # the words cover 64 elements: choose the half for these 32
         upper = (first // 32 % 2 == 1)[:, None, None]
         words = tl.join(tl.where(upper, x2, x0), tl.where(upper, x3, x1))
         halves = tl.join(words & 0xFFFF, words >> 16)  # [ROWS, 1, 8, w, q % 2]

@@ -1,7 +1,7 @@
-"""The next logits of sequences whose earlier keys and values are cached, as one operation.
+"""The next logits of sequences with a key-value cache, as one operation.
 
-Another token for each sequence, or a whole prompt, goes through all layers in one call of a kernel.
-A model that it declines runs through its modules and their caches instead.
+One kernel call takes one more token for each sequence, or a whole prompt, through all layers. If it
+declines a model, the model's modules and their caches are used instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def why_not_cpu(decoder: Decoder) -> str | None:
 
 
 def round_to_int8(weight: Tensor) -> Tensor:
-    """The values, in fp32, that the kernel uses for a weight [outputs, inputs] under `int8`.
+    """The weight [outputs, inputs] as the kernel uses it under `int8`, in fp32.
 
     Every row is rounded to multiples of a 127th of its largest element; a row that is nearly 0
     becomes 0.
@@ -43,21 +43,21 @@ def round_to_int8(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def round_weights_to_int8(model: nn.Module) -> None:
-    """Gives the linear layers of a model the weights that `Decoding` computes with under `int8`."""
+    """Rounds the weights of a model's linear layers as `Decoding` does under `int8`."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            # A new parameter, so that tied embeddings stay as they are.
+            # A new parameter leaves tied embeddings unchanged.
             module.weight = nn.Parameter(round_to_int8(module.weight))
 
 
 class PackedDecoder:
-    """A decoder model as the kernel reads it: a snapshot, with the linear layers' weights packed.
+    """A snapshot of a decoder model for the kernel, with the linear layers' weights packed.
 
-    Only the token embeddings, which may be as large as all the weights, are read from the model's
+    Only the token embeddings, which may be as large as all other weights, are read from the model's
     own memory.
 
     Args:
-        decoder: a model for which `why_not` answers None. The number of its positions limits the
+        decoder: a model for which `why_not` returns None. The number of its positions limits the
             length of a sequence.
         precision: `fp32`; `bf16`, with operands rounded to bf16, on any CPU; or `int8`, weights
             rounded to 8-bit integers with a scale for each output.
@@ -80,7 +80,7 @@ _packed: WeakKeyDictionary[nn.Module, tuple[Any, PackedDecoder]] = WeakKeyDictio
 def packed_once(model: nn.Module, decoder: Decoder, precision: str) -> PackedDecoder:
     """The packed decoder of a model, packed again only if a parameter or setting has changed.
 
-    It is kept as long as the model, or until `forget_packed`.
+    It is kept for the model's lifetime, or until `forget_packed`.
     """
     key = (precision, extension.kernels.isa(), _state(decoder))
     known = _packed.get(model)
@@ -112,13 +112,13 @@ def _state(decoder: Decoder) -> Any:
 class Decoding:
     """Sequences that a decoder model continues, without dropout.
 
-    The logits of a sequence have the same bits whatever sequences are beside it, and for any number
-    of threads. A sequence's keys and values take memory from its first token on.
+    A sequence's logits are bit-identical for any number of threads and whatever else is in the
+    batch. Memory for a sequence's keys and values is allocated at its first token.
 
     Args:
         packed: the model.
         batch_size: sequences, B.
-        capacity: the most tokens of a sequence; as many as the model has positions unless given.
+        capacity: the maximum number of tokens per sequence; the model's positions by default.
     """
 
     def __init__(self, packed: PackedDecoder, batch_size: int, capacity: int | None = None) -> None:
@@ -134,19 +134,19 @@ class Decoding:
         """Appends any number of tokens to each of the B sequences.
 
         Returns:
-            Logits [B, V] for the token after each, valid until the next call. The row of a sequence
-            that got no tokens is that of its last time.
+            Logits [B, V] for the token after each, valid until the next call. A sequence that got
+            no tokens keeps its previous row.
 
         Raises:
             IndexError: a token is outside the vocabulary; nothing was appended.
             ValueError: a sequence would exceed the capacity, or there are not B lists of tokens.
         """
-        # Without keywords, which would cost a third of a microsecond: a token may take six.
+        # Keywords would cost a third of a microsecond, and a token may take only six.
         self._kernel.extend(tokens, self._logits.data_ptr(), True, False, torch.get_num_threads())
         return self._logits
 
     def append(self, tokens: Mapping[int, Sequence[int]], every: bool = False) -> Tensor:
-        """Appends at least one token to each of some sequences, which are numbered from 0.
+        """Appends at least one token to each of the given sequences, which are numbered from 0.
 
         Returns:
             Logits [len(tokens), V] for the token after each of these sequences, in the order of
@@ -189,7 +189,7 @@ class Decoding:
         return self._kernel.lengths
 
 
-# A model that it declines runs through its modules.
+# Declined models run through their modules.
 IMPLEMENTATIONS = [dispatch.cpu(Decoding, why_not_cpu)]
 
 

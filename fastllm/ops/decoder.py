@@ -1,11 +1,11 @@
 """The records that describe a decoder, from a norm up to the whole model.
 
-A layer is data: the same records with the same field names stand in csrc/kernels.h, in its bindings
-and here. Modules make them and operations take them. Only `to_kernel` hands addresses to the
-kernels, which trust every size: `why_not_sizes` must have answered None before.
+A layer is data: csrc/kernels.h, its bindings and this file define the same records with the same
+field names. Modules make them and operations take them. Only `to_kernel` hands addresses to the
+kernels, which trust every size: `why_not_sizes` must have returned None before.
 
-`parameters` lists a record's tensors and `with_parameters` puts as many others in their places, in
-the same order: gradients, or copies.
+`parameters` lists a record's tensors, and `with_parameters` replaces them, in the same order, by
+others such as gradients or copies.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +62,7 @@ class Dropout(NamedTuple):
     seed: int = 0
 
     def with_seed(self, seeds: Iterator[int]) -> "Dropout":
-        """With the next seed if it is active."""
+        """A copy with the next seed, if dropout is active."""
         return Dropout(self.p, next(seeds)) if self.p else self
 
     def to_kernel(self) -> Any:
@@ -74,7 +74,7 @@ NO_DROPOUT = Dropout()
 
 
 class Embedding(NamedTuple):
-    """Token embeddings [V, H] times `scale`, plus the positions [S, H] of the tokens at hand.
+    """Token embeddings [V, H] times `scale`, plus the positions [S, H] of these tokens.
 
     The row `padding_idx` gets no gradient.
     """
@@ -95,7 +95,7 @@ class Embedding(NamedTuple):
         return self._replace(dropout=self.dropout.with_seed(seeds))
 
     def to_kernel(self, B: int, S: int, ids: Tensor | None) -> Any:
-        """Args: ids: [B, S], int64; None for a kernel that is given them otherwise."""
+        """Args: ids: [B, S], int64; None for a kernel that receives them separately."""
         V, H = self.weight.shape
         return extension.kernels.Embedding(
             B=B,
@@ -334,7 +334,7 @@ class Decoder(NamedTuple):
         )
 
     def settings(self) -> tuple[Any, ...]:
-        """All of the record but the parameters' addresses and contents, and what batches bring."""
+        """All of the record except the parameters' addresses and contents, and batch data."""
         tables = self.embedding.weight.shape, self.embedding.positions.shape, self.head.weight.shape
         layers = [
             (a.heads, a.causal, a.norm_first, a.norm and a.norm.eps, *m.fc1.weight.shape,
@@ -345,10 +345,10 @@ class Decoder(NamedTuple):
         return (*tables, scale, padding_idx, self.norm and self.norm.eps, *layers)
 
     def to_kernel_once(self, addresses: Sequence[int]) -> Any:
-        """As `to_kernel`, made only once for parameters at these addresses.
+        """As `to_kernel`, but cached for parameters at these addresses.
 
-        A model's parameters stay where they are, and making its records takes several microseconds
-        a layer.
+        A model's parameters rarely move, and building its records takes several microseconds per
+        layer.
         """
         key = (*addresses, *self.settings())
         kernel = _kernel_decoders.get(key)
@@ -378,7 +378,7 @@ def _misfit(name: str, linear: Linear, outputs: int, inputs: int) -> str:
     )
 
 
-# A model's records name the same addresses step after step, and each would take half a microsecond.
+# A model's records contain the same addresses at every step; building one takes half a microsecond.
 
 
 @lru_cache(maxsize=2048)
@@ -408,7 +408,7 @@ def _weight_and_bias(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
     return norm[:2] if norm else (None, None)
 
 
-# Gradients may be None where a parameter is not, which the fields' types do not say.
+# A gradient may be None although the fields' types do not allow it.
 
 
 def _next_linear(tensors: Iterator[Any]) -> Linear:

@@ -1,8 +1,8 @@
 """The next-token loss of a whole decoder model as one operation, gradients included.
 
-A group of sequences goes through all layers and back by itself, so that its activations stay in a
-core's caches and only the gradients are saved for the backward. The result equals that of the other
-operations one after the other, for which it stands if all of them would run in C++.
+Each group of sequences goes through all layers and back on its own, so that its activations stay in
+a core's caches and only the gradients are saved for the backward. The result equals that of the
+separate operations, which it replaces if all of them would run in C++.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from fastllm.ops.torch_private import graph_is_kept
 LARGEST_VOCABULARY = 4096
 # Sequences are grouped until a group has this many positions; see csrc/decoder_loss.inc.
 GROUP_ROWS = 64
-# With fewer groups, threads share the rows of each operation instead.
+# With fewer groups, threads divide the rows of each operation instead.
 FEWEST_GROUPS = 4
 
 
@@ -50,7 +50,7 @@ class DecoderLossFunction(torch.autograd.Function):
             grads = [new_grad(p, need) for p, need in zip(parameters, needed, strict=True)]
         addresses = list(map(address, parameters))
         mask = None
-        for layer in decoder.layers[:1]:  # all have the same
+        for layer in decoder.layers[:1]:  # all layers have the same mask
             mask = mask_to_kernel(layer.attention.mask, B, layer.attention.heads, S, S)
         loss = extension.kernels.decoder_loss(
             decoder=decoder.to_kernel_once(addresses),
@@ -97,9 +97,9 @@ def decoder_loss_cpu(decoder: Decoder, ids: Tensor, labels: Tensor, ignore_index
 
 
 def why_not_shape(B: int, S: int, V: int) -> str | None:
-    """Why the shape speaks against one operation for all, or None.
+    """Why one operation for the whole model is unsuitable for the shape, or None.
 
-    The number of threads must not matter: it may not change a bit of the result.
+    Independent of the number of threads, which must not change a bit of the result.
     """
     if V > LARGEST_VOCABULARY:
         return f"the logits of {V:,} tokens do not stay in the caches"
@@ -131,7 +131,7 @@ def why_not_cpu(decoder: Decoder, ids: Tensor, labels: Tensor, ignore_index: int
         return reason
     if not all(0 <= dropout.p < 1 for dropout in decoder.dropouts()):
         return DROPOUT_RANGE
-    masks = [layer.attention.mask for layer in decoder.layers[:1]]  # all have the same
+    masks = [layer.attention.mask for layer in decoder.layers[:1]]  # all layers have the same mask
     if masks and masks[0] is not None:
         if (reason := why_not_mask(masks[0], device)) is not None:
             return reason
@@ -140,12 +140,12 @@ def why_not_cpu(decoder: Decoder, ids: Tensor, labels: Tensor, ignore_index: int
     return why_not_decoder(decoder, S)
 
 
-# A model that it declines runs layer by layer, each operation by its own choice.
+# Declined models run layer by layer, and each operation chooses its own implementation.
 IMPLEMENTATIONS = [dispatch.cpu(decoder_loss_cpu, why_not_cpu)]
 
 
 def why_not(decoder: Decoder, ids: Tensor, labels: Tensor, ignore_index: int = -100) -> str | None:
-    """Why this operation cannot, or should not, stand for the others, or None."""
+    """Why this operation cannot, or should not, replace the others, or None."""
     (implementation,) = IMPLEMENTATIONS
     return implementation.reason(decoder, ids, labels, ignore_index)
 
@@ -154,8 +154,8 @@ def decoder_loss(decoder: Decoder, ids: Tensor, labels: Tensor, ignore_index: in
     """Mean cross-entropy of the next token: position t is scored against `labels[:, t + 1]`.
 
     Args:
-        decoder: a model and settings for which `why_not` answers None. The seeds of its dropouts
-            are drawn here.
+        decoder: a model and settings for which `why_not` returns None. This function draws the
+            seeds of its dropouts.
         ids, labels: [B, S], integers in [0, V); labels may be `ignore_index`.
 
     Returns:

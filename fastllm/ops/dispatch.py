@@ -1,10 +1,10 @@
 """Which implementation of an operation runs: an ordered list per operation, best first.
 
-Two questions decide. `why_not_here()`: can it run on this machine? `why_not(*arguments)`: can it
-take these arguments? Both answer None, or the reason why not. The automatic choice falls through
-the list to the reference, which takes everything. An implementation requested by name, with `use`
-or the variable `FASTLLM_IMPL`, raises with its reason if it cannot run; operations without an
-implementation of that name choose automatically.
+Two functions decide: `why_not_here()` says whether an implementation can run on this machine, and
+`why_not(*arguments)` whether it can take these arguments. Both return None, or the reason why not.
+The automatic choice falls through the list to the reference, which takes everything. An
+implementation requested by name, with `use` or the variable `FASTLLM_IMPL`, raises with its reason
+if it cannot run; operations without an implementation of that name choose automatically.
 """
 
 import os
@@ -25,7 +25,7 @@ from fastllm.ops import extension
 from fastllm.ops.precision import why_not_autocast
 from fastllm.ops.torch_private import in_forward_ad, in_functorch_transform
 
-# Triton then runs its kernels on CPU tensors: slowly, to test what they compute.
+# Triton then interprets its kernels on CPU tensors: slow, but enough to test their results.
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 NAMES = ("auto", "ref", "cpu", "triton")
@@ -34,11 +34,11 @@ _requested: ContextVar[str | None] = ContextVar("fastllm_implementation", defaul
 
 
 def always(*arguments: Any) -> None:
-    """The answer of an implementation that never declines."""
+    """For an implementation that never declines."""
 
 
 class Implementation(NamedTuple):
-    """One way to compute an operation: its name, its function, and when it declines."""
+    """One way to compute an operation: its name, its function, and its reasons to decline."""
 
     name: str
     run: Callable[..., Any]
@@ -46,7 +46,7 @@ class Implementation(NamedTuple):
     why_not: Callable[..., str | None] = always
 
     def reason(self, *arguments: Any) -> str | None:
-        """Why it cannot compute the operation of these arguments on this machine, or None."""
+        """Why it cannot compute the operation for these arguments on this machine, or None."""
         return self.why_not_here() or self.why_not(*arguments)
 
 
@@ -99,7 +99,7 @@ def choose(operation: str, table: Sequence[Implementation], *arguments: Any) -> 
 
 
 def choose_here(operation: str, table: Sequence[Implementation]) -> Implementation:
-    """The implementation that runs `operation` on this machine, for arguments that all can take.
+    """The implementation that runs `operation` here, for arguments that every one can take.
 
     Raises:
         ImplementationError: as for `choose`.
@@ -132,7 +132,7 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=5)
 
 
-# Why the kernels of a device cannot take some tensors, whatever the operation.
+# Checks of tensors that hold for every operation on a device.
 
 _is_cpu, _dtype = attrgetter("is_cpu"), attrgetter("dtype")
 
@@ -155,7 +155,7 @@ def why_not_cpu(*tensors: Tensor | None) -> str | None:
 
 
 def why_not_cpu_fused(*tensors: Tensor | None) -> str | None:
-    """Why one C++ kernel cannot stand for several PyTorch operations on these tensors, or None."""
+    """Why one C++ kernel cannot replace several PyTorch operations on these tensors, or None."""
     reason = why_not_cpu(*tensors)
     if reason is None and torch.is_autocast_enabled("cpu"):
         reason = why_not_autocast(torch.get_autocast_dtype("cpu"))
@@ -218,7 +218,7 @@ def cpu(run: Callable[..., Any], why_not: Callable[..., str | None]) -> Implemen
 
 
 def triton(operation: str, why_not: Callable[..., str | None]) -> Implementation:
-    """The table's entry for `{operation}_triton` of the file of that name, imported when called."""
+    """The table's entry for `{operation}_triton`; its module is imported at the first call."""
 
     def run(*arguments: Any) -> Any:
         name = f"{operation}_triton"

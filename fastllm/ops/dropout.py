@@ -1,4 +1,4 @@
-"""Dropout whose mask is computed, not stored: a function of (seed, stream, element index).
+"""Dropout with a mask that is computed, not stored: a function of (seed, stream, element index).
 
 The generator is Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 SC 2011), keyed by the seed, with the stream as third word of the counter. Every implementation
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastllm.ops import dispatch, extension
 from fastllm.ops.torch_private import disable_dynamo
 
-# Why the fused operations, which divide by 1 - p, decline.
+# The fused operations divide by 1 - p.
 DROPOUT_RANGE = "a dropout probability is outside [0, 1)"
 
 _WORD = 0xFFFFFFFF
@@ -26,13 +26,13 @@ def draw_seed() -> int:
 
 
 def fresh_seeds() -> Iterator[int]:
-    """Seeds without end, each drawn by `draw_seed` when it is needed."""
+    """An endless stream of seeds, each drawn by `draw_seed` on demand."""
     while True:
         yield draw_seed()
 
 
 def draw_seeds(count: int) -> list[int]:
-    """The next `count` seeds, as so many calls of `draw_seed` would give them."""
+    """The next `count` seeds, equal to those of `count` calls of `draw_seed`."""
     return torch.empty(count, dtype=torch.int64, device="cpu").random_().tolist()
 
 
@@ -48,7 +48,7 @@ def philox(counters: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Te
     x2, x3 = torch.full_like(counters, stream), torch.zeros_like(counters)
     key0, key1 = seed & _WORD, seed >> 32 & _WORD
     for _ in range(10):
-        # An int64 product wraps, but its 64 bits are those of the unsigned one.
+        # An int64 product wraps around, but its 64 bits equal those of the unsigned product.
         product0, product1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57
         x0, x1 = (product1 >> 32 & _WORD) ^ x1 ^ key0, product1 & _WORD
         x2, x3 = (product0 >> 32 & _WORD) ^ x3 ^ key1, product0 & _WORD
@@ -56,15 +56,15 @@ def philox(counters: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Te
     return x0, x1, x2, x3
 
 
-# Inductor (of torch 2.13) turns these integers into floats, which do not compile.
+# Inductor (torch 2.13) turns these integers into floats, which do not compile.
 @disable_dynamo
 def keep_mask(shape: torch.Size, p: float, seed: int, stream: int, device: Any) -> Tensor:
     """Which elements survive dropout with probability `p`: bool, of the given shape.
 
-    An element takes 16 random bits. Of the 64 that eight counters decide, element
-    `64 g + 16 q + 2 c + w` takes a half of word `2 (q // 2) + w` of counter `8 g + c`, the low
-    one for even `q` and the high one for odd: the order in which a vector of any width has its
-    neighbours side by side.
+    Each element uses 16 random bits, so eight counters decide a group of 64 elements. Element
+    `64 g + 16 q + 2 c + w` uses half of word `2 (q // 2) + w` of counter `8 g + c`, the low half
+    for even `q` and the high half for odd `q`. In this order, vectors of any width hold adjacent
+    elements.
     """
     size = shape.numel()
     counters = torch.arange((size + 63) // 64 * 8, device=device)
@@ -75,7 +75,7 @@ def keep_mask(shape: torch.Size, p: float, seed: int, stream: int, device: Any) 
 
 
 def dropped_of_65536(p: float) -> int:
-    """How many of the 65,536 values of 16 random bits drop an element; none at `p` = 0 alone."""
+    """How many of the 65,536 values of 16 random bits drop an element; 0 only if `p` is 0."""
     return 0 if p == 0 else min(max(int(p * 65536 + 0.5), 1), 65535)
 
 
@@ -85,7 +85,7 @@ def dropout_ref(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
 
 
 class DropoutFunction(torch.autograd.Function):
-    """Dropout by the C++ kernel. It is linear, so it is its own backward."""
+    """The C++ kernel. Dropout is linear, so the backward is the forward on the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int, stream: int) -> Tensor:
@@ -137,8 +137,8 @@ def dropout(x: Tensor, p: float, seed: int, stream: int = 0) -> Tensor:
     Args:
         x: any shape, contiguous or not; elements are numbered in row-major order.
         p: in [0, 1]; taken as a multiple of 1 / 65,536.
-        seed: names the mask, in [0, 2**63); `draw_seed` gives a fresh one.
-        stream: tells masks under one seed apart, in [0, 2**32).
+        seed: selects the mask, in [0, 2**63); `draw_seed` returns a fresh one.
+        stream: distinguishes masks with the same seed, in [0, 2**32).
 
     Raises:
         ValueError: `p` is outside [0, 1].

@@ -1,4 +1,4 @@
-"""Dropout in Triton: an element is read and written once, its random bits never."""
+"""Dropout in Triton: reads and writes each element once, and stores no random bits."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ from fastllm.ops.dropout import dropout, dropped_of_65536
 def dropout_kernel(out, x, size, seed, stream, dropped, factor, ELEMENTS: tl.constexpr):
     first, at, inside = elements(size, ELEMENTS)
     kept = keep_mask(first, seed, stream, dropped, ELEMENTS // 64, 64)
-    # A product, so that what is not a number stays so where it is dropped.
+    # Multiplying by 0, rather than selecting 0, keeps NaN in dropped elements.
     y = tl.load(x + at, inside, other=0).to(tl.float32) * tl.where(kept, factor, 0.0)
     tl.store(out + at, rounded(y, out.dtype.element_ty), inside)
 
 
 class DropoutFunction(torch.autograd.Function):
-    """It is linear, so it is its own backward."""
+    """Dropout is linear, so the backward is the forward on the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int, stream: int) -> Tensor:

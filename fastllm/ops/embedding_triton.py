@@ -1,7 +1,7 @@
 """Embedding in Triton: lookup, scale, position and dropout in one pass.
 
-The gradient by the table stays PyTorch's: it sorts the ids and sums the rows of each, without
-atomics, which is what a kernel of our own would do.
+PyTorch computes the table's gradient: it sorts the ids and sums each id's rows without atomics,
+and a kernel of our own would do the same.
 """
 
 from typing import Any

@@ -11,8 +11,8 @@ from fastllm.ops.autograd import check_first_derivative
 from fastllm.ops.blocks_triton import power_of_2, rounded
 from fastllm.ops.decoder import Norm
 
-# Programs that sum up the gradients by weight and bias, each over its rows: enough for every
-# multiprocessor of today's GPUs, and few enough that adding up their sums costs little.
+# Programs that sum the gradients of weight and bias over their own rows: enough to occupy every
+# multiprocessor of current GPUs, and few enough that adding up the partial sums is cheap.
 PROGRAMS = 256
 
 
@@ -21,13 +21,13 @@ def layer_norm_fwd(
     out, total, stats, x, residual, weight, bias, H, eps,
     RESIDUAL: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One row; `stats` are its mean and 1 / standard deviation."""
+    """Normalises one row; `stats` are its mean and 1 / standard deviation."""
     row, h = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)
     inside = h < H
     y = tl.load(x + row * H + h, inside, other=0).to(tl.float32)
     if RESIDUAL:
         y += tl.load(residual + row * H + h, inside, other=0).to(tl.float32)
-        y = rounded(y, total.dtype.element_ty)  # so that the backward sees the same
+        y = rounded(y, total.dtype.element_ty)  # as the backward will read it
         tl.store(total + row * H + h, y, inside)
         y = y.to(tl.float32)
     mean = tl.sum(y) / H
@@ -45,7 +45,7 @@ def layer_norm_fwd(
 def layer_norm_bwd(
     grad_x, grad_weights, grad_biases, grad_out, total, stats, weight, R, H, BLOCK_H: tl.constexpr
 ):
-    """Every so many rows; also the sums over them of the gradients by the parameters."""
+    """Gradients of a strided set of rows, and the parameters' gradients summed over these rows."""
     program, h = tl.program_id(0), tl.arange(0, BLOCK_H)
     inside = h < H
     w = tl.load(weight + h, inside, other=0).to(tl.float32)
@@ -68,12 +68,12 @@ def layer_norm_bwd(
 
 
 def warps(H: int) -> int:
-    """Threads for a row, of which each holds 16 elements or more."""
+    """Warps per row, such that each thread holds at least 16 elements."""
     return min(16, max(1, power_of_2(H) // 512))
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """Keeps the sum, and two numbers for each row."""
+    """Saves the sum, and two numbers per row."""
 
     @staticmethod
     def forward(
@@ -117,7 +117,7 @@ class LayerNormFunction(torch.autograd.Function):
 def layer_norm_triton(x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
     """See `fastllm.ops.layer_norm.layer_norm`."""
     dtype = norm.weight.dtype
-    if torch.is_autocast_enabled(x.device.type):  # which leaves norms in the weights' type
+    if torch.is_autocast_enabled(x.device.type):  # autocast leaves norms in the weights' type
         x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
     weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
     residual = None if residual is None else residual.contiguous()

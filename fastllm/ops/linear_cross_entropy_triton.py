@@ -1,8 +1,8 @@
-"""Linear layer with cross-entropy in Triton: logits of some rows at a time, never of all.
+"""Linear layer with cross-entropy in Triton: logits for a chunk of rows at a time.
 
-The products are cuBLAS's: V is far beyond where one of our own would pay (see `mlp_triton`). One
-kernel between them turns a chunk of logits into their gradients in place, so that the forward gives
-the gradients as well (as in Liger Kernel; Hsu et al. 2024).
+cuBLAS computes the products: V is far too large for a product of our own to pay off (see
+`mlp_triton`). Between the products, one kernel turns a chunk of logits into their gradients in
+place, so that the forward yields the gradients as well (as in Liger Kernel; Hsu et al. 2024).
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ from fastllm.ops.autograd import check_first_derivative, needs_grad
 from fastllm.ops.blocks_triton import in_autocast, rounded
 from fastllm.ops.decoder import Linear
 
-# Of a chunk: 128 MB in 16 bits, large enough for products at full speed.
+# Logits per chunk: 128 MB in 16 bits, large enough for products at full speed.
 LOGITS = 2**26
-# Of a row that a program has in registers at a time.
+# Elements of a row that a program holds in registers at a time.
 BLOCK_V = 4096
 
 
@@ -26,7 +26,7 @@ BLOCK_V = 4096
 def cross_entropy(
     losses, logits, targets, scale, V, ignore_index, KEEP: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """One row of logits becomes its gradient times `scale`; also its loss, 0 where ignored."""
+    """Replaces a row of logits by its gradient times `scale`; the loss is 0 for an ignored row."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     target = tl.load(targets + row)
@@ -36,7 +36,7 @@ def cross_entropy(
         v = first + tl.arange(0, BLOCK_V)
         x = tl.load(logits + v, v < V, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(largest, tl.max(x))
-        # A row that has seen nothing finite yet must not become -inf - -inf.
+        # Until a row has a finite logit, avoid -inf - -inf.
         base = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp(largest - base) + tl.sum(tl.exp(x - base))
         largest = larger
@@ -45,7 +45,7 @@ def cross_entropy(
     loss = largest + tl.log(total) - at_target
     tl.store(losses + row, tl.where(scored, loss, 0.0))
     if KEEP:
-        tl.debug_barrier()  # the target's logit is read before its place is written
+        tl.debug_barrier()  # read the target's logit before overwriting it
         factor = tl.where(scored, scale, 0.0)
         for first in range(0, V, BLOCK_V):
             v = first + tl.arange(0, BLOCK_V)
@@ -55,20 +55,20 @@ def cross_entropy(
             tl.store(logits + v, rounded(grad, logits.dtype.element_ty), v < V)
 
 
-# What gradients by logits, in [-1, 1], are multiplied by until the backward divides by the number
-# of rows: fp16 would lose small probabilities, and has 65,504 as its largest number.
+# Factors for the logits' gradients, in [-1, 1], until the backward divides by the number of rows:
+# fp16 would lose small probabilities, and its largest number is 65,504.
 SCALES = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 64.0}
 
 
 def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """A sum over many rows, which fp16 might not hold."""
+    """The product in fp32, since a sum over many rows may overflow fp16."""
     if a.is_cuda and a.dtype is not torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """Its forward gives the gradients as well."""
+    """Computes the gradients in the forward."""
 
     @staticmethod
     def forward(

@@ -1,12 +1,12 @@
-"""The feed-forward network in Triton: bias, activation and dropout go with the products.
+"""The feed-forward network in Triton: bias, activation and dropout are fused into the products.
 
-Kept for the backward is what `fc1` gave; the rest is computed again there.
+The forward saves the output of `fc1`; the backward recomputes the rest.
 
-Roofline: to leave the elementwise work to a kernel of its own costs one more trip of [rows, I] to
-memory and back, 4 rows I bytes in 16 bits. To do it in a product of our own costs what that is
-slower than cuBLAS: at four fifths of its speed, a quarter of the time for 2 rows H I operations. On
-an A100 (312 TFLOP/s, 2.0 TB/s) the two are equal at H = 1,248, on an H100 (990, 3.35) at 2,364: so
-16-bit products are our own up to `WIDEST_DOT`. In fp32 (19.5) they are at 78: it is cuBLAS's.
+Roofline: a separate elementwise kernel costs one more round trip of [rows, I] through memory,
+4 rows I bytes in 16 bits. A product of our own runs at four fifths of cuBLAS's speed, which costs a
+quarter of cuBLAS's time for 2 rows H I operations. The two costs are equal at H = 1,248 on an A100
+(312 TFLOP/s, 2.0 TB/s) and at 2,364 on an H100 (990, 3.35), so 16-bit products are our own up to
+`WIDEST_DOT`. In fp32 (19.5 TFLOP/s) they are equal at 78, so cuBLAS computes those products.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ def config(block_r: int, block_i: int, warps: int, stages: int) -> triton.Config
 
 
 TILES = (
-    config(64, 64, 4, 4),  # many of them: few rows still keep every multiprocessor busy
+    config(64, 64, 4, 4),  # many tiles: even few rows keep every multiprocessor busy
     config(128, 64, 8, 3),  # reads the weight less often
     config(64, 128, 8, 3),  # reads the rows less often
 )
@@ -70,10 +70,10 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _finish(product, before, kept, factor, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr):
-    """What is stored in the place of the product, and the hidden activations.
+    """Returns the value to store in place of the product, and the hidden activations.
 
-    Forward, the product lacks its bias, `before`; backward it is the gradient by the hidden
-    activations, and `before` what the forward stored.
+    In the forward, `before` is the bias that the product lacks. In the backward, the product is the
+    gradient of the hidden activations, and `before` is the value that the forward stored.
     """
     x = before if BACKWARD else product + before
     hidden, slope = activated(x, ACTIVATION)
@@ -91,9 +91,9 @@ def mlp_product(
     ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """x [R, H] times a weight with strides [I, H], finished: two results [R, I].
+    """`_finish` of x [R, H] times a weight with strides [I, H]: two results [R, I].
 
-    `rows` tells the tuner how many there are, roughly.
+    `rows` is a tuning key: roughly, the number of rows.
     """
     BLOCK_H: tl.constexpr = 32
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -131,7 +131,7 @@ def mlp_elements(
     ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The same for products that are in memory, in `out`, which the result takes the place of."""
+    """`_finish` of products in `out`, which the first result overwrites."""
     first, at, inside = elements(size, ELEMENTS)
     product = tl.load(out + at, inside, other=0).to(tl.float32)
     if BACKWARD:
@@ -155,7 +155,7 @@ def finished_product(
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """x [R, H] times weight^T [H, I], finished: what is stored and the hidden activations."""
+    """Both results of `_finish` for x [R, H] times weight^T [H, I]."""
     (R, H), I = x.shape, weight.size(0)
     dropped = dropped_of_65536(dropout_p)
     numbers = (seed, dropped, 65536 / (65536 - dropped))
@@ -166,7 +166,7 @@ def finished_product(
         "DROPOUT": dropout_p > 0,
     }
     before = x if before is None else before
-    # Dropout's groups of 64 elements must not lie across the end of a row.
+    # Dropout's groups of 64 elements must not cross the end of a row.
     if x.dtype is not torch.float32 and H <= WIDEST_DOT and (I % 64 == 0 or not dropout_p):
         out, hidden = x.new_empty(R, I), x.new_empty(R, I)
 
@@ -187,7 +187,7 @@ def finished_product(
 
 
 class MlpFunction(torch.autograd.Function):
-    """Two products forward, four backward."""
+    """Two products in the forward, four in the backward."""
 
     @staticmethod
     def forward(
