@@ -42,7 +42,7 @@ demo: install  ## train for about a minute on Python's documentation and print a
 	$(BIN)/python -m fastllm.train --max_minutes 1 --epochs 20 \
 		--max_seq_len 64 --batch_size 12 --hidden_size 128 --num_layers 4 --num_heads 4 --dropout 0 --lr 3e-3
 
-test: .venv/development  ## the tests of every part, but for those that start much else: some minutes
+test: .venv/development  ## the tests of every part, except those that start other programs: some minutes
 	$(PYTEST) -m "not ($(HEAVY))"
 
 test-all: .venv/development  ## all tests

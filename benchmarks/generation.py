@@ -3,7 +3,7 @@
     python benchmarks/generation.py C E
 
 All contestants take turns at continuing the same prompts with sampled tokens: *fastllm* at each
-precision, *recompute*, which like nanoGPT computes the whole text anew for every token in stock
+precision, *recompute*, which like nanoGPT recomputes the whole text for every token in stock
 PyTorch, and *transformers* with its cache, in fp32 and in bf16 (`pip install transformers`). Tokens
 per second exclude the first token. The limit is how often per second the weights can be read from
 memory, times the batch size.

@@ -3,8 +3,8 @@
     python benchmarks/triton_targets.py
 
 The kernels that an operation launches are compiled instead of run, with every tile configuration
-that autotuning tries. Nothing here is timed: the floor is the larger of operations / peak and bytes
-/ bandwidth, at the shapes of configurations D and E (Williams et al., "Roofline", 2009).
+that autotuning tries. Nothing is timed: the floor is the larger of operations / peak and bytes /
+bandwidth, at the shapes of configurations D and E (Williams et al., "Roofline", 2009).
 """
 
 import argparse
@@ -40,7 +40,7 @@ MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 
 
 class Gpu(NamedTuple):
-    """A multiprocessor's shared memory, and the limits in the data sheet."""
+    """A multiprocessor's shared memory, and the peak rates of the data sheet."""
 
     name: str
     shared: int  # bytes of shared memory
@@ -53,7 +53,7 @@ GPUS = {
     90: Gpu("H100", 228 << 10, {"fp32": 67, "tf32": 495, "fp16": 990, "bf16": 990}, 3.35),
     100: Gpu("B200", 228 << 10, {"fp32": 80, "tf32": 1100, "fp16": 2250, "bf16": 2250}, 8.0),
 }
-# Of a multiprocessor; RESERVED is shared memory that each block loses, in bytes.
+# Limits per multiprocessor; each block loses RESERVED bytes of shared memory.
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 
 
@@ -94,7 +94,7 @@ TYPES = {
 
 
 def cases() -> Iterator[Case]:
-    """Every operation, in every type; few rows suffice, because nothing is computed.
+    """Every operation, in every type; a few rows suffice, because nothing is computed.
 
     fp16 differs from bf16 only in the name of an instruction, so it has fewer cases.
     """

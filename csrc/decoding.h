@@ -191,7 +191,7 @@ public:
         for (size_t b = 0; b < counts.size(); ++b) lengths_[b] += counts[b];
     }
 
-    // The sequence starts anew.
+    // Restarts the sequence.
     void clear(int64_t sequence) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const auto B = static_cast<int64_t>(lengths_.size());

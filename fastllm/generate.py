@@ -111,10 +111,10 @@ def main(arguments: list[str]) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file that are not empty.
+    """The nonempty lines of a file.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the file has no nonempty line.
     """
     lines = [line for line in "".join(read_text(path)).split("\n") if line]
     if not lines:

@@ -12,7 +12,7 @@ _is_sparse = attrgetter("is_sparse")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process has: all of it, unless it is a DTensor."""
+    """This process's part of a tensor: all of it, unless it is a DTensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -26,8 +26,8 @@ class Adam(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: L2 penalty, added to the gradient.
         max_grad_norm: the update sees the gradients of all groups scaled so that their common norm
-            is at most this, as after `torch.nn.utils.clip_grad_norm_`; `.grad` itself stays as
-            it is. None for no clipping.
+            is at most this, as after `torch.nn.utils.clip_grad_norm_`; `.grad` itself is
+            unchanged. None for no clipping.
 
     Raises:
         ValueError: a setting is out of range.
@@ -68,7 +68,7 @@ class Adam(torch.optim.Optimizer):
         return None if self._grad_norm is None else float(self._grad_norm)
 
     def __getstate__(self) -> dict[str, Any]:
-        # PyTorch's own names the attributes it knows; a copy must clip as well.
+        # PyTorch's method lists only its own attributes; a copy must clip as well.
         own = {"max_grad_norm": self.max_grad_norm, "_grad_norm": self.grad_norm}
         return {**super().__getstate__(), **own}
 
@@ -83,7 +83,7 @@ class Adam(torch.optim.Optimizer):
                 if group.get(option, offered) != offered:
                     raise ValueError(
                         f"the state was saved with {option}={group[option]}, which "
-                        f"{type(self).__name__} does not offer; go on with torch.optim"
+                        f"{type(self).__name__} does not support; use torch.optim"
                     )
         for param, entries in self.state.items():
             shapes = {"exp_avg": param.shape, "exp_avg_sq": param.shape, "step": torch.Size()}
@@ -92,7 +92,7 @@ class Adam(torch.optim.Optimizer):
                 if found != shape:
                     raise ValueError(
                         f"the state's {name} is {found and list(found)} for a parameter "
-                        f"{list(param.shape)}, expected {list(shape)}: it is of another model"
+                        f"{list(param.shape)}, expected {list(shape)}: it belongs to another model"
                     )
 
     @torch.no_grad()

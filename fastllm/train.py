@@ -31,7 +31,7 @@ def launch(config: TrainConfig, arguments: list[str]) -> None:
     count = config.num_workers
     if is_distributed():
         raise ProcessError(
-            f"{config.launcher} starts the processes by itself: leave torchrun or --launcher out"
+            f"{config.launcher} starts the processes on its own: omit torchrun or --launcher"
         )
     if count < 1:
         raise ProcessError(

@@ -289,7 +289,7 @@ def test_the_card(run: Path) -> None:
         f"| training | 12 steps, over {lines[-1]['tokens']:,} tokens |",
         f"| training loss | {lines[-1]['loss']:.4f} ",
         f"| validation loss | {lines[-1]['val_loss']:.4f} ",
-        "`cc-by-4.0`, according to whoever exported it",
+        "`cc-by-4.0`, according to the person who exported it",
         '"hidden_size": 16',
     ):
         assert expected in text
@@ -307,7 +307,7 @@ def test_the_card_of_an_earlier_checkpoint(tmp_path: Path) -> None:
     lines = [json.loads(l) for l in (run / "metrics.jsonl").read_text().splitlines()]
     assert f"| training loss | {lines[1]['loss']:.4f} " in text and lines[1]["step"] == 2
     assert "| training | 2 steps" in text
-    assert "Unknown: whoever trained or exported this model did not say." in text
+    assert "Unknown: no licence was given when this model was exported." in text
 
 
 def test_a_folder_with_only_a_model(plain_run: Path, tmp_path: Path) -> None:

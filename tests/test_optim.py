@@ -82,7 +82,7 @@ def test_state_dicts_go_both_ways(ours: type, torchs: type) -> None:
     optimizer: torch.optim.Optimizer = ours(params, lr=1e-2)
     twin: torch.optim.Optimizer = torchs(other, lr=1e-2)
     for step in range(6):
-        # Every two steps each goes on from what the other saved.
+        # Every two steps, each optimizer continues from the other's state.
         if step in (2, 4):
             states = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(twin.state_dict())
             optimizer.load_state_dict(states[1])
@@ -123,7 +123,7 @@ def test_state_of_another_model_is_refused(name: str, wrong: Tensor | None) -> N
         del state["state"][0][name]
     else:
         state["state"][0][name] = wrong
-    with pytest.raises(ValueError, match=f"the state's {name} is .* it is of another model"):
+    with pytest.raises(ValueError, match=f"the state's {name} is .* it belongs to another model"):
         Adam(make_params()).load_state_dict(state)
 
 

@@ -150,7 +150,7 @@ def test_a_signal_stops_the_study_with_the_best_trial_so_far(tmp_path: Path, tex
         said = ""
         while not said.startswith("trial 0    complete"):
             said = process.stderr.readline()
-            assert said, "the study ended by itself"
+            assert said, "the study ended on its own"
         trials = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGINT)
         stderr = process.communicate(timeout=60)[1]

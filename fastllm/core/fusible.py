@@ -1,8 +1,8 @@
-"""Whether a fused operation may stand for modules, or their own forwards must run.
+"""Whether a fused operation may replace modules, or their own forwards must run.
 
-A fused operation takes the parameters of several modules and calls none of them. It may do so only
-if each is exactly what it seems: an instance of a known class, without hooks, not compiled by
-itself, and with the class's own `forward`, patched neither on the class nor on the instance.
+A fused operation takes the parameters of several modules and calls none of them. This is safe only
+if each is an instance of a known class, without hooks, not compiled on its own, and with the
+class's own `forward`, patched neither on the class nor on the instance.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import nn
 from fastllm.ops.decoder import Norm
 from fastllm.ops.torch_private import any_global_hook, anything_attached, weight_and_bias
 
-# The original forward of every class that operations can stand for.
+# The original forward of every class that operations can replace.
 FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     cls: cls.forward
     for cls in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GELU, nn.ReLU, nn.SiLU, nn.LeakyReLU)
@@ -30,7 +30,7 @@ def is_plain(*modules: Any, known: dict[type[nn.Module], Callable[..., Any]] = F
 
 
 def all_are(cls: type[nn.Module], *modules: Any) -> bool:
-    """Whether all of these are of exactly this class; a plain module may be of another one."""
+    """Whether all of these are of exactly this class; a plain module may be of another class."""
     return all(type(module) is cls for module in modules)
 
 

@@ -83,7 +83,7 @@ class TransformerBlock(nn.Module):
         is_causal: bool | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """One layer over `hidden_states` [B, S, H]; arguments as for the attention."""
+        """Applies the layer to `hidden_states` [B, S, H]; arguments as for the attention."""
         if cache is None and (layer := self.record(attn_mask, is_causal)) is not None:
             seeds = fresh_seeds()
             x = multi_head_attention(hidden_states, layer.attention.with_seeds(seeds))

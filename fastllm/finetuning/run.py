@@ -194,7 +194,7 @@ def last_checkpoint(run_dir: Path) -> str:
     """The newest complete checkpoint.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the run has no checkpoint.
     """
     if not has_checkpoint(run_dir):
         raise FileNotFoundError(f"{run_dir} holds no checkpoint to resume from")

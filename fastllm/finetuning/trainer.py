@@ -206,7 +206,7 @@ class FinetuneTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         count = self._predicted(inputs)
-        if not count:  # of which the mean would be NaN
+        if not count:  # the mean over no tokens would be NaN
             return next(p for p in model.parameters() if p.requires_grad).sum() * 0
         return model(**inputs)["loss"] * (count / num_items_in_batch)
 

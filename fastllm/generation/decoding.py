@@ -59,8 +59,8 @@ def generate_batch(
         sampling: how tokens are chosen.
         seed: of the first prompt; each further prompt has the next one. The same seed gives the
             same continuation, whatever the other prompts are.
-        use_cache: keep the keys and values of earlier tokens. Without, everything is computed anew
-            for every token, with the same result.
+        use_cache: keep the keys and values of earlier tokens. Without, everything is recomputed for
+            every token, with the same result.
         precision: of matrix products: `fp32` (`bf16` under autocast to it), `bf16`, `fp16`, or
             `int8` for weights rounded to 8 bits with one scale per output. All but `fp32` read less
             memory for each token.

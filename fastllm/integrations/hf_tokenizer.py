@@ -16,7 +16,7 @@ def save_hf_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> N
     `AutoTokenizer` then encodes every text to the same ids as this tokenizer, without special
     tokens around them, and decodes ids to the same text. The character tokenizer has one exception:
     "<PAD>" alone encodes to five characters there, as it does inside a text. (The tokenizers
-    library by itself takes it for padding everywhere, unless `encode_special_tokens` is set.)
+    library alone takes it for padding everywhere, unless `encode_special_tokens` is set.)
 
     Args:
         max_seq_len: the longest text for transformers, in tokens.

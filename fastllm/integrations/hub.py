@@ -39,8 +39,8 @@ def is_local(name: str) -> bool:
 def go_offline_if_unreachable(names: Iterable[str]) -> None:
     """If one of these is on the hub and the hub does not answer, uses earlier downloads alone.
 
-    Otherwise the libraries would retry for 20 seconds, for each file anew. They read the variable
-    when they are imported, so call this before.
+    Otherwise the libraries would retry for 20 seconds per file. They read the variable when they
+    are imported, so call this first.
     """
     if all(map(is_local, names)) or os.environ.get("HF_HUB_OFFLINE"):
         return
@@ -58,7 +58,7 @@ def load_config(name: str) -> Any:
     """The configuration of a model.
 
     Raises:
-        FileNotFoundError: the name is a path, and there is nothing.
+        FileNotFoundError: the path does not exist.
         ValueError: it cannot be loaded; the message says why and what to do.
     """
     from transformers import AutoConfig
@@ -103,7 +103,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, in a folder or in a tokenizer.json.
 
     Raises:
-        FileNotFoundError: the name is a path, and there is nothing.
+        FileNotFoundError: the path does not exist.
         ValueError: there is no tokenizer; the message says what to give.
     """
     from transformers import AutoTokenizer, GPT2Tokenizer

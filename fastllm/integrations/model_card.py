@@ -71,9 +71,9 @@ def model_card(
         file=file_name, length=model.max_seq_len, half=model.max_seq_len // 2
     )
     licence = (
-        "Unknown: whoever trained or exported this model did not say. Ask before you use it."
+        "Unknown: no licence was given when this model was exported. Ask before you use it."
         if license == "unknown"
-        else f"`{license}`, according to whoever exported it."
+        else f"`{license}`, according to the person who exported it."
     )
     # Paths of the machine that trained the model are private.
     private = {"file_path"} | ({"tokenizer"} if isinstance(settings.tokenizer, Path) else set())

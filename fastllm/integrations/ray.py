@@ -43,7 +43,7 @@ except ImportError as error:
     raise ImportError(f"--launcher ray needs Ray ({error}): pip install 'ray[train]'") from None
 
 POLL_S = 0.2
-# Shared memory for objects that processes exchange, of which there are next to none: Ray's minimum.
+# Shared memory for objects that processes exchange: Ray's minimum, since there are almost none.
 OBJECT_STORE_BYTES = 80 * 2**20
 # Workers have usually started after this time.
 START_S = 60

@@ -39,16 +39,16 @@ class DecoderModel(nn.Module):
         mlp_activation: a name known to `MLP`, or a module.
         norm_eps: of every layer norm.
         norm_first: Pre-LN rather than Post-LN.
-        is_causal: every position sees itself and what came before.
+        is_causal: every position sees only itself and earlier ones.
         padding_idx: a token that is embedded as zero and ignored as a target. With tied weights
-            only its start is zero: the head trains that row, as in PyTorch.
+            only its initial value is zero: the head trains that row, as in PyTorch.
         qkv_bias, mlp_bias, lm_head_bias: biases in those linear layers.
         tie_word_embeddings: `lm_head.weight` is the embedding's parameter.
         scale_embeddings: token embeddings are multiplied by sqrt(H).
 
     Attributes:
-        gradient_checkpointing: keep only each block's input for the backward, and run its forward
-            again there: less memory, a third more time. Off unless set.
+        gradient_checkpointing: save only each block's input and rerun its forward in the backward:
+            less memory, a third more time. Off by default.
     """
 
     def __init__(
@@ -127,39 +127,40 @@ class DecoderModel(nn.Module):
     def from_gpt2(
         cls, source: Any, padding_idx: int | None = None, device: Any = None, dtype: Any = None
     ) -> "DecoderModel":
-        """A GPT-2 in Hugging Face's format, or a new one of its architecture; in training mode.
+        """A GPT-2 in Hugging Face's format, or a new model of its architecture; in training mode.
 
-        A folder gives its weights. A configuration alone gives random ones as GPT-2 starts: normal
-        with a deviation of 0.02, divided by sqrt(2 L) where a layer adds to the residual stream.
+        A folder provides weights. For a configuration alone, they are random as in GPT-2: normal
+        with a standard deviation of 0.02, divided by sqrt(2 L) for layers that add to the residual
+        stream.
 
         GPT-2's `embd_pdrop` becomes the embedding's dropout, `attn_pdrop` that of the attention's
-        weights and output, and `resid_pdrop` the MLP's, which is here between activation and fc2.
+        weights and output, and `resid_pdrop` the MLP's, which lies between activation and fc2 here.
 
         Args:
             source: a folder with config.json and model.safetensors (or its shards and their index);
                 or a configuration: the path of a config.json, a dict, a `GPT2Config`.
-            padding_idx: as in the constructor. `pad_token_id` is not taken for it: it is often a
-                token that is to be learnt as well, the end of the text.
-            dtype: what the weights are converted to; PyTorch's default unless given.
+            padding_idx: as in the constructor. `pad_token_id` is not used for it, because it is
+                often the end-of-text token, which is also to be learnt.
+            dtype: the weights' type; PyTorch's default unless given.
 
         Raises:
             FileNotFoundError: a file is missing; the message names it.
-            ValueError: it is not a GPT-2, or one that this model cannot compute, or weights
-                and configuration do not match; the message names the key or the tensor.
+            ValueError: it is not a GPT-2, this model cannot compute it, or weights and
+                configuration do not match; the message names the key or the tensor.
         """
         from fastllm.models.gpt2 import load_gpt2
 
         return load_gpt2(cls, source, padding_idx, device, dtype)
 
     def save_gpt2(self, directory: str | os.PathLike[str]) -> None:
-        """Writes config.json and model.safetensors that transformers' `GPT2LMHeadModel` loads.
+        """Writes config.json and model.safetensors for transformers' `GPT2LMHeadModel`.
 
         The dropout probabilities are those of the first block. `padding_idx` is written as
         `pad_token_id`.
 
         Raises:
             ValueError: GPT-2's format cannot express this model; the message says why, and nothing
-                was written.
+                is written.
         """
         from fastllm.models.gpt2 import save_gpt2
 
@@ -173,7 +174,7 @@ class DecoderModel(nn.Module):
         return weight is not None and weight is getattr(tokens, "weight", None)
 
     def new_caches(self) -> list[KeyValueCache]:
-        """Empty caches for `forward`, one a block, for sequences of up to `max_seq_len`."""
+        """Empty caches for `forward`, one per block, for sequences of up to `max_seq_len`."""
         return [KeyValueCache(self.max_seq_len) for _ in self.transformer_blocks]
 
     def forward(
@@ -187,8 +188,8 @@ class DecoderModel(nn.Module):
         Args:
             input_ids: integers in [0, V).
             attn_mask: boolean, broadcastable to [B, N, S, S]; **True means masked**.
-            caches: of the positions before `input_ids`, from `new_caches`; they take these
-                positions as well.
+            caches: the positions before `input_ids`, from `new_caches`; the new positions are
+                appended.
 
         Raises:
             IndexError: an id is outside the vocabulary.
@@ -232,7 +233,7 @@ class DecoderModel(nn.Module):
 
         Args:
             input_ids: [B, S], integers in [0, V).
-            labels: [B, S], usually `input_ids` itself; they are not shifted by the caller.
+            labels: [B, S], usually `input_ids` itself; the caller does not shift them.
             attn_mask: as in `forward`.
             ignore_index: a label that is not scored; neither is `padding_idx`.
 
@@ -246,7 +247,7 @@ class DecoderModel(nn.Module):
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} must have "
-                "the same shape: labels are not shifted by the caller"
+                "the same shape: the caller does not shift the labels"
             )
         decoder = self.record(input_ids.size(1), attn_mask)
         if isinstance(decoder, Decoder) and why_not(decoder, input_ids, labels) is None:
@@ -270,7 +271,7 @@ class DecoderModel(nn.Module):
 
     def record(self, length: int, attn_mask: Tensor | None = None) -> Decoder | str:
         """Parameters and settings of the whole model for sequences of `length` tokens, seeds not
-        drawn yet; or the reason why its modules must run.
+        drawn yet; or the reason why the model's modules must run.
 
         Raises:
             ValueError: `length` exceeds `max_seq_len`.
@@ -294,21 +295,21 @@ class DecoderModel(nn.Module):
         embedding = table.record(0, length)
         if embedding is None:
             return (
-                "embedding_layer has a part that operations do not know, or something is attached "
+                "embedding_layer has a part unknown to the operations, or something is attached "
                 "to it"
             )
         if embedding.padding_idx != self.padding_idx:
-            return "the model's padding_idx is not that of its embeddings"
+            return "the model's padding_idx differs from that of its embeddings"
         layers = [block.record(attn_mask) for block in blocks]
         if None in layers:
             return (
-                f"transformer_blocks.{layers.index(None)} has a part that operations do not know, "
+                f"transformer_blocks.{layers.index(None)} has a part unknown to the operations, "
                 "or something is attached to it"
             )
         return Decoder(embedding, layers, norm, Linear(*weight_and_bias(head)))
 
     def train(self, mode: bool = True) -> "DecoderModel":
-        """As in every module; training mode frees the packed weights that generation keeps."""
+        """As for every module; training mode also frees the packed weights kept for generation."""
         if mode:
             forget_packed(self)
         return super().train(mode)
@@ -324,7 +325,7 @@ class DecoderModel(nn.Module):
         self.lm_head.weight = self.embedding_layer.token_embeddings.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoderModel":
-        # Functions that make new parameters, such as `to_empty`, make one per name of a tied one.
+        # Functions such as `to_empty` make a new parameter for each name of a tied weight.
         tied = self.tie_word_embeddings
         super()._apply(fn, recurse)
         if tied:
@@ -342,17 +343,17 @@ class DecoderModel(nn.Module):
             if not (first.is_set_to(last) or torch.equal(first, last)):
                 errors = others[-1]
                 errors.append(
-                    f"'{names[0]}' and '{names[1]}' differ, and the model ties them; load them "
+                    f"'{names[0]}' and '{names[1]}' differ, but the model ties them; load them "
                     "into one with tie_word_embeddings=False"
                 )
             if local_metadata.get("assign_to_params_buffers"):
-                first = nn.Parameter(first)  # else it becomes one for each name
+                first = nn.Parameter(first)  # otherwise each name gets its own
             state_dict.update(dict.fromkeys(names, first))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
 
 def same_implementation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `checkpoint`: the implementation requested in the forward holds when it runs again."""
+    """For `checkpoint`: a rerun uses the implementation requested in the forward."""
     return nullcontext(), use(requested())
 
 

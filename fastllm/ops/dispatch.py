@@ -150,7 +150,7 @@ def why_not_cpu(*tensors: Tensor | None) -> str | None:
         if (reason := _why_not_class(cls)) is not None:
             return reason
     if in_functorch_transform():
-        return "a torch.func transform is under way"
+        return "a torch.func transform is active"
     return None
 
 
@@ -160,7 +160,7 @@ def why_not_cpu_fused(*tensors: Tensor | None) -> str | None:
     if reason is None and torch.is_autocast_enabled("cpu"):
         reason = why_not_autocast(torch.get_autocast_dtype("cpu"))
     if reason is None and in_forward_ad():
-        return "forward-mode differentiation is under way"
+        return "forward-mode differentiation is active"
     return reason
 
 
@@ -181,9 +181,9 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
         if tensor.dtype != present[0].dtype and not autocast:
             return f"tensors are {present[0].dtype} and {tensor.dtype}"
     if in_functorch_transform():
-        return "a torch.func transform is under way"
+        return "a torch.func transform is active"
     if in_forward_ad():
-        return "forward-mode differentiation is under way"
+        return "forward-mode differentiation is active"
     return None
 
 

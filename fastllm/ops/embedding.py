@@ -82,7 +82,7 @@ def why_not(ids: Tensor, embedding: Embedding) -> str | None:
     if not 0 <= embedding.dropout.p < 1:
         return DROPOUT_RANGE
     if embedding.positions.shape != (ids.size(1), embedding.weight.size(1)):
-        return "the positions do not fit the ids and the embeddings"
+        return "the positions do not match the ids and the embeddings"
     return None
 
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-# Instruction sets that the kernels are compiled for; each includes all before it.
+# The instruction sets that the kernels are compiled for; each includes all earlier ones.
 ISAS = ("base", "avx2", "avx512", "avx512_bf16")
 
 
 def best_isa(cap: str, runnable: Sequence[str]) -> str:
-    """The last of `runnable`, the sets that this CPU can run, that is not beyond `cap`.
+    """The best of `runnable`, the sets that this CPU can run, up to `cap`.
 
     Raises:
         ValueError: `cap` is not an instruction set.

@@ -99,9 +99,9 @@ def why_not_triton(x: Tensor, norm: Norm, residual: Tensor | None) -> str | None
     return dispatch.why_not_triton(x, norm.weight, norm.bias, residual)
 
 
-# Widths above which a Triton kernel is faster than PyTorch's, by measurements that others have
-# published; `python -m fastllm.bench --device cuda` shows what holds on a GPU at hand. Requested by
-# name, the kernel runs at any width.
+# Up to this width PyTorch's kernel is faster than a Triton kernel, according to published
+# measurements; `python -m fastllm.bench --device cuda` measures it on your GPU. Requested by name,
+# the kernel runs at smaller widths as well.
 NARROWEST_TRITON = 2048
 LONGEST_TRITON = 8192
 

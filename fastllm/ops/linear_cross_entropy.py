@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear layer's outputs, without ever holding all of them in memory."""
+"""The cross-entropy of a linear layer's outputs, which are never all in memory at once."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def linear_cross_entropy_ref(x: Tensor, head: Linear, targets: Tensor, ignore_in
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """The C++ kernel. Its forward computes the gradients as well: they need the logits, which exist
-    only there, and nothing from the backward but a factor."""
+    only there, and only a factor from the backward."""
 
     @staticmethod
     def forward(
@@ -77,7 +77,7 @@ def why_not(x: Tensor, head: Linear, targets: Tensor, ignore_index: int) -> str 
     if x.numel() == 0:
         return "x is empty"
     if not head.fits(head.weight.size(0), x.size(-1)):
-        return "the head does not fit x"
+        return "the head's width differs from that of x"
     return None
 
 
@@ -105,7 +105,7 @@ def linear_cross_entropy(
     Args:
         x: [..., H].
         head: weight [V, H], bias [V] or None.
-        targets: integers in [0, V), or `ignore_index`; of x's shape without the last dimension.
+        targets: integers in [0, V), or `ignore_index`; x's shape without the last dimension.
         ignore_index: a target that is not scored.
 
     Returns:
@@ -113,10 +113,10 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: a target is outside the vocabulary.
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not match.
     """
     if targets.shape != x.shape[:-1]:
-        raise ValueError(f"x {list(x.shape)} and targets {list(targets.shape)} do not fit")
+        raise ValueError(f"x {list(x.shape)} and targets {list(targets.shape)} do not match")
     check_token_ids(targets[targets != ignore_index], head.weight.size(0))
     arguments = (autocast_input(x, head.weight), head, targets, ignore_index)
     return dispatch.choose("linear_cross_entropy", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -1,12 +1,12 @@
-"""How tensors are handed to the kernels: contiguous, by address, with memory for gradients."""
+"""Passing tensors to the kernels: contiguous, by address, with memory for gradients."""
 
 import torch
 from torch import Tensor
 
 from fastllm.ops import extension
 
-# glibc's largest mmap threshold, in bytes: larger blocks are unmapped on free, and every 4 kB of a
-# new one costs a page fault.
+# glibc's largest mmap threshold, in bytes: larger blocks are unmapped when freed, and a new one
+# costs a page fault for every 4 kB.
 LARGE = 2**25
 
 
@@ -16,7 +16,8 @@ def address(tensor: Tensor | None) -> int:
 
 
 def kernel_layout(tensor: Tensor | None) -> Tensor | None:
-    """A parameter as the kernels take it: contiguous, or the transposed view of such a matrix."""
+    """A parameter in a layout that the kernels take: contiguous, or the transpose of a contiguous
+    matrix."""
     if tensor is None or tensor.is_contiguous() or tensor.t().is_contiguous():
         return tensor
     return tensor.contiguous()
@@ -33,6 +34,6 @@ def new_grad(tensor: Tensor | None, needed: bool) -> Tensor | None:
     if tensor.nbytes < LARGE:
         return torch.empty_like(tensor)
     memory = extension.kernels.Memory(tensor.nbytes)
-    # In place: autograd adds in place only to tensors that are not views.
+    # Set in place, because autograd accumulates in place only into tensors that are not views.
     flat = torch.frombuffer(memory, dtype=tensor.dtype)
     return flat.as_strided_(tensor.shape, tensor.stride())

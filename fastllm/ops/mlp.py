@@ -123,7 +123,7 @@ def mlp(x: Tensor, mlp: Mlp) -> Tensor:
         mlp: see `Mlp`.
 
     Raises:
-        ValueError: sizes do not fit each other, or the activation is unknown.
+        ValueError: sizes do not match, or the activation is unknown.
     """
     if mlp.activation not in ACTIVATIONS:
         raise ValueError(
@@ -132,7 +132,7 @@ def mlp(x: Tensor, mlp: Mlp) -> Tensor:
     I, H = mlp.fc1.weight.shape
     if x.size(-1) != H or mlp.fc2.weight.shape != (H, I):
         raise ValueError(
-            f"x {list(x.shape)}, fc1 {[I, H]} and fc2 {list(mlp.fc2.weight.shape)} do not fit: "
+            f"x {list(x.shape)}, fc1 {[I, H]} and fc2 {list(mlp.fc2.weight.shape)} do not match: "
             "[..., H], [I, H] and [H, I] are needed"
         )
     arguments = (autocast_input(x, mlp.fc1.weight), mlp)

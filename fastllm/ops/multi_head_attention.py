@@ -35,7 +35,7 @@ def multi_head_attention_ref(x: Tensor, mha: MultiHeadAttention) -> Tensor:
 
 
 def unpacked_rows(starts: Sequence[int], S: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of [B, S] hold a row of the packed sequences, and the mask of the other keys."""
+    """Which of [B, S] hold a row of the packed sequences, and a mask that hides the other keys."""
     lengths = torch.tensor([end - begin for begin, end in pairwise(starts)], device=device)
     rows = torch.arange(S, device=device) < lengths[:, None]
     return rows, ~rows[:, None, None]
@@ -66,7 +66,7 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
         )
         if keep:
             ctx.mha = mha.with_parameters(iter([None] * len(parameters)))._replace(mask=None)
-            # The mask as well, so that autograd notices a change to it before the backward.
+            # Saving the mask lets autograd detect a change to it before the backward.
             ctx.save_for_backward(mha.mask, x, stats, qkv, attn_out, residual, *parameters)
         return out
 
@@ -125,7 +125,7 @@ def why_not_triton(x: Tensor, mha: MultiHeadAttention) -> str | None:
 
 IMPLEMENTATIONS = [
     dispatch.cpu(multi_head_attention_cpu, why_not_cpu),
-    # Each part by its own implementation, between products that cuBLAS does best.
+    # Each part has its own implementation, between products for which cuBLAS is best.
     dispatch.Implementation(
         "triton", multi_head_attention_ref, dispatch.why_not_triton_here, why_not_triton
     ),
@@ -134,9 +134,9 @@ IMPLEMENTATIONS = [
 
 
 def check_starts(starts: Sequence[int], rows: int, mask: Tensor | None) -> None:
-    """Raises a `ValueError` if `starts` does not describe sequences packed into so many rows."""
+    """Raises a `ValueError` if `starts` does not describe sequences packed into `rows` rows."""
     if mask is not None:
-        raise ValueError("starts and mask exclude each other")
+        raise ValueError("starts and mask are mutually exclusive")
     if len(starts) < 2 or starts[0] != 0 or starts[-1] != rows or list(starts) != sorted(starts):
         raise ValueError(f"starts must rise from 0 to the number of rows {rows}, got {starts}")
 
@@ -154,7 +154,7 @@ def multi_head_attention(x: Tensor, mha: MultiHeadAttention) -> Tensor:
 
     Raises:
         TypeError: the mask is not boolean.
-        ValueError: sizes do not fit each other.
+        ValueError: sizes do not match.
     """
     check_mask(mha.mask)
     H = x.size(-1)
@@ -162,7 +162,7 @@ def multi_head_attention(x: Tensor, mha: MultiHeadAttention) -> Tensor:
     fits = qkv.shape == (3 * H, H) and out.shape == (H, H)
     if x.ndim != (3 if mha.starts is None else 2) or not fits:
         raise ValueError(
-            f"x {list(x.shape)}, qkv {list(qkv.shape)} and out {list(out.shape)} do not fit: "
+            f"x {list(x.shape)}, qkv {list(qkv.shape)} and out {list(out.shape)} do not match: "
             "[B, S, H], [3 H, H] and [H, H] are needed"
         )
     if mha.starts is not None:

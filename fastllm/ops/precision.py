@@ -28,7 +28,7 @@ def why_not_autocast(dtype: torch.dtype) -> str | None:
 def autocast_input(x: Tensor, weight: Tensor) -> Tensor:
     """The bf16 output of another module under autocast as fp32, since the kernels round it again.
 
-    Any other x is returned as it is, such as the input of a module whose weights are bf16.
+    Any other x is returned unchanged, such as the input of a module with bf16 weights.
     """
     rounded = x.dtype is torch.bfloat16 and weight.dtype is torch.float32 and x.is_cpu
     return x.float() if rounded and torch.is_autocast_enabled("cpu") else x

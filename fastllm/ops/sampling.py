@@ -13,17 +13,17 @@ from fastllm.ops.memory import address
 
 
 class Sampling(NamedTuple):
-    """How a token is chosen; the steps are taken in the order of Hugging Face's `generate`.
+    """How a token is chosen; the steps follow the order of Hugging Face's `generate`.
 
     Attributes:
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: choose among this many likeliest tokens (Fan et al. 2018); 0 for all.
         top_p: choose among the fewest likeliest tokens that together have this probability
             (Holtzman et al. 2020).
-        min_p: choose among tokens that have this part of the likeliest one's probability (Nguyen
-            et al. 2024).
-        repetition_penalty: divides the logits of tokens that were there before, or multiplies
-            negative ones, before anything else (Keskar et al. 2019).
+        min_p: choose among tokens with at least this fraction of the likeliest one's probability
+            (Nguyen et al. 2024).
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that
+            occurred before, as the first step (Keskar et al. 2019).
     """
 
     temperature: float = 1.0
@@ -73,14 +73,14 @@ def _sample_row(
     top = logits.amax(-1, keepdim=True)
     if not top.isfinite().all():
         raise ValueError(NO_PROBABILITIES)
-    # A stable sort keeps equal ones in the order of their ids.
+    # A stable sort keeps equal logits in the order of their ids.
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     if sampling.temperature == 0:
         return ids[:, 0]
     weights = ((ordered - top).double() / sampling.temperature).exp()
     if sampling.top_k:
         weights[:, sampling.top_k :] = 0
-    # A token stays while those before it fall short of top_p, so the likeliest always does.
+    # A token is kept if those before it fall short of top_p, so the likeliest always is.
     before = weights.cumsum(-1) - weights
     weights[before >= sampling.top_p * weights.sum(-1, keepdim=True)] = 0
     weights[weights < sampling.min_p] = 0
@@ -95,7 +95,7 @@ NO_PROBABILITIES = (
 
 
 def _uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) of 53 random bits."""
+    """A number in [0, 1) with 53 random bits."""
     x0, x1, _, _ = (int(word) for word in philox(torch.tensor(step), seed, 0))
     return float((x0 >> 5) * 2**26 + (x1 >> 6)) / 2**53
 
@@ -153,28 +153,28 @@ def sample(
 
     Args:
         logits: [B, V]; -inf for a token that must not be drawn.
-        sampling: see `Sampling`; one for all sequences, or one for each.
+        sampling: see `Sampling`; one for all sequences, or one per sequence.
         seeds: one for each sequence, in [0, 2**64): the same seed and step give the same draw,
             whatever else is in the batch.
-        step: which draw of the sequences it is, in [0, 2**63); of all, or of each.
-        seen: bool [B, V], which tokens were there before; needed for a repetition penalty.
+        step: the number of the draw, in [0, 2**63); one for all sequences, or one per sequence.
+        seen: bool [B, V], which tokens occurred before; needed for a repetition penalty.
 
     Returns:
         [B], int64. Of equally likely tokens, the lower id counts as the likelier one.
 
     Raises:
-        ValueError: a setting, a seed or the step is out of range; shapes or devices do not fit; or
-            the logits of a sequence are not numbers or all -inf.
+        ValueError: a setting, a seed or the step is out of range; shapes or devices do not match;
+            or the logits of a sequence are NaN or all -inf.
     """
     samplings = [sampling] * len(seeds) if isinstance(sampling, Sampling) else sampling
     steps = step if isinstance(step, Sequence) else [step] * len(seeds)
     for each in set(samplings):
         each.check()
     if logits.ndim != 2 or len(seeds) != logits.size(0) or logits.size(1) == 0:
-        raise ValueError(f"logits {list(logits.shape)} and {len(seeds)} seeds do not fit: [B, V]")
+        raise ValueError(f"logits {list(logits.shape)} and {len(seeds)} seeds do not match: [B, V]")
     if not len(samplings) == len(seeds) == len(steps):
         raise ValueError(
-            f"{len(samplings)} samplings and {len(steps)} steps do not fit {len(seeds)} seeds"
+            f"{len(samplings)} samplings and {len(steps)} steps do not match {len(seeds)} seeds"
         )
     if not all(_is_integer(seed, 64) for seed in seeds):
         raise ValueError(f"seeds must be integers in [0, 2**64), got {list(seeds)}")
@@ -190,6 +190,6 @@ def sample(
     if all(each.repetition_penalty == 1 for each in samplings):
         seen = None
     elif seen is None:
-        raise ValueError("a repetition_penalty other than 1 needs `seen`: what was there before")
+        raise ValueError("a repetition_penalty other than 1 needs `seen`, the earlier tokens")
     arguments = (logits, samplings, seeds, steps, seen)
     return dispatch.choose("sampling", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -1,8 +1,8 @@
 """Every private PyTorch API that fastllm uses, in one place; tests/ops/test_torch_private.py
 checks that this PyTorch still has them all.
 
-Tables of modules are read directly because `Module.__getattr__` looks everywhere else first: a
-microsecond for each submodule or parameter, and a small model's training step asks for a hundred.
+Tables of modules are read directly because `Module.__getattr__` looks everywhere else first, which
+takes a microsecond per submodule or parameter; a small model's training step reads a hundred.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from torch.nn.modules import module as torch_module
 
 
 def in_functorch_transform() -> bool:
-    """Whether a transform such as `torch.func.vmap` is under way: tensors hide their values."""
+    """Whether a transform such as `torch.func.vmap` is active: tensors then hide their values."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def in_forward_ad() -> bool:
-    """Whether forward-mode differentiation is under way."""
+    """Whether forward-mode differentiation is active."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def graph_is_kept() -> bool:
-    """Whether the backward under way may be repeated (retain_graph=True)."""
+    """Whether the running backward may be repeated (retain_graph=True)."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -39,7 +39,7 @@ def any_global_hook() -> bool:
 
 
 def anything_attached(*modules: Any) -> bool:
-    """Whether a module has a hook, a `forward` of its own, or is compiled by itself."""
+    """Whether a module has a hook, a `forward` of its own, or is compiled on its own."""
     for module in modules:
         attributes = module.__dict__
         if (
@@ -57,14 +57,14 @@ def anything_attached(*modules: Any) -> bool:
 def _acts(hook: Any) -> bool:
     """Whether a hook can change the result.
 
-    transformers leaves hooks behind that only record outputs when asked, and a model that is asked
-    calls its modules anyway.
+    transformers leaves hooks behind that only record outputs on request, and a model with such a
+    request calls its modules anyway.
     """
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def submodules(module: nn.Module, *names: str) -> list[Any]:
-    """The submodules of these names."""
+    """The submodules with these names."""
     table = module._modules
     return [table[name] for name in names]
 
@@ -79,5 +79,5 @@ def weight_and_bias(module: Any) -> tuple[Any, Any]:
     table = module._parameters
     try:
         return table["weight"], table["bias"]
-    except KeyError:  # kept elsewhere, as under FSDP
+    except KeyError:  # stored elsewhere, as under FSDP
         return module.weight, module.bias

@@ -316,7 +316,7 @@ class Scheduler:
         for slot in slots:
             running = self._running[slot]
             if lengths[slot] != len(running.tokens) - len(running.pending):
-                # The failed call has changed this sequence: compute it anew.
+                # The failed call has changed this sequence: recompute it.
                 self._decoding.clear(slot)
                 running.pending = running.tokens[:]
             self._decode([slot])

@@ -11,13 +11,13 @@ A run's folder holds its newest checkpoints, and links to the newest one's parts
         training_state/optimizer.safetensors, training_state/progress.json
         checksums.json   SHA-256 of every other file
 
-A checkpoint is written aside, every file is flushed to the disk, then the directory gets its name
-and the directory above is flushed: whenever the process dies, or the machine, the checkpoint before
-stays whole.
+A checkpoint is written under a temporary name and every file is flushed to disk. Then the directory
+gets its final name and its parent is flushed: if the process or the machine dies, the previous
+checkpoint stays whole.
 
-ProcessGroup that train together write one checkpoint, through `torch.distributed.checkpoint`. It is
-the same whatever their number, and whether each had all of the model or a part; so a run may go on
-with another number of them.
+Processes that train together write one checkpoint, through `torch.distributed.checkpoint`. It does
+not depend on their number, nor on whether each had all of the model or a part, so a run may
+continue with a different number of processes.
 """
 
 import hashlib

@@ -41,7 +41,7 @@ def state_of(trial: "FrozenTrial") -> str:
     """complete, pruned, failed, interrupted, running or waiting."""
     if trial.state.name != "FAIL":
         return str(trial.state.name).lower()
-    # Only trials that failed by themselves have a reason.
+    # Only trials that failed on their own have a reason.
     return "failed" if "reason" in trial.user_attrs else "interrupted"
 
 

@@ -17,7 +17,7 @@ from fastllm.tuning.search import Plan
 if TYPE_CHECKING:
     import optuna
 
-# Time for a stopped trial to end by itself.
+# Time for a stopped trial to end on its own.
 GRACE_S = 10
 
 # A trial's process: runs a command of this package until it ends or its parent dies, even by

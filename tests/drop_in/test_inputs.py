@@ -375,12 +375,12 @@ def test_the_line_says_why_a_model_runs_layer_by_layer() -> None:
         (lambda m: m.transformer_blocks[1].register_forward_hook(print), "to a transformer block"),
         (
             lambda m: m.transformer_blocks[1].mlp.fc1.register_forward_hook(print),
-            "transformer_blocks.1 has a part that operations do not know, or something is att",
+            "transformer_blocks.1 has a part unknown to the operations, or something is attac",
         ),
         (lambda m: setattr(m, "final_norm", torch.nn.Identity()), "final_norm is replaced"),
         (
             lambda m: m.embedding_layer.token_embeddings.register_forward_hook(print),
-            "embedding_layer has a part that operations do not know",
+            "embedding_layer has a part unknown to the operations",
         ),
     ],
 )

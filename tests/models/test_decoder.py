@@ -271,7 +271,7 @@ def make_tied(**settings) -> DecoderModel:
 
 
 def remade(model: DecoderModel) -> DecoderModel:
-    """The model with its parameters made anew by `to_empty`."""
+    """The model with its parameters recreated by `to_empty`."""
     state = copy.deepcopy(model.state_dict())
     model.to_empty(device="cpu").load_state_dict(state)
     return model

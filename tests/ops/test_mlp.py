@@ -16,7 +16,7 @@ from tests.conftest import (
     with_others_fixed,
 )
 
-# The inner dimensions end in whole and in broken vectors.
+# Inner dimensions with and without a partial last vector.
 SIZES = [
     (1, 8, 32),
     (1, 20, 36),
@@ -72,7 +72,7 @@ def test_parity(arithmetic: str, size: tuple[int, int, int], norm: str) -> None:
 def test_parity_of_long_sums(arithmetic: str, size: tuple[int, int, int]) -> None:
     run, tensors = problem(size)
     assert_parity(run, *tensors)
-    # Of one sign: small numbers meet large sums.
+    # With a single sign, small numbers are added to large sums.
     run, tensors = problem(size, "none", activation="relu")
     assert_parity(run, *(tensor.abs() for tensor in tensors))
 
@@ -88,7 +88,7 @@ def test_parity_of_activations(arithmetic: str, activation: str, p: float) -> No
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("scale", [1e-20, 100.0, 1e4])
 def test_parity_far_from_one(arithmetic: str, activation: str, scale: float) -> None:
-    """Where an activation is flat, or straight, or rounds to zero."""
+    """Inputs for which an activation is flat, linear, or rounds to zero."""
     run, (x, *parameters) = problem((7, 24, 100), "none", False, activation)
     assert_parity(run, x * scale, *parameters)
 
@@ -99,11 +99,11 @@ def test_parity_of_any_layout(arithmetic: str, layout: str, norm: str) -> None:
     run, tensors = problem((9, 21, 38), norm)
     inputs = [LAYOUTS[layout](tensor) for tensor in tensors]
     assert_parity(run, *inputs)
-    assert_parity(lambda *tensors: run(*tensors).mT, *inputs)  # and of the gradient that comes
+    assert_parity(lambda *tensors: run(*tensors).mT, *inputs)  # also of the incoming gradient
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_parity_of_dropout_behind(arithmetic: str, norm: str) -> None:
+def test_parity_of_output_dropout(arithmetic: str, norm: str) -> None:
     for size, p in (((7, 30, 120), 0.0), ((65, 40, 33), 0.3)):
         run, tensors = problem(size, norm, p=p, out_p=0.2)
         assert_parity(run, *tensors)
@@ -127,7 +127,7 @@ def test_not_a_number_and_infinity_as_in_the_reference(
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_of_what_is_no_number(arithmetic: str, activation: str, bad: float) -> None:
+def test_activations_of_nan_and_infinity(arithmetic: str, activation: str, bad: float) -> None:
     def run(x: Tensor) -> Tensor:
         same = Linear(torch.ones(1, 1, dtype=x.dtype), None)
         return mlp(x, Mlp(same, same, activation))
@@ -150,7 +150,7 @@ def test_same_bits(arithmetic: str, threads: None, norm: str) -> None:
 
 def test_wrong_sizes_and_names_are_refused() -> None:
     fc1, fc2 = Linear(torch.ones(8, 4), None), Linear(torch.ones(4, 8), None)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         mlp(torch.ones(2, 5), Mlp(fc1, fc2))
     with pytest.raises(ValueError, match="Unknown activation 'tanh'"):
         mlp(torch.ones(2, 4), Mlp(fc1, fc2, "tanh"))

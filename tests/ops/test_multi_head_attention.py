@@ -39,7 +39,7 @@ SHAPES = [
 NORMS = ["none", "pre", "post"]
 
 
-# Lengths of sequences that lie side by side.
+# Lengths of packed sequences.
 LENGTHS = [(1,), (7, 1, 3), (5, 0, 64, 66), (9, 3, 1, 30, 2, 8, 17, 1, 5)]
 
 
@@ -96,7 +96,7 @@ def test_parity_of_one_dropout_alone(arithmetic: str, p: tuple[float, float], no
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_parity_of_masks(arithmetic: str, mask: str) -> None:
-    """Of every shape that can be broadcast: a letter stands for a size."""
+    """Every broadcastable shape; each letter stands for a size."""
     B, N, S = 2, 3, 18
     sizes = named_sizes(mask, B=B, N=N, S=S, T=S)
     attn_mask = torch.rand(sizes, generator=torch.Generator().manual_seed(1)) < 0.4
@@ -120,10 +120,10 @@ def test_parity_of_fully_masked_rows(arithmetic: str, norm: str) -> None:
         assert torch.equal(nothing[1, 4:7], torch.zeros(3, 24))
 
 
-def side_by_side(
+def packed_sequences(
     lengths: tuple[int, ...], norm: str, **settings: Any
 ) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """The operation on sequences of these lengths."""
+    """The operation on packed sequences of these lengths."""
     starts = tuple(accumulate(lengths, initial=0))
     run, (x, *parameters) = problem((1, 3, sum(lengths), 7), norm, starts=starts, **settings)
     return run, [x[0], *parameters]
@@ -131,18 +131,18 @@ def side_by_side(
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
 @pytest.mark.parametrize("norm", NORMS)
-def test_parity_of_sequences_side_by_side(
-    arithmetic: str, lengths: tuple[int, ...], norm: str
-) -> None:
+def test_parity_of_packed_sequences(arithmetic: str, lengths: tuple[int, ...], norm: str) -> None:
     for is_causal in (False, True):
-        run, tensors = side_by_side(lengths, norm, causal=is_causal)
+        run, tensors = packed_sequences(lengths, norm, causal=is_causal)
         assert_parity(run, *tensors)
 
 
 @pytest.mark.parametrize("implementation", ["ref", "cpu"])
-def test_sequences_side_by_side_are_those_alone(implementation: str) -> None:
+def test_packed_sequences_equal_separate_ones(implementation: str) -> None:
     with fastllm.use(implementation):
-        run, (x, *parameters) = side_by_side((5, 9, 2), "pre", weights_p=0, out_p=0, causal=True)
+        run, (x, *parameters) = packed_sequences(
+            (5, 9, 2), "pre", weights_p=0, out_p=0, causal=True
+        )
         alone, _ = problem((1, 3, 9, 7), "pre", weights_p=0, out_p=0, causal=True)
         parts = [alone(part[None], *parameters)[0] for part in x.split([5, 9, 2])]
         assert torch.allclose(run(x, *parameters), torch.cat(parts), atol=1e-5)
@@ -154,7 +154,7 @@ def test_wrong_starts_are_refused(starts: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="starts must rise from 0 to the number of rows 5"):
         run(x[0], *parameters)
     run, (x, *parameters) = problem((1, 3, 5, 7), starts=(0, 5), mask=torch.ones(5, 5) > 2)
-    with pytest.raises(ValueError, match="starts and mask exclude each other"):
+    with pytest.raises(ValueError, match="starts and mask are mutually exclusive"):
         run(x[0], *parameters)
 
 
@@ -164,7 +164,7 @@ def test_parity_of_any_layout(arithmetic: str, layout: str, norm: str) -> None:
     run, tensors = problem((2, 3, 9, 7), norm, causal=True)
     inputs = [LAYOUTS[layout](tensor) for tensor in tensors]
     assert_parity(run, *inputs)
-    assert_parity(lambda *tensors: run(*tensors).mT, *inputs)  # and of the gradient that comes
+    assert_parity(lambda *tensors: run(*tensors).mT, *inputs)  # also of the incoming gradient
 
 
 def test_parity_of_long_sums(arithmetic: str) -> None:
@@ -173,11 +173,11 @@ def test_parity_of_long_sums(arithmetic: str) -> None:
 
 
 def test_parity_of_large_scores(arithmetic: str) -> None:
-    """Beyond 1e4. All products of these are exact: what is left is the softmax."""
+    """Scores beyond 1e4. All products are exact, so only the softmax can differ."""
     run, (x, qkv, *rest) = problem((1, 2, 40, 16), "none", False, causal=True)
     x, qkv = (x * 8).round(), (qkv * 8).round()
     qkv[:64] *= 4
-    x[:, ::3] /= 2**13  # some rows whose weights are neither 0 nor 1
+    x[:, ::3] /= 2**13  # some rows have weights other than 0 and 1
     q, k = (x @ qkv[:64].T).view(40, 2, 2, 16).permute(1, 2, 0, 3)
     assert (q @ k.mT / 4).max() > 1e4
     assert_parity(run, x, qkv, *rest)
@@ -201,7 +201,7 @@ def test_one_gradient_alone(arithmetic: str, wanted: int) -> None:
         assert_parity(with_others_fixed(run, tensors, wanted), tensors[wanted])
 
 
-# One sequence is shared out among threads, several go to a thread each.
+# Threads divide a single sequence; of several sequences, each goes to one thread.
 @pytest.mark.parametrize(
     ("shape", "norm"), [((1, 3, 33, 8), "pre"), ((5, 2, 17, 20), "post")], ids=["B1", "B5"]
 )
@@ -213,8 +213,8 @@ def test_same_bits(
 
 
 @pytest.mark.parametrize("lengths", LENGTHS[2:], ids=["few", "many"])
-def test_same_bits_of_sequences_side_by_side(
+def test_same_bits_of_packed_sequences(
     arithmetic: str, threads: None, lengths: tuple[int, ...]
 ) -> None:
-    run, tensors = side_by_side(lengths, "post")
+    run, tensors = packed_sequences(lengths, "post")
     assert_same_bits(bits(run, *tensors))

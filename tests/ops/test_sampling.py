@@ -30,7 +30,7 @@ def tokens(implementation: str, *arguments: object) -> list[int]:
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("V", [1, 2, 15, 16, 17, 66, 1500, 50_257])
 def test_parity(isa: str, V: int, sampling: Sampling) -> None:
-    """The same tokens as the reference, also among equal logits and with some ruled out."""
+    """The reference's tokens, also with equal logits and with excluded tokens."""
     generator = torch.Generator().manual_seed(V)
     for step in range(5):
         logits = 3 * torch.randn(3, V, generator=generator)
@@ -64,7 +64,7 @@ ROWS = st.lists(st.floats(-30, 30, width=32) | st.just(-math.inf) | st.sampled_f
 )
 @settings(deadline=None, max_examples=300, derandomize=True)
 def test_any_settings(row: list[float], sampling: Sampling, seed: int, step: int) -> None:
-    """A token that no rule excludes, and the reference's, whatever the numbers."""
+    """For any numbers, the token is the reference's, and no rule excludes it."""
     logits = torch.tensor([row])
     seen = torch.zeros_like(logits, dtype=torch.bool)
     (token,) = tokens("cpu", logits, sampling, [seed], step, seen)
@@ -77,7 +77,7 @@ def test_any_settings(row: list[float], sampling: Sampling, seed: int, step: int
 
 
 def drawn(logits: Tensor, sampling: Sampling, steps: int = 20_000) -> Tensor:
-    """How often each token came up."""
+    """How often each token was drawn."""
     counts = torch.zeros(logits.numel())
     rows = logits.expand(100, -1).contiguous()
     for step in range(steps // 100):
@@ -99,7 +99,7 @@ def test_each_sequence_has_its_own_settings_and_step(isa: str, V: int, implement
         alone = tokens(implementation, logits[row], own, seeds[row], steps[b], seen[row])
         assert alone == together[row]
     for wrong in ((SAMPLINGS[:5], steps), (SAMPLINGS, steps[:5])):
-        with pytest.raises(ValueError, match="do not fit 6 seeds"):
+        with pytest.raises(ValueError, match="do not match 6 seeds"):
             sample(logits, wrong[0], seeds, wrong[1], seen)
 
 
@@ -119,11 +119,11 @@ def test_the_nucleus_has_its_mass_and_no_token_too_many(top_p: float) -> None:
     nucleus = drawn(logits, Sampling(top_p=top_p)) > 0
     assert probabilities[nucleus].min() > probabilities[~nucleus].max()
     assert probabilities[nucleus].sum() - probabilities[nucleus].min() < top_p
-    # What is in it may not have come up if it is hardly ever drawn.
+    # An unlikely token of the nucleus may never have been drawn.
     assert probabilities[nucleus].sum() >= top_p - 1e-3
 
 
-def test_min_p_and_top_k_leave_who_they_should() -> None:
+def test_min_p_and_top_k_keep_the_right_tokens() -> None:
     logits = torch.tensor([0.5, 0.24, 0.051, 0.049, 0.16]).log()
     assert (drawn(logits, Sampling(min_p=0.1)) > 0).tolist() == [True, True, True, False, True]
     assert (drawn(logits, Sampling(top_k=2)) > 0).tolist() == [True, True, False, False, False]
@@ -131,12 +131,12 @@ def test_min_p_and_top_k_leave_who_they_should() -> None:
     assert (drawn(equal, Sampling(top_k=3)) > 0).tolist() == [True, True, True, False, False]
 
 
-def test_the_penalty_is_for_what_was_seen() -> None:
+def test_the_penalty_applies_to_seen_tokens() -> None:
     logits = torch.tensor([[2.0, 1.9, -1.0], [-1.0, -1.1, -9.0]])
     seen = torch.tensor([[True, False, False], [True, False, False]])
     assert sample(logits, Sampling(0), [0, 0], 0).tolist() == [0, 0]
     assert sample(logits, Sampling(0, repetition_penalty=1.2), [0, 0], 0, seen).tolist() == [1, 1]
-    assert torch.equal(logits[0], torch.tensor([2.0, 1.9, -1.0]))  # they are not changed
+    assert torch.equal(logits[0], torch.tensor([2.0, 1.9, -1.0]))  # unchanged
 
 
 def test_a_draw_is_a_function_of_seed_and_step(threads: None) -> None:
@@ -183,10 +183,10 @@ def test_logits_that_give_no_probabilities(implementation: str, row: Sequence[fl
         sample(torch.tensor([[0.0, 1.0], row]), Sampling(), [0, 0], 0)
 
 
-def test_what_does_not_fit() -> None:
+def test_mismatched_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="a repetition_penalty other than 1 needs `seen`"):
         sample(torch.zeros(1, 3), Sampling(repetition_penalty=1.1), [0], 0)
-    with pytest.raises(ValueError, match=r"logits \[2, 3\] and 1 seeds do not fit"):
+    with pytest.raises(ValueError, match=r"logits \[2, 3\] and 1 seeds do not match"):
         sample(torch.zeros(2, 3), Sampling(), [0], 0)
     for seen, got in (
         (torch.ones(3, dtype=torch.bool), r"torch.bool \[3\] on cpu"),

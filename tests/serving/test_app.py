@@ -489,7 +489,7 @@ def random_body(source: random.Random) -> bytes:
 
 
 def test_a_thousand_random_requests(characters: Model) -> None:
-    """Each gets a completion or an error with a reason, and the server goes on."""
+    """Each gets a completion or an error with a reason, and the server continues."""
     model, tokenizer = characters
     served = ServedModel(
         "tiny", tokenizer, TrainConfig(), "fp32", 1, model.max_seq_len, Path("nowhere"), {}, 1

@@ -348,7 +348,7 @@ def test_killed_a_hundred_times(tmp_path: Path, text: Path) -> None:
         alive = child.is_alive()
         child.kill()
         child.join()
-        assert alive, f"run {kill} ended by itself with exit code {child.exitcode}"
+        assert alive, f"run {kill} ended on its own with exit code {child.exitcode}"
         if last_step < 0 and not list(run_dir.glob("checkpoints/step-*")):
             for file in [*run_dir.glob("*.*")]:
                 file.unlink()

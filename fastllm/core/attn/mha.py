@@ -16,8 +16,8 @@ from fastllm.ops.torch_private import submodules, weight_and_bias
 class KeyValueCache:
     """The keys and values of the positions so far, for one attention layer.
 
-    Memory for `max_seq_len` positions is allocated at the first use, so that a step of generation
-    writes one position and copies nothing.
+    Memory for `max_seq_len` positions is allocated on first use, so that a generation step writes
+    one position and copies nothing.
     """
 
     def __init__(self, max_seq_len: int) -> None:
@@ -27,7 +27,7 @@ class KeyValueCache:
         self._values: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds k and v [B, N, S, D] of new positions; returns those of all positions [B, N, T, D].
+        """Appends k and v [B, N, S, D] of new positions; returns all of them, [B, N, T, D].
 
         Raises:
             ValueError: they do not fit into `max_seq_len` positions.
@@ -55,10 +55,10 @@ class MultiHeadAttention(nn.Module):
         num_heads: N.
         p: dropout probability, of the attention weights and of the output.
         bias: biases in both projections.
-        eps: of the layer norm.
+        eps: the layer norm's epsilon.
         norm_first: normalise the input (Pre-LN) rather than the sum (Post-LN).
         is_causal: hide later positions unless `forward` says otherwise.
-        include_norm_residual: do the layer norm and the residual connection here.
+        include_norm_residual: include the layer norm and the residual connection.
 
     Raises:
         ValueError: `hidden_size` is not a multiple of `num_heads`.
@@ -115,10 +115,10 @@ class MultiHeadAttention(nn.Module):
         """Attends from every position of `hidden_states` [B, S, H]; returns [B, S, H].
 
         Args:
-            attn_mask: boolean, broadcastable to [B, N, S, S] ([B, N, S, T] with a cache, T counting
-                its positions and these); **True means masked**.
-            is_causal: overrides the constructor's.
-            cache: holds the earlier positions; these are added.
+            attn_mask: boolean, broadcastable to [B, N, S, S] ([B, N, S, T] with a cache, where T
+                counts cached and new positions); **True means masked**.
+            is_causal: overrides the constructor's setting.
+            cache: the earlier positions; the new ones are appended.
         """
         norm = None if self.norm is None else plain_norm(self.norm, self.hidden_size)
         if cache is None and (self.norm is None or norm is not None):
@@ -154,7 +154,7 @@ class MultiHeadAttention(nn.Module):
         run.
 
         Args:
-            norm: the layer norm to do with it, if any.
+            norm: the layer norm to include, if any.
         """
         qkv, out, dropout = submodules(self, "qkv_proj", "out_proj", "dropout")
         if not all_are(nn.Linear, qkv, out) or not is_plain(qkv, out, dropout):

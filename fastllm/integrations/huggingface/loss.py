@@ -171,7 +171,7 @@ class LanguageModel(FusedModule):
         if num_items_in_batch is None:
             return linear_cross_entropy(rows, head, targets, ignore_index)
         if len(scored) == 0:
-            return F.linear(rows, *head).sum()  # 0, of which the mean would be NaN
+            return F.linear(rows, *head).sum()  # 0; the mean over no tokens would be NaN
         loss = linear_cross_entropy(rows, head, targets, ignore_index)
         return loss * (len(scored) / num_items_in_batch)
 
@@ -206,9 +206,9 @@ class TiedEmbeddingFunction(torch.autograd.Function):
     """The embeddings of tokens, and the same weight for the head.
 
     Left to itself, autograd adds to the head's gradient another one of the whole vocabulary, zero
-    but for a batch's tokens. Here it adds the rows of these tokens alone. The weight is passed
+    except for a batch's tokens. Here it adds only the rows of these tokens. The weight is passed
     twice and gets two gradients: autograd adds a sparse one that came first to the dense one in
-    place, unless somebody else, such as a hook, holds that as well.
+    place, unless something else, such as a hook, holds that as well.
     """
 
     @staticmethod
