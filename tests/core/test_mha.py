@@ -90,7 +90,7 @@ def test_dropout_on_weights_and_output_only_in_training() -> None:
     x = torch.randn(2, 5, 16)
     assert not torch.equal(mha(x), mha(x))
     assert torch.equal(mha.eval()(x), mha(x))
-    # The dropout of the weights remains without that of the output.
+    # Without output dropout, the weights' dropout still applies.
     mha.train()
     mha.dropout = nn.Dropout(0.0)
     assert not torch.equal(mha(x), mha(x))

@@ -53,7 +53,7 @@ def test_dropout_lies_between_activation_and_fc2() -> None:
         mlp.fc2.weight.fill_(1.0)
         mlp.fc2.bias.fill_(0.5)
     out = mlp(torch.zeros(1, 8))
-    # A sum of 4000 units, each 0 or 2 with equal probability; all outputs are equal.
+    # All outputs are equal: a sum of 4000 units, each 0 or 2 with equal probability.
     assert torch.equal(out, out[:, :1].expand(1, 8))
     assert abs(out[0, 0].item() - 4000.5) < 5 * 4000**0.5
     assert mlp.eval()(torch.zeros(1, 8))[0, 0].item() == 4000.5

@@ -29,7 +29,7 @@ def random_qkv(B: int, N: int, S: int, D: int, dtype: torch.dtype = torch.float3
 
 
 def test_by_hand() -> None:
-    """Two positions, one head of one element: every number can be done on paper."""
+    """Two positions, one head of one element: every number can be checked by hand."""
     q = torch.tensor([[[[1.0], [2.0]]]])
     k = torch.tensor([[[[0.0], [math.log(3)]]]])
     v = torch.tensor([[[[10.0], [20.0]]]])
@@ -93,7 +93,7 @@ def test_queries_of_a_cache_are_the_last_positions() -> None:
 
 def test_dropout_is_on_the_weights() -> None:
     q, k, v = random_qkv(1, 1, 5, 5)
-    # Every row begins with a group of 64 random numbers of its own.
+    # Every row begins with its own group of 64 random numbers.
     keep = keep_mask(torch.Size([1, 1, 5, 64]), 0.5, 42, 0, "cpu")[..., :5]
     weights = (q @ k.mT / math.sqrt(5)).softmax(-1)
     expected = torch.where(keep, weights * 2, 0) @ v
@@ -140,7 +140,7 @@ def test_parity(isa: str, shape: tuple[int, int, int, int], is_causal: bool) -> 
     "sizes", [(2, 3, 7, 7), (2, 3, 66, 66), (2, 3, 5, 70)], ids=shape_name("BNST")
 )
 def test_parity_of_masks(isa: str, shape: str, sizes: tuple[int, int, int, int]) -> None:
-    """Of every shape that can be broadcast: a letter stands for a size."""
+    """Every broadcastable shape; each letter stands for a size."""
     B, N, S, T = sizes
     generator = torch.Generator().manual_seed(S)
     mask = torch.rand(named_sizes(shape, B=B, N=N, S=S, T=T), generator=generator) < 0.4
@@ -170,7 +170,7 @@ def test_parity_of_fully_masked_rows(isa: str, S: int, p: float) -> None:
     masked = torch.ones(2, 1, S, S, dtype=torch.bool)
     all_but_one = masked.clone()
     all_but_one[0, 0, S // 2, 0] = False
-    ahead = masked[0].triu()  # together with causality, nothing at all is left
+    ahead = masked[0].triu()  # causality then masks all the rest
     for mask, is_causal in ((masked, False), (all_but_one, False), (ahead, True), (masked, True)):
 
         def run(*t: Tensor, mask: Tensor = mask, causal: bool = is_causal) -> Tensor:
@@ -197,8 +197,8 @@ def test_parity_of_queries_at_the_end_of_more_keys(isa: str, S: int, T: int) -> 
 def test_parity_of_any_layout(isa: str, layout: str, D: int) -> None:
     inputs = [LAYOUTS[layout](tensor) for tensor in random_qkv(2, 3, 19, D)]
     assert_parity(lambda *t: attention(*t, None, True, 0.2, 5), *inputs)
-    assert_parity(lambda *t: attention(*t).mT, *inputs)  # and of the gradient that comes
-    # As a projection leaves them: q, k and v of each head side by side.
+    assert_parity(lambda *t: attention(*t).mT, *inputs)  # also of the incoming gradient
+    # As a projection returns them: q, k and v of each head are adjacent.
     side_by_side = torch.stack(random_qkv(2, 3, 19, D), 2).permute(0, 3, 2, 1, 4).contiguous()
     assert_parity(lambda x: attention(*x.permute(2, 0, 3, 1, 4), None, True, 0.2, 5), side_by_side)
 
@@ -206,10 +206,10 @@ def test_parity_of_any_layout(isa: str, layout: str, D: int) -> None:
 @pytest.mark.parametrize("S", [9, 65])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["open", "causal"])
 def test_parity_of_large_scores(isa: str, S: int, is_causal: bool) -> None:
-    """Beyond 1e4. All products of these are exact: what is left is the softmax."""
+    """Scores beyond 1e4. All products are exact, so only the softmax can differ."""
     q, k, v = random_qkv(1, 2, S, 16)
     q, k = (q * 500).round(), (k * 20).round()
-    q[:, :, ::3] /= 2**13  # some rows whose weights are neither 0 nor 1
+    q[:, :, ::3] /= 2**13  # some rows have weights other than 0 and 1
     scores = q @ k.mT / 4
     assert scores.max() > 1e4 and scores.min() < -1e4
     assert_parity(lambda *t: attention(*t, None, is_causal, 0.1, 3), q, k, v)
@@ -262,7 +262,7 @@ def test_additive_mask_is_refused_with_the_remedy() -> None:
         attention(q, k, v, torch.zeros(3, 3))
 
 
-def test_not_a_number_of_any_bits_stays_so(isa: str) -> None:
+def test_nan_with_any_payload_propagates(isa: str) -> None:
     q, k, v = random_qkv(1, 1, 5, 8)
     for payload in (-1, 0x7F800001, 0x7FC00001):
         bad = k.clone()
@@ -272,7 +272,7 @@ def test_not_a_number_of_any_bits_stays_so(isa: str) -> None:
         assert out.isnan().all()
 
 
-def test_a_probability_that_is_none_is_refused() -> None:
+def test_a_dropout_probability_out_of_range_is_refused() -> None:
     q, k, v = random_qkv(1, 1, 5, 8)
     for p in (-0.1, 1.5):
         with pytest.raises(ValueError, match="between 0 and 1"):

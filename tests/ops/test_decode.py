@@ -31,7 +31,7 @@ MODELS = {
     "silu": {"mlp_activation": "silu"},
     "leaky_relu": {"mlp_activation": "leaky_relu"},
 }
-# V, N, D, I, L: sizes that end in whole and in broken vectors
+# V, N, D, I, L: sizes with and without a partial last vector
 SIZES = {
     "odd": (67, 3, 7, 29, 2),
     "even": (66, 2, 32, 128, 2),
@@ -39,8 +39,8 @@ SIZES = {
     "long": (300, 2, 48, 2100, 1),
     "no-layers": (20, 1, 8, 8, 0),
 }
-# How many tokens more each of three sequences gets, step by step: prompts of unequal lengths, one
-# by one, several behind a prefix, none.
+# The number of tokens that each of three sequences gets in each step: prompts of unequal lengths,
+# single tokens, several after a prefix, none.
 STEPS = [(5, 1, 33), (1, 1, 1), (1, 0, 1), (3, 30, 2), (1, 1, 1)]
 
 
@@ -84,7 +84,7 @@ def decoded(
 
 @torch.no_grad()
 def recomputed(model: DecoderModel, ids: Tensor) -> Tensor:
-    """The same by the reference, from the beginning at every step."""
+    """The same logits from the reference, recomputed from the start at every step."""
     lengths = torch.tensor(STEPS).cumsum(0)
     with fastllm.use("ref"):
         rows = [
@@ -98,7 +98,7 @@ def recomputed(model: DecoderModel, ids: Tensor) -> Tensor:
 def assert_parity(model: DecoderModel, precision: str = "fp32") -> None:
     ids = make_ids(model)
     actual = decoded(start(model, precision=precision), ids)
-    if precision == "int8":  # what it computes is exactly this
+    if precision == "int8":  # the kernel computes exactly with these weights
         model = copy.deepcopy(model)
         round_weights_to_int8(model)
     oracle = recomputed(copy.deepcopy(model).double(), ids)
@@ -120,7 +120,7 @@ def test_parity_of_models(isa: str, kind: str, precision: str) -> None:
 
 
 def test_parity_of_a_row_of_zeros_and_of_one_weight_alone(isa: str) -> None:
-    """Whose scales are 0, and much larger than the others."""
+    """Rows with scale 0, and with a scale much larger than the others."""
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight[3] = 0
@@ -153,7 +153,7 @@ def test_rounding_to_8_bits_is_by_half_a_step_at_most() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_same_bits(isa: str, threads: None, precision: str) -> None:
-    """For any number of threads, and whether a short prompt comes in one go or not."""
+    """For any number of threads, and for a short prompt at once or token by token."""
     model = make_model("even")
     ids = make_ids(model)
     expected = None
@@ -183,8 +183,8 @@ def test_a_sequence_does_not_depend_on_the_others() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("size", ["odd", "even", "long"])
-def test_rows_are_the_same_bits_whoever_is_beside_them(isa: str, size: str, precision: str) -> None:
-    """Tiles of every height, and more rows than one unit of work has; who comes and goes."""
+def test_rows_have_the_same_bits_in_every_batch(isa: str, size: str, precision: str) -> None:
+    """Tiles of every height, more rows than one unit of work, and sequences that join and leave."""
     model = make_model(size)
     B, source = 130, torch.Generator().manual_seed(3)
     ids = torch.randint(0, model.vocab_size, (B, 12), generator=source).tolist()
@@ -198,7 +198,7 @@ def test_rows_are_the_same_bits_whoever_is_beside_them(isa: str, size: str, prec
         for b in members:
             decoding.clear(b)
         for step in range(8):
-            # Some have their prompts while the others go on.
+            # Some sequences get their prompts while others continue.
             tokens = {b: ids[b][:5] for b in members if step == b % 3}
             tokens |= {b: ids[b][step - b % 3 + 4 :][:1] for b in members if step > b % 3}
             if not tokens:
@@ -229,7 +229,7 @@ def test_a_row_for_every_token(isa: str) -> None:
 
 
 @needs_extension
-def test_a_cleared_sequence_begins_anew() -> None:
+def test_a_cleared_sequence_starts_over() -> None:
     model = make_model()
     ids = make_ids(model)
     decoding = start(model)
@@ -264,7 +264,7 @@ def test_bad_input_changes_nothing() -> None:
 
 @needs_extension
 def test_threads_take_turns() -> None:
-    """Every token gets a place of its own, whoever brings it."""
+    """Every token gets its own position, whichever thread appends it."""
     model = make_model()
     decoding = start(model, 2)
     with ThreadPoolExecutor(4) as pool:
@@ -291,8 +291,8 @@ def test_another_default_type_changes_nothing(precision: str) -> None:
 
 @needs_extension
 @pytest.mark.parametrize("kind", ["plain", "learned", "post"])
-def test_weights_are_those_of_the_beginning(kind: str) -> None:
-    """But for the token embeddings, which are too large to be copied."""
+def test_later_changes_to_the_weights_have_no_effect(kind: str) -> None:
+    """Except for the token embeddings, which are too large to be copied."""
     model = make_model(kind=kind)
     decoding, same = start(model), start(model)
     expected = same.extend([[1], [2], [3]])
@@ -306,7 +306,7 @@ def test_weights_are_those_of_the_beginning(kind: str) -> None:
 
 @needs_extension
 def test_memory_that_the_model_gives_up_is_not_read() -> None:
-    """A model that is moved or gets another type has new memory, and the old is soon another's."""
+    """Moving or converting a model frees its old memory, which is soon reused."""
     model = make_model("even")
     decoding, same = start(model), start(model)
     expected = same.extend([[1], [2], [3]])
@@ -376,13 +376,13 @@ def test_models_of_other_layers_are_left_to_the_modules(
 
 @needs_extension
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_no_weight_is_kept_that_was_packed(precision: str) -> None:
-    """Only the token embeddings, which are read where they lie, outlive the model."""
+def test_packed_weights_are_not_kept(precision: str) -> None:
+    """Only the token embeddings, which are read in place, outlive the model."""
     model = make_model("even")
     arrays = {}
     for name, parameter in model.named_parameters():
         array = parameter.detach().numpy().copy()
-        arrays[name] = weakref.ref(array)  # which lives as long as a tensor of its memory
+        arrays[name] = weakref.ref(array)  # alive as long as a tensor uses its memory
         parameter.data = torch.from_numpy(array)
         del array, parameter
     decoding = start_decoding(model, 2, precision=precision)
@@ -480,7 +480,7 @@ def test_training_mode_frees_the_packed_weights() -> None:
     model.eval()
     copied = copy.deepcopy(model)
     start_decoding(model, 1)
-    copy.deepcopy(model)  # what is packed does not hinder copies
+    copy.deepcopy(model)  # packed weights do not prevent copies
     assert torch.equal(
         start_decoding(copied, 1).extend([[3]]), start_decoding(model, 1).extend([[3]])
     )

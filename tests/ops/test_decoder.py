@@ -1,4 +1,4 @@
-"""The records: what the kernels refuse, and that names, not positions, tell tensors apart."""
+"""The records: the kernels' checks, and tensors identified by name rather than position."""
 
 import re
 from collections.abc import Callable
@@ -99,7 +99,7 @@ def test_parameters_go_back_to_their_places(record: Any) -> None:
 
 
 def test_gradients_are_matched_to_parameters_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by position: whatever order the record lists its parameters in, gradients are right."""
+    """Gradients do not depend on the order in which the record lists its parameters."""
     torch.manual_seed(0)
     model = DecoderModel(11, H, 2, 2, 12, I, tie_word_embeddings=True, lm_head_bias=False).eval()
     ids = torch.randint(0, 11, (64, 12))
@@ -112,7 +112,7 @@ def test_gradients_are_matched_to_parameters_by_address(monkeypatch: pytest.Monk
     assert all(map(torch.equal, gradients(), expected))
 
 
-def test_a_gradient_of_a_strangers_tensor_is_refused() -> None:
+def test_a_gradient_of_a_foreign_tensor_is_refused() -> None:
     decoder = DecoderModel(11, H, 1, 2, 12, I).record(12)
     assert isinstance(decoder, Decoder)
     ids = torch.zeros(64, 12, dtype=torch.long)
@@ -154,7 +154,7 @@ def test_records_of_a_model_are_made_once() -> None:
     ],
 )
 def test_half_a_norm_can_be_trained(pick: Callable[[DecoderModel], Tensor]) -> None:
-    """Its other half gets no gradient, and costs no memory for one."""
+    """The other half gets no gradient and no memory for one."""
     torch.manual_seed(0)
     model = DecoderModel(11, H, 2, 2, 12, I).eval()
     ids = torch.randint(0, 11, (64, 12))

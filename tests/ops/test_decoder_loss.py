@@ -37,7 +37,7 @@ SHAPES = [
 
 
 def results(model: DecoderModel, implementation: str, *arguments: Any) -> list[Tensor]:
-    """The loss, and its gradients by all parameters that want one."""
+    """The loss and the gradients of all parameters that require one."""
     torch.manual_seed(3)
     wanted = [p for p in model.parameters() if p.requires_grad]
     poison = poisoned_memory() if implementation == "cpu" else nullcontext()
@@ -47,7 +47,7 @@ def results(model: DecoderModel, implementation: str, *arguments: Any) -> list[T
 
 
 def assert_parity(model: DecoderModel, *arguments: Any) -> None:
-    """With the reference in float64, which takes a copy of the model."""
+    """Compares with the reference in float64, on a copy of the model."""
     double = copy.deepcopy(model).double()
     names = ["loss", *(name for name, p in model.named_parameters() if p.requires_grad)]
 
@@ -65,7 +65,7 @@ def assert_parity(model: DecoderModel, *arguments: Any) -> None:
 
 @pytest.fixture(params=[True, False], ids=["whole", "by-operation"])
 def whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """Runs the test with this operation and with those that it stands for."""
+    """Runs the test with this operation and with the ones that it replaces."""
     taken = []
     original = decoder.decoder_loss
     monkeypatch.setattr(decoder, "decoder_loss", lambda *a: taken.append(1) or original(*a))
@@ -90,7 +90,7 @@ TIED: dict[str, Any] = {"tie_word_embeddings": True, "lm_head_bias": False, "pad
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "unscaled"])
 def test_parity_of_tied_models(isa: str, whole: bool, scaled: bool) -> None:
-    """The weight that embeddings and head share is two tensors to the operation."""
+    """The operation sees the weight shared by embeddings and head as two tensors."""
     torch.manual_seed(0)
     model = DecoderModel(66, 48, 2, 3, 40, **TIED, scale_embeddings=scaled)
     ids = torch.randint(0, 66, (8, 33))
@@ -120,7 +120,7 @@ def test_parity_of_shapes(arithmetic: str, whole: bool, shape: tuple[int, ...]) 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_parity_of_masks(arithmetic: str, whole: bool, mask: str) -> None:
-    """Of every shape that can be broadcast: a letter stands for a size."""
+    """Every broadcastable shape; each letter stands for a size."""
     B, N, S = 24, 3, 10
     torch.manual_seed(2)
     model = DecoderModel(20, 24, 1, N, S, 40)
@@ -169,7 +169,7 @@ def test_same_bits(arithmetic: str, threads: None) -> None:
 
 @needs_extension
 def test_backwards_of_several_graphs_and_again() -> None:
-    """Gradients that one backward gave are no other's memory."""
+    """A backward does not reuse the memory of another one's gradients."""
     model = DecoderModel(20, 16, 1, 2, 8)
     ids = torch.randint(0, 20, (8, 8))
     loss = model.loss(ids, ids)

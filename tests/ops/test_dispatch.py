@@ -140,7 +140,7 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# Stands in for an installation without a compiler: the extension is not there to import.
+# Simulates an installation without a compiler: the extension cannot be imported.
 WITHOUT_EXTENSION = "import sys; sys.modules['fastllm._kernels'] = None\n"
 
 

@@ -9,7 +9,7 @@ SIZES = [1, 5, 63, 64, 65, 1000, 64 * 16 + 1]
 
 
 def test_philox_known_answers() -> None:
-    """The published answers of the generator's authors (Random123, kat_vectors) for a zero key."""
+    """The known answers that the generator's authors published (Random123) for a zero key."""
     words = [int(word) for word in philox(torch.zeros((), dtype=torch.int64), seed=0, stream=0)]
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
@@ -25,7 +25,7 @@ def test_every_instruction_set_draws_the_mask_of_the_reference(
     assert torch.equal(out, dropout_ref(x, p, seed=2**62 + 12345, stream=7))
 
 
-def test_gradient_meets_the_mask_of_the_forward(isa: str) -> None:
+def test_the_gradient_uses_the_mask_of_the_forward(isa: str) -> None:
     x = torch.randn(3, 50, requires_grad=True)
     grad = torch.randn(3, 50)
     with fastllm.use("cpu"):
@@ -115,7 +115,7 @@ def test_under_vmap_and_torch_func() -> None:
     assert torch.equal(out[1], dropout_ref(x[1], 0.5, seed=8, stream=0))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own doing
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch itself uses it
 def test_forward_mode() -> None:
     x, tangent = torch.randn(4, 8), torch.randn(4, 8)
     with torch.autograd.forward_ad.dual_level():

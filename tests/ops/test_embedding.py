@@ -49,12 +49,12 @@ def test_parity_of_any_layout(isa: str, layout: str) -> None:
 
     for some_ids in (ids, ids.int(), ids.t().contiguous().t(), torch.cat((ids, ids), 1)[:, ::2]):
         assert_parity(partial(run, some_ids), weight, positions)
-    # The gradient comes transposed.
+    # The incoming gradient is transposed.
     assert_parity(lambda *t: run(ids, *t).mT, weight, positions)
 
 
 def test_long_sums(isa: str) -> None:
-    """Every token is the same one: its gradient is the sum over all of them."""
+    """All tokens are equal, so one row's gradient is the sum over all of them."""
     _, weight, positions = random_inputs(8, 300, 24, 4)
     ids = torch.full((8, 300), 2)
     settings = (4.0, None, Dropout(0.1, 7))
@@ -68,7 +68,7 @@ def test_not_a_number_and_infinity_as_in_the_reference(isa: str, bad: float, whi
     inputs[which][2, 36] = bad
     for p in (0.0, 0.5):
         settings = (2.0, 1, Dropout(p, 3))
-        # The gradient becomes what is no number as well.
+        # The gradient contains NaN or infinity as well.
         assert_parity(lambda *t, s=settings: embedding(ids, Embedding(*t, *s)).square(), *inputs)
 
 

@@ -54,7 +54,7 @@ def test_parity(isa: str, size: tuple[int, int]) -> None:
 def test_parity_of_any_layout(isa: str, layout: str) -> None:
     inputs = [LAYOUTS[layout](t) for t in random_inputs(9, 21)]
     assert_parity(norm, *inputs)
-    assert_parity(lambda *tensors: norm(*tensors).mT, *inputs)  # and of the gradient that comes
+    assert_parity(lambda *tensors: norm(*tensors).mT, *inputs)  # also of the incoming gradient
 
 
 def test_parity_of_more_dimensions(isa: str) -> None:
@@ -66,15 +66,15 @@ def test_parity_of_more_dimensions(isa: str) -> None:
 def test_parity_where_the_mean_is_large(isa: str, mean: float) -> None:
     x, weight, bias, _ = random_inputs(5, 100)
     assert_parity(norm, x + mean, weight, bias)
-    assert_parity(norm, torch.full((3, 100), mean), weight, bias)  # without any variance
+    assert_parity(norm, torch.full((3, 100), mean), weight, bias)  # zero variance
 
 
-def test_no_variance_is_rounded_to_less_than_none(isa: str) -> None:
+def test_rounding_does_not_make_the_variance_negative(isa: str) -> None:
     _, weight, bias, _ = random_inputs(5, 100)
     x = torch.logspace(-20, 18, 400)[:, None].expand(400, 100)
     with fastllm.use("cpu"):
         out = norm(x, weight, bias)
-    assert torch.allclose(out[:150], bias.expand(150, 100))  # as long as eps is larger
+    assert torch.allclose(out[:150], bias.expand(150, 100))  # while eps dominates
     assert out.isfinite().all()
 
 

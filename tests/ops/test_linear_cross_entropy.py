@@ -37,7 +37,7 @@ SIZES = [
 
 
 def random_inputs(rows: int, H: int, V: int) -> tuple[Tensor, list[Tensor]]:
-    """Targets, of which some are not scored, and x, weight and bias."""
+    """Targets, some of them not scored, and x, weight and bias."""
     generator = torch.Generator().manual_seed(rows * 10_000 + H * 100 + V)
     x, weight, bias = (torch.randn(s, generator=generator) for s in ((rows, H), (V, H), (V,)))
     targets = torch.randint(0, V, (rows,), generator=generator)
@@ -46,7 +46,7 @@ def random_inputs(rows: int, H: int, V: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def loss(x: Tensor, weight: Tensor, *rest: Tensor, ignore_index: int = -100) -> Tensor:
-    """Of x, weight, perhaps a bias, and the targets."""
+    """The loss of x, weight, an optional bias, and the targets."""
     bias = rest[0] if len(rest) == 2 else None
     return linear_cross_entropy(x, Linear(weight, bias), rest[-1], ignore_index)
 
@@ -62,14 +62,14 @@ def test_parity(arithmetic: str, size: tuple[int, int, int]) -> None:
     "size", [(5, 3072, 66), (6000, 8, 30), (2, 8, 20_000)], ids=shape_name("RHV")
 )
 def test_parity_of_long_sums_of_one_sign(arithmetic: str, size: tuple[int, int, int]) -> None:
-    """Where small numbers meet large sums."""
+    """Small numbers are added to large sums."""
     targets, (x, *parameters) = random_inputs(*size)
     assert_parity(lambda *t: loss(*t, targets), x.abs(), *(t.abs() for t in parameters))
 
 
 @needs_extension
-def test_parity_of_more_logits_than_are_taken_at_once() -> None:
-    """The kernel holds 16 M of them, whatever the instruction set."""
+def test_parity_of_more_logits_than_the_kernel_holds_at_once() -> None:
+    """It holds 16 M of them, for every instruction set."""
     rows, V = 113, 151_936
     assert rows * V > 16 * 2**20
     targets, inputs = random_inputs(rows, 4, V)
@@ -102,7 +102,7 @@ def test_parity_of_any_ignore_index(arithmetic: str, ignore_index: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0])
 def test_parity_of_large_logits(arithmetic: str, scale: float) -> None:
-    """Up to 1e4. All products of these are exact: what is left is the softmax."""
+    """Logits up to 1e4. All products are exact, so only the softmax can differ."""
     targets, (x, weight, _) = random_inputs(40, 32, 67)
     x, weight = (x * 100).round(), (weight * 100).round()
     assert (x @ weight.T).abs().max() > 1e4
@@ -120,7 +120,7 @@ def test_not_a_number_and_infinity_as_in_the_reference(
 
 
 def test_tokens_that_are_ruled_out(arithmetic: str) -> None:
-    """A bias of minus infinity; no target is one of them."""
+    """Some tokens have a bias of minus infinity; none of them is a target."""
     targets, inputs = random_inputs(7, 21, 37)
     inputs[2][[0, 15, 36]] = -math.inf
     targets[:] = torch.tensor([1, 2, -100, 4, 14, 16, 35])

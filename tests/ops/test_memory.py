@@ -1,4 +1,4 @@
-"""Gradients of large parameters, whose memory goes from one step to the next."""
+"""Gradients of large parameters, whose memory is reused from step to step."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ pytestmark = needs_extension
 
 @pytest.fixture
 def everything_large(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lets every gradient take the way of the large ones; counts them."""
+    """Handles every gradient like a large one, and records their sizes."""
     sizes: list[int] = []
     original = extension.kernels.Memory
     monkeypatch.setattr(extension.kernels, "Memory", lambda n: sizes.append(n) or original(n))
@@ -28,7 +28,7 @@ def everything_large(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_parity(everything_large: list[int]) -> None:
-    """What was there from the step before does not show."""
+    """Old contents of reused memory do not affect the results."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 9, (3, 7), generator=generator)
     sizes = ((3, 7, 24), (36, 24), (24, 36), (72, 24), (24, 24), (9, 24), (7, 24), (24,), (24,))
@@ -60,7 +60,7 @@ def test_parity(everything_large: list[int]) -> None:
     assert len(everything_large) == 3 * (5 + 3 + 3 + 2 + 2)
 
 
-def test_memory_serves_again_and_nothing_alive_changes(everything_large: list[int]) -> None:
+def test_memory_is_reused_and_live_gradients_do_not_change(everything_large: list[int]) -> None:
     torch.manual_seed(0)
     model = DecoderModel(11, 16, 1, 2, 8)
     batches = [torch.randint(0, 11, (32, 8)) for _ in range(4)]
@@ -74,7 +74,7 @@ def test_memory_serves_again_and_nothing_alive_changes(everything_large: list[in
     def addresses(tensors: list[Tensor]) -> set[int]:
         return {tensor.data_ptr() for tensor in tensors}
 
-    # While several steps' gradients are alive, each keeps what it was given.
+    # While several steps' gradients are alive, each keeps its own memory.
     alive = [gradients(ids) for ids in batches]
     copies = [[grad.clone() for grad in step] for step in alive]
     places = [addresses(step) for step in alive]
@@ -84,7 +84,7 @@ def test_memory_serves_again_and_nothing_alive_changes(everything_large: list[in
         for grad, copy, repeat in zip(grads, copied, repeated, strict=True):
             assert torch.equal(grad, copy) and torch.equal(repeat, copy)
 
-    # A view keeps all of it.
+    # A view keeps the whole block alive.
     view, rest = alive[0][0][3], alive[0][0].data_ptr()
     expected = view.clone()
     del alive, again, grads, repeated, grad, repeat, copy
@@ -92,8 +92,8 @@ def test_memory_serves_again_and_nothing_alive_changes(everything_large: list[in
         assert rest not in addresses(gradients(ids))
     assert torch.equal(view, expected)
 
-    # Where no more is idle than one step needs, all steps have the same.
-    extension.kernels.Memory(12_345)  # none of that size is idle: whatever is, goes
+    # If no more memory is idle than one step needs, all steps use the same.
+    extension.kernels.Memory(12_345)  # no idle block has this size, so all are freed
     seen = addresses(gradients(batches[1]))
     assert addresses(gradients(batches[2])) == seen
     assert addresses(gradients(batches[3])) == seen

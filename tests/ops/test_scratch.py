@@ -1,4 +1,4 @@
-"""The kernels' working memory: what happens if it is refused, and that it shrinks again."""
+"""The kernels' scratch memory: failed allocations, and shrinking after a large call."""
 
 import shutil
 import subprocess
@@ -14,7 +14,8 @@ from fastllm import DecoderModel, use
 from fastllm.ops import extension
 from tests.conftest import needs_extension
 
-# Every run starts with as little as the threads of the process hold already, then with ever more.
+# The limit starts at the memory that the process's threads already hold, and rises after each
+# failure.
 OUT_OF_MEMORY = """
 import re
 import torch
@@ -67,7 +68,7 @@ print(refusals)
 @pytest.mark.subprocess
 @pytest.mark.parametrize("case", ["whole model", "operations", "decoding"])
 def test_refused_memory_is_a_memory_error_that_the_process_survives(case: str) -> None:
-    """Neither the caller nor a thread that waits for a failed one hangs or dies."""
+    """Neither the caller nor a thread that waits for a failed thread hangs or dies."""
     result = subprocess.run(
         [sys.executable, "-c", f"CASE = {case!r}\n" + OUT_OF_MEMORY],
         capture_output=True,
@@ -86,7 +87,7 @@ import resource, torch, fastllm
 from fastllm.ops.extension import kernels
 model = fastllm.DecoderModel(50000, 8, 1, 1, 64)
 ids = torch.zeros(4, 64, dtype=torch.long)
-model.loss(ids[:, :8], ids[:, :8])  # whatever is loaded late
+model.loss(ids[:, :8], ids[:, :8])  # triggers lazy loading
 torch.set_num_threads(1)
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**23,) * 2)
@@ -123,7 +124,7 @@ def test_scratch_shrinks_after_a_large_call() -> None:
 
     torch.set_num_threads(1)
     try:
-        thread = threading.Thread(target=run)  # one that holds no scratch yet
+        thread = threading.Thread(target=run)  # a thread without scratch memory
         thread.start()
         thread.join()
     finally:
@@ -135,7 +136,7 @@ def test_scratch_shrinks_after_a_large_call() -> None:
 
 @needs_extension
 def test_instruction_set_may_change_beside_running_kernels() -> None:
-    """A call uses one table of kernels from beginning to end, whenever `set_isa` is called."""
+    """A call uses one table of kernels throughout, even if `set_isa` is called meanwhile."""
     kernels = extension.kernels
     in_use, isas = kernels.isa(), kernels.isas()
     torch.manual_seed(0)

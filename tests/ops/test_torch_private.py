@@ -1,4 +1,4 @@
-"""Every private API that fastllm uses is still there and still means what it meant."""
+"""Every private API that fastllm uses still exists with the expected meaning."""
 
 import copy
 
@@ -41,7 +41,7 @@ def test_a_backward_knows_whether_its_graph_is_kept() -> None:
     assert seen == [True, False]
 
 
-def test_dynamo_leaves_a_function_alone() -> None:
+def test_dynamo_skips_a_function() -> None:
     def function(x: int) -> bool:
         return torch.compiler.is_compiling()
 
