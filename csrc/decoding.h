@@ -76,7 +76,7 @@ struct OwnedDecoder {
     Decoder decoder;
 };
 
-// The size of memory for so many floats, never 0.
+// The size of memory for this many floats, never 0.
 inline size_t float_bytes(int64_t floats) { return (floats + 1) * sizeof(float); }
 
 // Throws if an id is outside [0, vocabulary), unless it is `allowed`.

@@ -171,11 +171,11 @@ def attention(
             by "or".
         is_causal: hide the positions after the query's own.
         dropout_p: probability of dropping a weight.
-        seed: names the dropout mask; see `dropout`. The T weights of a row are numbered as if they
-            were padded to a multiple of 64.
+        seed: selects the dropout mask; see `dropout`. The T weights of a row are numbered as if
+            padded to a multiple of 64.
 
     Returns:
-        [B, N, S, D]; a fully masked query gives zeros.
+        [B, N, S, D]; zeros for a fully masked query.
 
     Raises:
         TypeError: the mask is not boolean.

@@ -56,7 +56,7 @@ class Linear(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Dropout with probability `p`; the seed names the mask, see `fastllm.ops.dropout`."""
+    """Dropout with probability `p`; the seed selects the mask, see `fastllm.ops.dropout`."""
 
     p: float = 0.0
     seed: int = 0
@@ -188,7 +188,7 @@ class MultiHeadAttention(NamedTuple):
         )
 
     def to_kernel_grad(self) -> Any:
-        """Of a record that holds gradients."""
+        """The kernels' record of gradients, for a record whose tensors are gradients."""
         return extension.kernels.MultiHeadAttentionGrad(
             norm=self.norm and _norm_grad(self.norm),
             qkv=_linear_grad(self.qkv),
@@ -257,7 +257,7 @@ class Mlp(NamedTuple):
         )
 
     def to_kernel_grad(self) -> Any:
-        """Of a record that holds gradients."""
+        """The kernels' record of gradients, for a record whose tensors are gradients."""
         return extension.kernels.MlpGrad(
             norm=self.norm and _norm_grad(self.norm),
             fc1=_linear_grad(self.fc1),

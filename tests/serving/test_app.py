@@ -220,7 +220,7 @@ def test_null_means_the_default(client: Any) -> None:
     assert answer.usage.completion_tokens == 16
 
 
-def test_a_request_that_fails_gets_an_error_and_the_server_goes_on(characters: Model) -> None:
+def test_a_request_that_fails_gets_an_error_and_the_server_continues(characters: Model) -> None:
     tokenizer = characters[1]
     broken = make_model(tokenizer)
     broken.embedding_layer.token_embeddings.weight.data[tokenizer.encode("c")] = torch.nan

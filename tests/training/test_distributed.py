@@ -115,7 +115,7 @@ def train_together(
                 printed.write(str(end))
         (folder / f"{name}.{rank}.txt").write_text(printed.getvalue())
     torch.distributed.destroy_process_group()
-    # Everything is written. At exit, the remains of so many process groups may abort.
+    # Everything is written. At exit, the remains of this many process groups may abort.
     os._exit(0)
 
 

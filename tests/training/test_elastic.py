@@ -55,7 +55,7 @@ def test_a_restart_does_not_take_over_another_run(tmp_path: Path, text: Path) ->
 def test_twenty_kills_change_nothing(tmp_path: Path, text: Path) -> None:
     """A process dies at random instants; the weights are those of an undisturbed run.
 
-    Two torchruns stand for two machines, each of which counts the restarts on its own.
+    Two torchruns represent two machines, each of which counts the restarts on its own.
     """
     steps, rng = 400, random.Random(1)
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
