@@ -73,8 +73,13 @@ def describe_error(error: Exception) -> str:
     return "\n       ".join(map(_describe_setting, error.errors(include_url=False)))
 
 
+# Instead of pydantic's own words for these.
+PLAIN_MESSAGES = {"missing": "is required", "extra_forbidden": "there is no such setting"}
+
+
 def _describe_setting(error: Any) -> str:
-    name, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    name = ".".join(map(str, error["loc"]))
+    message = PLAIN_MESSAGES.get(error["type"], error["msg"].removeprefix("Value error, "))
     if isinstance(error["input"], dict):  # all settings: several do not fit together
         return f"{name}: {message}" if name else message
     return f"{name + ': ' if name else ''}{message} (got {error['input']!r})"

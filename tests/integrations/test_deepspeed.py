@@ -49,7 +49,7 @@ REFUSED = {
     "--batch_size 1": "a batch of 1 cannot be sharded over 2 processes; start fewer",
     "--deepspeed_config {folder}/nothing.json": "nothing.json",
     "--deepspeed_config {folder}/stage-2.json --zero_stage 3": "zero_stage 2, not 3; leave the",
-    "--deepspeed_config {folder}/typo.json": "typo.json: stagee: Extra inputs are not permitted",
+    "--deepspeed_config {folder}/typo.json": "typo.json: stagee: there is no such setting",
     "--deepspeed_config {folder}/own-lr.json": "sets optimizer, which --optimizer determines",
 }
 

@@ -283,7 +283,7 @@ def test_unsupported_configurations(folder: Path, changes: dict[str, Any], messa
 def test_a_file_must_have_gpt2s_model_type(folder: Path) -> None:
     """A run's config.json, for example, has none of GPT-2's keys."""
     (folder / "config.json").write_text('{"file_path": "book.txt"}')
-    with pytest.raises(ValueError, match=r"config.json: model_type: Field required"):
+    with pytest.raises(ValueError, match=r"config.json: model_type: is required"):
         DecoderModel.from_gpt2(folder)
     (folder / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"config.json: .*dictionary"):
