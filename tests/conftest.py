@@ -254,3 +254,10 @@ def make_config(run_dir: Path, text: Path, *flags: str) -> TrainConfig:
     if "--resume" in flags:
         return parse_train_config([*resume, "--quiet", *flags])
     return parse_train_config([*small.split(), "--file_path", str(text), *resume, *flags])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with kill tests take minutes: they come first, so that no process ends up with one
+    while the others are idle."""
+    slow = {item.path for item in items if item.get_closest_marker("kill")}
+    items.sort(key=lambda item: item.path not in slow)
