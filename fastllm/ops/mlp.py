@@ -132,8 +132,8 @@ def mlp(x: Tensor, mlp: Mlp) -> Tensor:
     I, H = mlp.fc1.weight.shape
     if x.size(-1) != H or mlp.fc2.weight.shape != (H, I):
         raise ValueError(
-            f"x {list(x.shape)}, fc1 {[I, H]} and fc2 {list(mlp.fc2.weight.shape)} do not match: "
-            "[..., H], [I, H] and [H, I] are needed"
+            f"the shapes of x {list(x.shape)}, fc1 {[I, H]} and fc2 {list(mlp.fc2.weight.shape)} "
+            "do not match: [..., H], [I, H] and [H, I] are needed"
         )
     arguments = (autocast_input(x, mlp.fc1.weight), mlp)
     return dispatch.choose("mlp", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -162,8 +162,8 @@ def multi_head_attention(x: Tensor, mha: MultiHeadAttention) -> Tensor:
     fits = qkv.shape == (3 * H, H) and out.shape == (H, H)
     if x.ndim != (3 if mha.starts is None else 2) or not fits:
         raise ValueError(
-            f"x {list(x.shape)}, qkv {list(qkv.shape)} and out {list(out.shape)} do not match: "
-            "[B, S, H], [3 H, H] and [H, H] are needed"
+            f"the shapes of x {list(x.shape)}, qkv {list(qkv.shape)} and out {list(out.shape)} "
+            "do not match: [B, S, H], [3 H, H] and [H, H] are needed"
         )
     if mha.starts is not None:
         check_starts(mha.starts, x.size(0), mha.mask)

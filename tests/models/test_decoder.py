@@ -345,7 +345,7 @@ def test_state_dicts_of_tied_and_untied_models(ids: Tensor) -> None:
         assert torch.equal(
             again.lm_head.weight, separate[head if name == embeddings else embeddings]
         )
-    with pytest.raises(RuntimeError, match=f"'{embeddings}' and '{head}' differ, and the model"):
+    with pytest.raises(RuntimeError, match=f"'{embeddings}' and '{head}' differ, but the model"):
         again.load_state_dict(separate)
     with pytest.raises(RuntimeError, match=f"Missing key.*{head}"):
         again.load_state_dict({})
