@@ -39,7 +39,8 @@ NO_EXTENSION = """
 fastllm: the C++ extension was NOT built, so everything will run on the slow PyTorch reference.
 Cause:   {error}
 Remedy:  install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++;
-         macOS: xcode-select --install) and install fastllm again.
+         macOS: xcode-select --install) and install fastllm again. With --verbose, pip also shows
+         what the compiler printed.
 *********************************************************************************************
 """
 
@@ -57,6 +58,8 @@ class BuildKernels(build_ext):
         except Exception as error:  # the compiler driver may raise anything; the install goes on
             if SANITIZE:
                 raise
+            # An earlier build in this folder would be imported, but does not fit these sources.
+            Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)
             print(NO_EXTENSION.format(error=error), file=sys.stderr)
 
     def compile_kernels(self, ext: Extension, isa: str) -> list[str]:

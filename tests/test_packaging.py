@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def test_objects_export_only_their_table(sources: Path) -> None:
 def test_without_a_compiler_the_build_succeeds_with_one_warning(
     sources: Path, flags: list[str]
 ) -> None:
+    """And no extension of an earlier build stays, which would not fit the new sources."""
+    (sources / "fastllm" / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
     result = build(sources, *flags, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("the C++ extension was NOT built") == 1
