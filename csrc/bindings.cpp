@@ -1,6 +1,7 @@
 // The extension module fastllm._kernels: picks the table for this processor and calls it. Tensors
 // come as addresses, 0 for null; the records of kernels.h come as classes of the same names, with
-// keywords for their fields. fastllm/ops/decoder.py has checked device, dtype, sizes and strides.
+// keywords for their fields. The operations in fastllm/ops have checked device, dtype, sizes and
+// strides.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

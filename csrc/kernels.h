@@ -249,7 +249,7 @@ struct Kernels {
                           int64_t padding_idx, const Embedding& e, int threads);
 
     // layer_norm.inc: out = norm(x + residual); the residual may be null. stats [rows, 2] and the
-    // sum [rows, H] are saved for the backward; both may be null.
+    // sum [rows, H] are saved for the backward; both may be null, and so may grad_x.
     void (*layer_norm_fwd)(float* out, float* stats, float* sum, const float* x,
                            const float* residual, int64_t rows, int64_t H, const Norm& norm,
                            int threads);
@@ -262,12 +262,12 @@ struct Kernels {
     double (*linear_cross_entropy)(float* grad_x, const LinearGrad& grad, const float* x,
                                    const LinearCrossEntropy& c, int threads);
 
-    // mlp.inc
+    // mlp.inc: grad_x may be null.
     void (*mlp_fwd)(float* out, const MlpSaved& saved, const float* x, const Mlp& m, int threads);
     void (*mlp_bwd)(float* grad_x, const MlpGrad& grad, const float* grad_out,
                     const MlpSaved& saved, const float* x, const Mlp& m, int threads);
 
-    // multi_head_attention.inc
+    // multi_head_attention.inc: grad_x may be null.
     void (*multi_head_attention_fwd)(float* out, const MultiHeadAttentionSaved& saved,
                                      const float* x, const MultiHeadAttention& m, int threads);
     void (*multi_head_attention_bwd)(float* grad_x, const MultiHeadAttentionGrad& grad,

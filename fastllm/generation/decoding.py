@@ -51,7 +51,8 @@ def generate_batch(
     cache would be useless in a window that moved with every token.
 
     If anything is attached to the model (hooks, replaced layers), a step runs its modules.
-    Otherwise it is one kernel call, with the weights as they were at the start (see `Decoding`).
+    Otherwise it is one kernel call, with all weights but the token embeddings as they were at the
+    start.
 
     Args:
         model: used in its present mode; call `model.eval()` first.
@@ -130,6 +131,7 @@ class ModuleDecoding:
         return torch.stack(self._logits)
 
     def append(self, tokens: Mapping[int, Sequence[int]], every: bool = False) -> Tensor:
+        decode.check_sequences(tokens, len(self._tokens))
         rows = slice(None) if every else slice(-1, None)
         return torch.cat([self._forward(b, new)[rows] for b, new in sorted(tokens.items())])
 

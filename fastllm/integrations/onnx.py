@@ -21,7 +21,7 @@ LARGEST_FILE = 2**31
 
 def check_onnx(model: DecoderModel) -> None:
     """Raises a `ValueError` with the reason if the model does not fit into a file."""
-    size = sum(tensor.nbytes for tensor in {id(t): t for t in model.parameters()}.values())
+    size = sum(parameter.nbytes for parameter in model.parameters())
     if size >= LARGEST_FILE:
         raise ValueError(
             f"an ONNX file holds less than 2 GiB, and the weights are {size / 2**30:.1f} GiB"

@@ -98,15 +98,26 @@ def _state(decoder: Decoder) -> Any:
     """A value that differs once a parameter or a setting has changed.
 
     PyTorch does not count changes through `.data`, as when an average of weights is copied in, so
-    all parameters are read: a fraction of the time that packing them takes.
+    all packed parameters are read: a fraction of the time that packing them takes. The token
+    embeddings are not packed but read where they are.
     """
+    embeddings, *packed = decoder.parameters()  # a tied head is packed
     threads = torch.get_num_threads()
     checksums = [
         (p.shape, extension.kernels.checksum(p.data_ptr(), p.numel(), threads))
-        for p in decoder.parameters()
+        for p in packed
         if p is not None
     ]
-    return checksums, decoder.settings()
+    return embeddings.data_ptr(), checksums, decoder.settings()
+
+
+def check_sequences(tokens: Mapping[int, Sequence[int]], B: int) -> None:
+    """Raises what `Decoding.append` does if it cannot append these tokens to B sequences."""
+    for b, new in tokens.items():
+        if not 0 <= b < B:
+            raise IndexError(f"there are sequences 0 to {B - 1}, not {b}")
+        if not len(new):
+            raise ValueError(f"sequence {b} needs at least one token")
 
 
 class Decoding:
@@ -159,10 +170,7 @@ class Decoding:
             ValueError: a sequence would exceed the capacity, or gets no token.
         """
         B, V = self._logits.shape
-        if not all(0 <= b < B for b in tokens):
-            raise IndexError(f"there are sequences 0 to {B - 1}, not {max(tokens)}")
-        if not all(map(len, tokens.values())):
-            raise ValueError("each named sequence needs at least one token")
+        check_sequences(tokens, B)
         count = sum(map(len, tokens.values())) if every else len(tokens)
         if len(self._rows) < count:
             self._rows = torch.empty(count, V, dtype=torch.float32, device="cpu")

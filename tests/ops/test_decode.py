@@ -471,6 +471,43 @@ def test_checksum_notices_every_changed_bit(size: int, where: int, change: int) 
 
 
 @needs_extension
+@pytest.mark.parametrize("size", [512, 4096, 65_536, 3 * 65_536 + 17])
+@pytest.mark.parametrize("factor", [-1, 2, 0.5, -4])
+def test_checksum_notices_a_scaled_tensor(isa: str, size: int, factor: float) -> None:
+    """All words change in the same few bits, which must not cancel."""
+    numbers = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    scaled = numbers * factor
+    assert extension.kernels.checksum(numbers.data_ptr(), size, 2) != extension.kernels.checksum(
+        scaled.data_ptr(), size, 2
+    )
+
+
+@needs_extension
+def test_replaced_token_embeddings_are_read_where_they_are() -> None:
+    """The packed model reads them in place: equal numbers at another address are another model."""
+    model = make_model("even")
+    shared = model.embedding_layer.token_embeddings.weight
+    start_decoding(model, 1)
+    own = nn.Parameter(shared.detach().clone())
+    model.embedding_layer.token_embeddings.weight = own
+    expected = start_decoding(model, 1).extend([[1, 2]]).clone()
+    shared.data.neg_()
+    assert torch.equal(start_decoding(model, 1).extend([[1, 2]]), expected)
+
+
+@needs_extension
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_both_ways_to_decode_refuse_the_same_sequences(use_cache: bool) -> None:
+    model = make_model("even")
+    for decoding in (start_decoding(model, 2), ModuleDecoding(model, 2, use_cache, "fp32")):
+        for wrong in (-1, 2):
+            with pytest.raises(IndexError, match=f"sequences 0 to 1, not {wrong}"):
+                decoding.append({0: [1], wrong: [1]})
+        with pytest.raises(ValueError, match="sequence 1 needs at least one token"):
+            decoding.append({0: [1], 1: []})
+
+
+@needs_extension
 def test_training_mode_frees_the_packed_weights() -> None:
     model = make_model("even")
     start_decoding(model, 1)
