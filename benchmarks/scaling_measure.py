@@ -1,6 +1,6 @@
 """Measures what benchmarks/scaling.py is fitted to, and writes docs/scaling.json.
 
-    sudo python benchmarks/scaling_measure.py    # about ten minutes, on an idle machine
+    sudo .venv/bin/python benchmarks/scaling_measure.py    # about ten minutes, on an idle machine
 
 Processes of one thread each stand for machines. They time training steps, and collective operations
 over links that network namespaces shape to a bandwidth or delay. Needs Linux, root, iproute2 and

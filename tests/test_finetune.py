@@ -103,6 +103,8 @@ def test_a_run_and_its_files(capsys: pytest.CaptureFixture[str]) -> None:
     data = "--dataset data.jsonl --max_seq_len 16 --eval_only"
     main(["--model", str(run_dir / "model"), *data.split()])
     assert f"loss {losses[-1]:.4f}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="leave out resume, and give --model the model folder"):
+        main(["--model", "gpt2", *data.split(), "--resume", "--out_dir", str(run_dir)])
     with pytest.raises(SystemExit, match="runs/gpt2 holds a run already; --resume continues it"):
         run("gpt2", "--out_dir", "runs/gpt2")
 
@@ -214,7 +216,7 @@ def test_masking_does_not_depend_on_the_batch_size(capsys: pytest.CaptureFixture
     assert len(lines) == 3 and len(set(lines)) == 1
 
 
-def test_bf16_and_gradient_checkpointing_train(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bf16_and_gradient_checkpointing_train() -> None:
     flags = "--precision bf16 --gradient_checkpointing --warmup_steps 1 --weight_decay 0.1"
     run("bert", *flags.split(), "--out_dir", "run", "--max_steps", "10")
     losses = [line["val_loss"] for line in read_metrics(Path("run/metrics.jsonl"))]

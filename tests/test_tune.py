@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -194,7 +193,7 @@ def test_failing_trials(tmp_path: Path, text: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_without_optuna(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_without_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna.distributions", None)
     with pytest.raises(SystemExit, match=r"error: tune needs optuna .*: pip install '.\[tune\]'"):
         main([])

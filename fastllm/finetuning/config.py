@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fastllm.training.config import (
     Count,
+    NonNegative,
     OptimizationSettings,
     Positive,
     PositiveCount,
@@ -90,7 +91,7 @@ class FinetuneConfig(OptimizationSettings):
     """Learning rate, after the warm-up."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "linear"
     """How the learning rate decays over the run."""
-    weight_decay: float = Field(0, ge=0, allow_inf_nan=False)
+    weight_decay: NonNegative = 0
     """Decoupled weight decay of the matrices."""
     eval_interval: Count = 0
     """Steps between evaluations; 0 to evaluate after each epoch. The model is also evaluated before
@@ -119,6 +120,11 @@ class FinetuneConfig(OptimizationSettings):
     def _check_together(self) -> FinetuneConfig:
         if not self.model:
             raise ValueError("give a --model: a folder, a name on the hub, or a config.json")
+        if self.eval_only and self.resume:
+            raise ValueError(
+                "eval_only evaluates --model; leave out resume, and give --model the model folder "
+                "of the run"
+            )
         if not self.dataset and not (self.eval_only and self.eval_dataset):
             raise ValueError("dataset: give files, a folder or a name on the hub to train on")
         return self

@@ -185,20 +185,18 @@ def checkpoints(run_dir: Path) -> list[Path]:
     )
 
 
-def has_checkpoint(run_dir: Path) -> bool:
-    """Whether a folder holds a run that can be resumed."""
-    return bool(checkpoints(run_dir))
-
-
 def last_checkpoint(run_dir: Path) -> str:
     """The newest complete checkpoint.
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
     """
-    if not has_checkpoint(run_dir):
-        raise FileNotFoundError(f"{run_dir} holds no checkpoint to resume from")
-    return str(checkpoints(run_dir)[-1])
+    found = checkpoints(run_dir)
+    if not found:
+        raise FileNotFoundError(
+            f"{run_dir} holds no checkpoint to resume from; leave out --resume to start again"
+        )
+    return str(found[-1])
 
 
 def save_model(trainer: FinetuneTrainer, folder: Path) -> None:

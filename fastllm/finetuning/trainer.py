@@ -215,7 +215,7 @@ class FinetuneTrainer(Trainer):
         if not math.isfinite(loss.item()):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}. Try a lower --lr "
-                "or more --warmup_steps; the last checkpoint is from before"
+                "or more --warmup_steps; every checkpoint was saved before this"
             )
         return loss
 

@@ -101,14 +101,14 @@ def _state(decoder: Decoder) -> Any:
     all packed parameters are read: a fraction of the time that packing them takes. The token
     embeddings are not packed but read where they are.
     """
-    embeddings, *packed = decoder.parameters()  # a tied head is packed
+    _, *packed = decoder.parameters()  # the embeddings come first; a tied head is packed
     threads = torch.get_num_threads()
     checksums = [
         (p.shape, extension.kernels.checksum(p.data_ptr(), p.numel(), threads))
         for p in packed
         if p is not None
     ]
-    return embeddings.data_ptr(), checksums, decoder.settings()
+    return decoder.embedding.weight.data_ptr(), checksums, decoder.settings()
 
 
 def check_sequences(tokens: Mapping[int, Sequence[int]], B: int) -> None:

@@ -111,7 +111,13 @@ def create_app(
     )
     max_choices = min(limits.choices, slots + max_queue)
     app.state.service = Service(served, scheduler, dispatcher, metrics, slots, max_choices)
-    app.add_middleware(Guard, api_key=api_key, limits=limits, requests=metrics.requests)
+    app.add_middleware(
+        Guard,
+        api_key=api_key,
+        open_paths=(*PAGE_FILES, "/health"),
+        limits=limits,
+        requests=metrics.requests,
+    )
     app.include_router(router)
     return app
 
@@ -121,7 +127,9 @@ async def _api_error(request: Request, error: ApiError) -> JSONResponse:
 
 
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    return ApiError(error.status_code, f"{request.url.path}: {error.detail}").response()
+    response = ApiError(error.status_code, f"{request.url.path}: {error.detail}").response()
+    response.headers.update(error.headers or {})  # such as Allow
+    return response
 
 
 async def _invalid_query(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -134,13 +142,14 @@ async def _internal_error(request: Request, error: Exception) -> JSONResponse:
     return ApiError(500, INTERNAL_ERROR).response()
 
 
-@router.get("/")
-@router.get("/style.css")
-@router.get("/script.js")
 async def page(request: Request) -> Response:
     name, media_type = PAGE_FILES[request.scope["path"]]
     file = Path(__file__).parent / "page" / name
     return FileResponse(file, media_type=media_type, headers=PAGE_HEADERS)
+
+
+for path in PAGE_FILES:
+    router.add_api_route(path, page)
 
 
 @router.get("/health")
@@ -180,7 +189,10 @@ async def completions(request: Request) -> Response:
     choices = len(body.prompt) * body.n
     if choices > service.max_choices:
         raise ApiError(
-            400, f"{choices} choices (prompts times n) are more than {service.max_choices}", "n"
+            400,
+            f"{choices} choices (prompts times n) are more than {service.max_choices}; send fewer "
+            "prompts at a time, or a smaller n",
+            "n",
         )
     encoding = body, service.served.tokenizer, service.served.max_seq_len
     if sum(map(len, body.prompt)) < LONG_PROMPTS:

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import ipaddress
+from collections.abc import Collection
 from typing import NamedTuple
 
 from prometheus_client import Counter
@@ -10,9 +11,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastllm.serving.errors import ApiError, respond
-
-# The page and its parts, and the health check, need no API key.
-OPEN_PATHS = ("/", "/style.css", "/script.js", "/health")
 
 
 class Limits(NamedTuple):
@@ -30,12 +28,22 @@ class Limits(NamedTuple):
 
 
 class Guard:
-    """Middleware that authenticates requests, limits their bodies and counts completions."""
+    """Middleware that authenticates requests, limits their bodies and counts completions.
+
+    Args:
+        open_paths: what needs no API key.
+    """
 
     def __init__(
-        self, app: ASGIApp, api_key: str | None, limits: Limits, requests: Counter
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        open_paths: Collection[str],
+        limits: Limits,
+        requests: Counter,
     ) -> None:
         self._app, self._limits, self._requests = app, limits, requests
+        self._open_paths = open_paths
         self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,7 +82,7 @@ class Guard:
             host = headers.get(b"host", b"localhost").decode("latin-1")
             if not is_loopback(host_name(host)):
                 raise ApiError(403, f"host {host!r} is not this computer; set an API key")
-        elif scope["path"] not in OPEN_PATHS:
+        elif scope["path"] not in self._open_paths:
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._api_key):
                 raise ApiError(

@@ -119,11 +119,11 @@ def save_checkpoint(
         group.broadcast(finish)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        newest = _checkpoints(run_dir)
+        whole = _checkpoints(run_dir)
+        again = f"continue with --resume, from {whole[-1]}" if whole else "start the run again"
         raise CheckpointError(
-            f"cannot save a checkpoint in {checkpoints}: {error}. "
-            f"The newest whole one is {newest[-1] if newest else 'none yet'}; free some space or "
-            "make the folder writable, then continue with --resume"
+            f"cannot save a checkpoint in {checkpoints}: {error}. Free some space or make the "
+            f"folder writable, then {again}"
         ) from error
     return final
 

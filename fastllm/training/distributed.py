@@ -176,6 +176,9 @@ def process_group(device: str, even_single: bool = False) -> Iterator[ProcessGro
     finally:
         if not initialized:
             dist.destroy_process_group()
+            # gloo's threads free the tensors of the last operations a little later, for which they
+            # need the interpreter: one that has exited meanwhile aborts the process (torch 2.13).
+            time.sleep(0.2)
 
 
 def _rendezvous(backend: str) -> None:

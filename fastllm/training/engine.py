@@ -94,7 +94,8 @@ class Engine:
         """Updates the parameters, unless a gradient overflowed in fp16.
 
         Returns:
-            The norm of the gradients; None if one overflowed.
+            The norm of the gradients before clipping, 0 if they are not clipped; None if one
+            overflowed.
         """
         norm, scale = 0.0, self.scaler.get_scale()
         for optimizer in self.optimizers:

@@ -40,8 +40,9 @@ class TrainingError(Exception):
 
 
 class StepResult(NamedTuple):
-    """A finished step: mean loss, gradient norm (None if one overflowed) and learning rate.
+    """A finished step: mean loss, gradient norm and learning rate.
 
+    The norm is None if a gradient overflowed, and 0 if gradients are not clipped.
     `is_late` says that the time limit of the command has passed.
     """
 
@@ -239,7 +240,7 @@ class Trainer:
     def _diverged(self, problem: str) -> TrainingError:
         return TrainingError(
             f"{problem} at step {self.progress.step + 1}. Try a lower --lr or more --warmup_steps; "
-            "the last checkpoint was saved before this"
+            "every checkpoint was saved before this"
         )
 
     def learning_rate_factor(self, step: int) -> float:

@@ -35,11 +35,11 @@ def check_memory(
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed = processes_here * (resident_mb + estimate_memory_mb(model, own, run.threads))
     log(f"memory      about {needed:,.0f} MiB at its peak")
-    available = psutil.virtual_memory().total / 2**20
-    if needed > available:
+    total = psutil.virtual_memory().total / 2**20
+    if needed > total:
         raise ValueError(
             f"training needs about {needed:,.0f} MiB of memory and this machine has "
-            f"{available:,.0f}; choose a smaller model, batch_size or max_seq_len, or "
+            f"{total:,.0f}; choose a smaller model, batch_size or max_seq_len, or "
             "gradient_checkpointing"
         )
 

@@ -157,7 +157,7 @@ def test_tokens_of_a_duck_typed_tokenizer_are_never_reused(text_file, tmp_path):
         assert ids.tolist() == Duck(shift).encode(TEXT)
 
 
-def test_overridden_encode_is_honoured(text_file, tmp_path):
+def test_overridden_encode_is_honoured(text_file):
     class Upper(SimpleCharacterTokenizer):
         def encode(self, text):
             return super().encode(text.upper())

@@ -213,6 +213,13 @@ def test_errors_say_why(client: Any, change: dict[str, Any], status: int, messag
     assert is_error(caught.value.response.json())
 
 
+def test_a_method_that_a_path_does_not_have(server: RunningServer) -> None:
+    request = b"GET /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    head, _, body = raw_exchange(server.port, request).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 405") and b"allow: post" in head.lower()
+    assert is_error(json.loads(body))
+
+
 def test_null_means_the_default(client: Any) -> None:
     nulls = dict.fromkeys(["stop", "seed", "logprobs", "n", "temperature", "suffix", "top_k"])
     nulls |= {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1}
@@ -369,7 +376,8 @@ def test_the_key(characters: Model) -> None:
             assert status == 401 and is_error(body)
         status, body = posted(server, "{}", f"{JSON}authorization: Basic secret\r\n")
         assert status == 401 and "API key" in body["error"]["message"]
-        for path, expected in (("/health", 200), ("/", 200), ("/metrics", 401), ("/api/card", 401)):
+        page = {"/": 200, "/style.css": 200, "/script.js": 200}
+        for path, expected in {**page, "/health": 200, "/metrics": 401, "/api/card": 401}.items():
             request = f"GET {path} HTTP/1.1\r\nhost: elsewhere\r\nconnection: close\r\n\r\n"
             assert int(raw_exchange(server.port, request.encode()).split()[1]) == expected
 

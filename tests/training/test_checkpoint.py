@@ -111,7 +111,7 @@ def test_a_failing_disk_leaves_the_last_checkpoint_whole(
     monkeypatch.setattr(*target, no_space)
     trained.progress.step = 5
     with pytest.raises(
-        CheckpointError, match=r"No space left on device.*newest whole one is.*step-"
+        CheckpointError, match=r"No space left on device.*continue with --resume, from .*step-"
     ):
         trained.save()
     monkeypatch.undo()
@@ -120,6 +120,17 @@ def test_a_failing_disk_leaves_the_last_checkpoint_whole(
     load_model(newest)
     load_training_state(newest, trained.model, make_optimizers(trained.model, trained.config))
     assert not [name for name in steps(trained.run_dir) if name.startswith("writing")]
+
+
+def test_a_failing_disk_at_the_first_checkpoint(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint_module, "save_file", no_space)
+    with pytest.raises(CheckpointError, match=r"Free some space .*, then start the run again$"):
+        make_trainer("run").save()
 
 
 def test_a_disk_that_is_really_full(trained: Trainer) -> None:

@@ -416,7 +416,7 @@ def test_signals_save_and_exit_with_a_clear_line(
     assert state["step"] == list(read_metrics(metrics))[-1]["step"]
 
 
-def test_muon_takes_the_blocks_matrices(tmp_path: Path) -> None:
+def test_muon_takes_the_blocks_matrices() -> None:
     config = parse_train_config(["--optimizer", "muon"])
     model = config.build_model(20, 19)
     muon, adam = make_optimizers(model, config)
