@@ -55,8 +55,8 @@ def implementations(device: str = "cpu") -> dict[str, dict[str, str]]:
     for operation, table in OPERATIONS.items():
         reasons = {each.name: _why_not_on(device, each) for each in table}
         if operation in WHOLE_MODEL:
-            if dispatch.requested() not in ("auto", *reasons):
-                reasons = dict.fromkeys(reasons, f"'{dispatch.requested()}' was requested")
+            if (reason := dispatch.why_not_requested(*reasons)) is not None:
+                reasons = dict.fromkeys(reasons, reason)
             reasons[LAYER_BY_LAYER] = None
             chosen = next(name for name, reason in reasons.items() if reason is None)
         else:

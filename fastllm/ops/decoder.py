@@ -85,6 +85,11 @@ class Embedding(NamedTuple):
     padding_idx: int | None = None
     dropout: Dropout = NO_DROPOUT
 
+    @property
+    def row_without_grad(self) -> int:
+        """`padding_idx` as the kernels take it: -1 for none."""
+        return -1 if self.padding_idx is None else self.padding_idx
+
     def parameters(self) -> list[Tensor]:
         return [self.weight, self.positions]
 
@@ -310,7 +315,6 @@ class Decoder(NamedTuple):
     def to_kernel(self) -> Any:
         """For any batch of sequences with as many tokens as there are positions."""
         V, H = self.head.weight.shape
-        padding_idx = self.embedding.padding_idx
         return extension.kernels.Decoder(
             embedding=self.embedding.to_kernel(0, self.embedding.positions.size(0), None),
             layers=[
@@ -330,7 +334,7 @@ class Decoder(NamedTuple):
                 head=self.head.to_kernel(),
                 precision=0,
             ),
-            padding_idx=-1 if padding_idx is None else padding_idx,
+            padding_idx=self.embedding.row_without_grad,
         )
 
     def settings(self) -> tuple[Any, ...]:

@@ -110,9 +110,7 @@ def why_not_shape(B: int, S: int, V: int) -> str | None:
 
 def why_not_decoder(decoder: Decoder, S: int) -> str | None:
     """Why the kernels cannot read this model, for sequences of length S, or None."""
-    if dispatch.requested() not in ("auto", "cpu"):
-        return f"'{dispatch.requested()}' was requested"
-    if (reason := decoder.why_not_sizes(S)) is not None:
+    if (reason := dispatch.why_not_requested("cpu") or decoder.why_not_sizes(S)) is not None:
         return reason
     parameters = decoder.parameters()
     if any(p is not None and not p.is_contiguous() for p in parameters):

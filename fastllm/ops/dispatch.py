@@ -80,6 +80,12 @@ def requested() -> str:
     return _requested.get() or _checked(os.environ.get("FASTLLM_IMPL") or "auto", "FASTLLM_IMPL")
 
 
+def why_not_requested(*names: str) -> str | None:
+    """Why none of these implementations is wanted: another one was requested; else None."""
+    name = requested()
+    return None if name in ("auto", *names) else f"'{name}' was requested"
+
+
 def _checked(name: str, source: str) -> str:
     if name not in NAMES:
         raise ValueError(

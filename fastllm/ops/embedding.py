@@ -46,12 +46,11 @@ class EmbeddingFunction(torch.autograd.Function):
         grad_positions = new_grad(positions, positions_needed)
         grad_out = grad_out.contiguous()
         embedding = ctx.embedding.with_parameters(iter((weight, positions)))
-        padding_idx = -1 if embedding.padding_idx is None else embedding.padding_idx
         extension.kernels.embedding_bwd(
             grad_weight=address(grad_weight),
             grad_positions=address(grad_positions),
             grad_out=grad_out.data_ptr(),
-            padding_idx=padding_idx,
+            padding_idx=embedding.row_without_grad,
             embedding=embedding.to_kernel(*ids.shape, ids),
             threads=torch.get_num_threads(),
         )

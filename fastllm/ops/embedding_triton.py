@@ -57,11 +57,10 @@ class EmbeddingFunction(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         _, _, weight_needed, positions_needed = ctx.needs_input_grad
         grad = dropout(grad_out, *ctx.embedding.dropout)
-        padding_idx = -1 if ctx.embedding.padding_idx is None else ctx.embedding.padding_idx
         grad_weight = None
         if weight_needed:
             grad_weight = torch.ops.aten.embedding_dense_backward(
-                grad * ctx.embedding.scale, ids, ctx.V, padding_idx, False
+                grad * ctx.embedding.scale, ids, ctx.V, ctx.embedding.row_without_grad, False
             )
         return None, None, grad_weight, grad.sum(0) if positions_needed else None
 

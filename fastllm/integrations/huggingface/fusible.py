@@ -77,9 +77,11 @@ class FusedModule(nn.Module):
 
 def why_not_kernels(*tensors: Tensor | None) -> str | None:
     """Why the C++ kernels cannot run on these tensors here, or None."""
-    if dispatch.requested() not in ("auto", "cpu"):
-        return f"'{dispatch.requested()}' was requested"
-    return extension.why_not_here() or dispatch.why_not_cpu_fused(*tensors)
+    return (
+        dispatch.why_not_requested("cpu")
+        or extension.why_not_here()
+        or dispatch.why_not_cpu_fused(*tensors)
+    )
 
 
 # Arguments that transformers hands down to every layer, and that change nothing there: a cache was
