@@ -31,9 +31,9 @@ from fastllm.ops.adam import AdamGroup
 from fastllm.ops.attention import AttentionOptions, widest_triton_head
 from fastllm.ops.decoder import Dropout, Embedding, Linear, Mlp, Norm
 from fastllm.ops.embedding_triton import embedding_triton
-from fastllm.ops.layer_norm_triton import layer_norm_triton
 from fastllm.ops.linear_cross_entropy_triton import linear_cross_entropy_triton
 from fastllm.ops.mlp_triton import mlp_triton
+from fastllm.ops.norm_triton import norm_triton
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
@@ -128,9 +128,9 @@ def cases() -> Iterator[Case]:
         x = random(dtype, 64, H)
         mlp_triton(x, Mlp(fc1, fc2, hidden_dropout=Dropout(dropout_p, 5))).sum().backward()
 
-    def layer_norm(dtype: str, H: int) -> None:
-        norm = Norm(random(dtype, H), random(dtype, H), 1e-5)
-        layer_norm_triton(random(dtype, 8, H), norm, random(dtype, 8, H)).sum().backward()
+    def norm(dtype: str, H: int) -> None:
+        record = Norm(random(dtype, H), random(dtype, H), 1e-5)
+        norm_triton(random(dtype, 8, H), record, random(dtype, 8, H)).sum().backward()
 
     def embedding(dtype: str) -> None:
         ids = torch.zeros(2, 8, dtype=torch.long)
@@ -146,10 +146,10 @@ def cases() -> Iterator[Case]:
 
     for dtype in ("fp32", "bf16", "fp16"):
         yield Case("H=384, dropout", dtype, partial(mlp, dtype, 0.1))
-        yield Case("H=384", dtype, partial(layer_norm, dtype, 384))
+        yield Case("H=384", dtype, partial(norm, dtype, 384))
         if dtype != "fp16":
             yield Case("H=384", dtype, partial(mlp, dtype, 0.0))
-            yield Case("H=8192", dtype, partial(layer_norm, dtype, 8192))
+            yield Case("H=8192", dtype, partial(norm, dtype, 8192))
         yield Case("dropout", dtype, partial(embedding, dtype))
         yield Case("V=50257", dtype, partial(cross_entropy, dtype))
         yield Case("", dtype, partial(dropout, dtype))
@@ -246,8 +246,8 @@ def floors(kernel: str, dtype: str) -> tuple[float, float]:
         "attention_bwd_kv": (4 * score, 6 * row),
         "mlp_product": (2 * R * H * I, row + H * I * size + 2 * hidden),
         "mlp_elements": (0, 3 * hidden),
-        "layer_norm_fwd": (0, 4 * row),
-        "layer_norm_bwd": (0, 3 * row),
+        "norm_fwd": (0, 4 * row),
+        "norm_bwd": (0, 3 * row),
         "embedding_fwd": (0, 2 * row),
         "dropout_kernel": (0, 2 * row),
         "cross_entropy": (0, 3 * 512 * V * size),

@@ -186,10 +186,11 @@ double decoder_loss(const OwnedDecoder& model, const Batch& batch,
 
 void define_records(py::module_& m) {
     py::class_<Norm>(m, "Norm")
-        .def(py::init([](Address weight, Address bias, float eps) {
-                 return Norm{at<const float>(weight), at<const float>(bias), eps};
+        .def(py::init([](int kind, Address weight, Address bias, float eps, float offset) {
+                 return Norm{static_cast<NormKind>(kind), at<const float>(weight),
+                             at<const float>(bias), eps, offset};
              }),
-             py::kw_only(), arg("weight"), arg("bias"), arg("eps"));
+             py::kw_only(), arg("kind"), arg("weight"), arg("bias"), arg("eps"), arg("offset"));
     py::class_<NormGrad>(m, "NormGrad")
         .def(py::init([](Address weight, Address bias) {
                  return NormGrad{at<float>(weight), at<float>(bias)};
@@ -409,22 +410,22 @@ void define_kernels(py::module_& m) {
         py::kw_only(), arg("grad_x"), arg("grad"), arg("grad_out"), arg("saved"), arg("x"),
         arg("mlp"), arg("threads"), no_gil);
     m.def(
-        "layer_norm_fwd",
+        "norm_fwd",
         [](Address out, Address stats, Address sum, Address x, Address residual, int64_t rows,
            int64_t H, const Norm& norm, int threads) {
-            kernels().layer_norm_fwd(at<float>(out), at<float>(stats), at<float>(sum),
-                                     at<const float>(x), at<const float>(residual), rows, H, norm,
-                                     threads);
+            kernels().norm_fwd(at<float>(out), at<float>(stats), at<float>(sum),
+                               at<const float>(x), at<const float>(residual), rows, H, norm,
+                               threads);
         },
         py::kw_only(), arg("out"), arg("stats"), arg("sum"), arg("x"), arg("residual"),
         arg("rows"), arg("H"), arg("norm"), arg("threads"), no_gil);
     m.def(
-        "layer_norm_bwd",
+        "norm_bwd",
         [](Address grad_x, const NormGrad& grad, Address grad_out, Address sum, Address stats,
            int64_t rows, int64_t H, const Norm& norm, int threads) {
-            kernels().layer_norm_bwd(at<float>(grad_x), grad, at<const float>(grad_out),
-                                     at<const float>(sum), at<const float>(stats), rows, H, norm,
-                                     threads);
+            kernels().norm_bwd(at<float>(grad_x), grad, at<const float>(grad_out),
+                               at<const float>(sum), at<const float>(stats), rows, H, norm,
+                               threads);
         },
         py::kw_only(), arg("grad_x"), arg("grad"), arg("grad_out"), arg("sum"), arg("stats"),
         arg("rows"), arg("H"), arg("norm"), arg("threads"), no_gil);

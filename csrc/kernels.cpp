@@ -33,7 +33,7 @@ namespace fastllm {
 
 #include "adam.inc"
 #include "dropout.inc"
-#include "layer_norm.inc"
+#include "norm.inc"
 #include "residual.inc"
 #include "attention.inc"
 #include "multi_head_attention.inc"
@@ -65,8 +65,8 @@ extern const Kernels FASTLLM_JOIN(kernels_, FASTLLM_ISA) = {
     .dropout = dropout,
     .embedding_fwd = embedding_fwd,
     .embedding_bwd = embedding_bwd,
-    .layer_norm_fwd = layer_norm_fwd,
-    .layer_norm_bwd = layer_norm_bwd,
+    .norm_fwd = norm_fwd,
+    .norm_bwd = norm_bwd,
     .linear_cross_entropy = linear_cross_entropy,
     .mlp_fwd = mlp_fwd,
     .mlp_bwd = mlp_bwd,

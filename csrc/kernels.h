@@ -45,11 +45,17 @@ struct Dropout {
     uint32_t stream = 0;
 };
 
-// A layer norm. The weight is null for an operation without one.
+enum class NormKind { NONE, LAYER, RMS };
+
+// A norm over the last dimension, or none.
 struct Norm {
-    const float* weight;  // [H]
-    const float* bias;    // [H]
+    NormKind kind;
+    const float* weight;  // [H], or null for factors of 1
+    const float* bias;    // [H] or null
     float eps;
+    float offset;  // added to the weight
+
+    explicit operator bool() const { return kind != NormKind::NONE; }
 };
 
 // y = x W^T + b
@@ -106,10 +112,10 @@ struct MultiHeadAttention {
 
 // Saved by the forward for the backward. Null if not needed; qkv and attn_out never are.
 struct MultiHeadAttentionSaved {
-    float* stats;     // [B S, 2], of the layer norm
+    float* stats;     // [B S, 2], of the norm
     float* qkv;       // [B S, 3 H]
     float* attn_out;  // [B S, H], the heads side by side: the input of the output projection
-    float* residual;  // [B S, H], x + sublayer(x): the input of a Post-LN layer norm
+    float* residual;  // [B S, H], x + sublayer(x): the input of a Post-LN norm
 };
 
 struct MultiHeadAttentionGrad {
@@ -132,9 +138,9 @@ struct Mlp {
 
 // Saved by the forward for the backward. Null if not needed.
 struct MlpSaved {
-    float* stats;     // [rows, 2], of the layer norm
+    float* stats;     // [rows, 2], of the norm
     float* hidden;    // [rows, I], the input of the activation
-    float* residual;  // [rows, H], x + sublayer(x): the input of a Post-LN layer norm
+    float* residual;  // [rows, H], x + sublayer(x): the input of a Post-LN norm
 };
 
 struct MlpGrad {
@@ -173,7 +179,7 @@ struct Decoder {
     Embedding embedding;
     const Layer* layers;
     int64_t layer_count;
-    Norm norm;                // of the last layer's output; its weight is null for none
+    Norm norm;                // of the last layer's output; perhaps none
     LinearCrossEntropy head;  // targets are labels [B, S]: each position is scored on the next one
     int64_t padding_idx;      // neither learned nor a target; -1 for none
 };
@@ -248,14 +254,14 @@ struct Kernels {
     void (*embedding_bwd)(float* grad_weight, float* grad_positions, const float* grad_out,
                           int64_t padding_idx, const Embedding& e, int threads);
 
-    // layer_norm.inc: out = norm(x + residual); the residual may be null. stats [rows, 2] and the
+    // norm.inc: out = norm(x + residual); the residual may be null. stats [rows, 2] and the
     // sum [rows, H] are saved for the backward; both may be null, and so may grad_x.
-    void (*layer_norm_fwd)(float* out, float* stats, float* sum, const float* x,
-                           const float* residual, int64_t rows, int64_t H, const Norm& norm,
-                           int threads);
-    void (*layer_norm_bwd)(float* grad_x, const NormGrad& grad, const float* grad_out,
-                           const float* sum, const float* stats, int64_t rows, int64_t H,
-                           const Norm& norm, int threads);
+    void (*norm_fwd)(float* out, float* stats, float* sum, const float* x,
+                     const float* residual, int64_t rows, int64_t H, const Norm& norm,
+                     int threads);
+    void (*norm_bwd)(float* grad_x, const NormGrad& grad, const float* grad_out,
+                     const float* sum, const float* stats, int64_t rows, int64_t H,
+                     const Norm& norm, int threads);
 
     // linear_cross_entropy.inc: the mean of -log softmax(head(x))[target] over the rows with a
     // target, and its gradients. grad_x [rows, H] may be null.

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastllm import use
 from fastllm.command import no_log
+from fastllm.models.decoder import DecoderModel
 from fastllm.ops import extension
 from fastllm.ops.precision import why_not_autocast
 from fastllm.training.config import TrainConfig, parse_train_config
@@ -63,6 +64,18 @@ def poisoned_memory() -> Iterator[None]:
         ):
             patch.setattr(owner, name, poisoned(getattr(owner, name)))
         yield
+
+
+def use_rms_norms(model: DecoderModel) -> None:
+    """Replaces every norm of a model by an RMS norm."""
+
+    def rms_norm() -> nn.RMSNorm:
+        return nn.RMSNorm(model.hidden_size, eps=1e-5)
+
+    for block in model.transformer_blocks:
+        block.norm1, block.norm2 = rms_norm(), rms_norm()
+    if model.final_norm is not None:
+        model.final_norm = rms_norm()
 
 
 def factors() -> list[float]:

@@ -22,9 +22,9 @@ from fastllm.ops.attention import attention
 from fastllm.ops.decoder import Dropout, Embedding, Linear, Mlp, Norm
 from fastllm.ops.dropout import dropout
 from fastllm.ops.embedding import embedding
-from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.mlp import mlp
+from fastllm.ops.norm import norm
 from fastllm.optim import Adam
 
 SEED = 7  # for the masks of fastllm's dropout
@@ -71,9 +71,9 @@ def operations(
     case = Case(letter, device, TYPES.get(precision, torch.float32), p)
     yield attention_operation(case)
     yield mlp_operation(case)
-    yield layer_norm_operation(case, "layer_norm", CONFIGS[letter].H)
+    yield norm_operation(case, "norm", CONFIGS[letter].H)
     # A width at which the automatic choice is fastllm's kernel.
-    yield layer_norm_operation(case, "wide layer_norm", 4096)
+    yield norm_operation(case, "wide norm", 4096)
     yield embedding_operation(case)
     yield linear_cross_entropy_operation(case)
     yield dropout_operation(case)
@@ -124,13 +124,13 @@ def mlp_operation(case: Case) -> Operation:
     )
 
 
-def layer_norm_operation(case: Case, name: str, width: int) -> Operation:
+def norm_operation(case: Case, name: str, width: int) -> Operation:
     _, _, _, S, B, *_ = CONFIGS[case.letter]
     R = B * S
     return Operation(
         name,
         [case.random(R, width), case.random(width), case.random(width), case.random(R, width)],
-        lambda x, w, b, residual: layer_norm(x, Norm(w, b, 1e-5), residual),
+        lambda x, w, b, residual: norm(x, Norm(w, b, 1e-5), residual),
         lambda x, w, b, residual: F.layer_norm(x + residual, w.shape, w, b),
         None,
         flops=0,

@@ -16,7 +16,10 @@ from fastllm.ops.torch_private import any_global_hook, anything_attached, weight
 # The original forward of every class that operations can replace.
 FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     cls: cls.forward
-    for cls in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GELU, nn.ReLU, nn.SiLU, nn.LeakyReLU)
+    for cls in (
+        *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding),
+        *(nn.GELU, nn.ReLU, nn.SiLU, nn.LeakyReLU),
+    )
 }
 
 
@@ -35,10 +38,13 @@ def all_are(cls: type[nn.Module], *modules: Any) -> bool:
 
 
 def plain_norm(module: Any, hidden_size: int) -> Norm | None:
-    """The parameters of a plain layer norm over the last `hidden_size` elements, else None."""
-    if type(module) is not nn.LayerNorm or not is_plain(module):
+    """The record of a plain norm over the last `hidden_size` elements, else None."""
+    if type(module) not in (nn.LayerNorm, nn.RMSNorm) or not is_plain(module):
         return None
-    weight, bias = weight_and_bias(module)
-    if module.normalized_shape != (hidden_size,) or weight is None or bias is None:
+    if module.normalized_shape != (hidden_size,):
         return None
-    return Norm(weight, bias, module.eps)
+    if type(module) is nn.LayerNorm:
+        return Norm(*weight_and_bias(module), module.eps)
+    if module.eps is None:  # it depends on the type of the input
+        return None
+    return Norm(module.weight, None, module.eps, "rms")

@@ -19,8 +19,8 @@ from fastllm.ops.decoder import Decoder, Linear
 from fastllm.ops.decoder_loss import decoder_loss, why_not
 from fastllm.ops.dispatch import requested, use
 from fastllm.ops.embedding import check_token_ids
-from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
+from fastllm.ops.norm import norm
 from fastllm.ops.torch_private import children, submodules, weight_and_bias
 
 
@@ -219,8 +219,8 @@ class DecoderModel(nn.Module):
                 x = block(x, attn_mask, cache=cache)
         if self.final_norm is None:
             return x
-        norm = plain_norm(self.final_norm, self.hidden_size)
-        return self.final_norm(x) if norm is None else layer_norm(x, norm)
+        record = plain_norm(self.final_norm, self.hidden_size)
+        return self.final_norm(x) if record is None else norm(x, record)
 
     def loss(
         self,

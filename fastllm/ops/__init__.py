@@ -10,10 +10,10 @@ from fastllm.ops import (
     dispatch,
     dropout,
     embedding,
-    layer_norm,
     linear_cross_entropy,
     mlp,
     multi_head_attention,
+    norm,
     sampling,
 )
 from fastllm.ops.dispatch import Implementation
@@ -30,7 +30,7 @@ OPERATIONS: dict[str, list[Implementation]] = WHOLE_MODEL | {
     "multi_head_attention": multi_head_attention.IMPLEMENTATIONS,
     "attention": attention.IMPLEMENTATIONS,
     "mlp": mlp.IMPLEMENTATIONS,
-    "layer_norm": layer_norm.IMPLEMENTATIONS,
+    "norm": norm.IMPLEMENTATIONS,
     "dropout": dropout.IMPLEMENTATIONS,
     "linear_cross_entropy": linear_cross_entropy.IMPLEMENTATIONS,
     "adam": adam.IMPLEMENTATIONS,

@@ -22,19 +22,35 @@ from fastllm.ops.memory import address
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "leaky_relu")
 
 
-class Norm(NamedTuple):
-    """A layer norm; weight and bias [H]."""
+# In the order of `NormKind` in csrc/kernels.h.
+NORM_KINDS = (None, "layer", "rms")
 
-    weight: Tensor
-    bias: Tensor
+
+class Norm(NamedTuple):
+    """A layer norm, or an RMS norm, which does not subtract the mean.
+
+    Attributes:
+        weight, bias: [H], or None for factors of 1 and nothing added.
+        kind: `layer` or `rms`.
+        offset: added to the weight; some models learn the difference from 1.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
     eps: float
+    kind: str = "layer"
+    offset: float = 0.0
 
     def fits(self, H: int) -> bool:
-        return self.weight.shape == (H,) and self.bias.shape == (H,)
+        return all(vector is None or vector.shape == (H,) for vector in self[:2])
+
+    def settings(self) -> tuple[Any, ...]:
+        """All of the record except the parameters."""
+        return self[2:]
 
     def to_kernel(self) -> Any:
-        weight, bias, eps = self
-        return _kernel_norm(weight.data_ptr(), bias.data_ptr(), eps)
+        weight, bias, *settings = self
+        return _kernel_norm(address(weight), address(bias), *settings)
 
 
 class Linear(NamedTuple):
@@ -121,7 +137,7 @@ class MultiHeadAttention(NamedTuple):
     Attributes:
         qkv: weight [3 H, H], its rows ordered q, k, v, each by head.
         out: weight [H, H].
-        norm: a layer norm; it brings the residual connection.
+        norm: it brings the residual connection.
         norm_first: `x + f(norm(x))` rather than `norm(x + f(x))`.
         causal: hide the positions after the query's own.
         mask: boolean, broadcastable to [B, N, S, S]; **True means masked**. Combined with `causal`
@@ -208,7 +224,7 @@ class Mlp(NamedTuple):
         fc1, fc2: weights [I, H] and [H, I].
         activation: one of `ACTIVATIONS`: `gelu` (exact), `gelu_tanh`, `relu`, `silu` or
             `leaky_relu` (slope 0.01).
-        norm: a layer norm; it brings the residual connection.
+        norm: it brings the residual connection.
         norm_first: `x + f(norm(x))` rather than `norm(x + f(x))`.
         hidden_dropout, out_dropout: on the activations and on the result.
     """
@@ -341,12 +357,12 @@ class Decoder(NamedTuple):
         """All of the record except the parameters' addresses and contents, and batch data."""
         tables = self.embedding.weight.shape, self.embedding.positions.shape, self.head.weight.shape
         layers = [
-            (a.heads, a.causal, a.norm_first, a.norm and a.norm.eps, *m.fc1.weight.shape,
-             m.activation, m.norm_first, m.norm and m.norm.eps)
+            (a.heads, a.causal, a.norm_first, a.norm and a.norm.settings(), *m.fc1.weight.shape,
+             m.activation, m.norm_first, m.norm and m.norm.settings())
             for a, m in self.layers
         ]  # fmt: skip
         scale, padding_idx = self.embedding.scale, self.embedding.padding_idx
-        return (*tables, scale, padding_idx, self.norm and self.norm.eps, *layers)
+        return (*tables, scale, padding_idx, self.norm and self.norm.settings(), *layers)
 
     def to_kernel_once(self, addresses: Sequence[int]) -> Any:
         """As `to_kernel`, but cached for parameters at these addresses.
@@ -386,8 +402,10 @@ def _misfit(name: str, linear: Linear, outputs: int, inputs: int) -> str:
 
 
 @lru_cache(maxsize=2048)
-def _kernel_norm(weight: int, bias: int, eps: float) -> Any:
-    return extension.kernels.Norm(weight=weight, bias=bias, eps=eps)
+def _kernel_norm(weight: int, bias: int, eps: float, kind: str, offset: float) -> Any:
+    return extension.kernels.Norm(
+        kind=NORM_KINDS.index(kind), weight=weight, bias=bias, eps=eps, offset=offset
+    )
 
 
 @lru_cache(maxsize=2048)
@@ -421,4 +439,4 @@ def _next_linear(tensors: Iterator[Any]) -> Linear:
 
 def _next_norm(norm: Norm | None, tensors: Iterator[Any]) -> Norm | None:
     weight, bias = next(tensors), next(tensors)
-    return norm and Norm(weight, bias, norm.eps)
+    return norm and norm._replace(weight=weight, bias=bias)

@@ -11,8 +11,8 @@ from fastllm.ops import dispatch, extension
 from fastllm.ops.autograd import check_first_derivative, needs_grad
 from fastllm.ops.decoder import ACTIVATIONS, Mlp
 from fastllm.ops.dropout import DROPOUT_RANGE, dropout
-from fastllm.ops.layer_norm import layer_norm_ref
 from fastllm.ops.memory import address, kernel_layout, new_grad
+from fastllm.ops.norm import norm_ref
 from fastllm.ops.precision import autocast_input, product_precision
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,13 +25,13 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def mlp_ref(x: Tensor, mlp: Mlp) -> Tensor:
-    normed = layer_norm_ref(x, mlp.norm, None) if mlp.norm and mlp.norm_first else x
+    normed = norm_ref(x, mlp.norm, None) if mlp.norm and mlp.norm_first else x
     hidden = FUNCTIONS[mlp.activation](F.linear(normed, *mlp.fc1))
     out = F.linear(dropout(hidden, *mlp.hidden_dropout), *mlp.fc2)
     out = dropout(out, *mlp.out_dropout)
     if mlp.norm is None:
         return out
-    return x + out if mlp.norm_first else layer_norm_ref(out, mlp.norm, x)
+    return x + out if mlp.norm_first else norm_ref(out, mlp.norm, x)
 
 
 class MlpFunction(torch.autograd.Function):

@@ -29,8 +29,8 @@ from fastllm.ops.blocks_triton import (
 )
 from fastllm.ops.decoder import Mlp
 from fastllm.ops.dropout import dropout, dropped_of_65536
-from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.memory import contiguous
+from fastllm.ops.norm import norm
 
 WIDEST_DOT = 1024
 
@@ -226,10 +226,10 @@ class MlpFunction(torch.autograd.Function):
 
 def mlp_triton(x: Tensor, mlp: Mlp) -> Tensor:
     """See `fastllm.ops.mlp.mlp`."""
-    normed = layer_norm(x, mlp.norm) if mlp.norm and mlp.norm_first else x
+    normed = norm(x, mlp.norm) if mlp.norm and mlp.norm_first else x
     tensors = contiguous(*in_autocast(normed, *mlp.fc1, *mlp.fc2))
     out = MlpFunction.apply(*tensors, mlp.activation, *mlp.hidden_dropout)
     out = dropout(out, *mlp.out_dropout)
     if mlp.norm is None:
         return out
-    return x + out if mlp.norm_first else layer_norm(out, mlp.norm, x)
+    return x + out if mlp.norm_first else norm(out, mlp.norm, x)

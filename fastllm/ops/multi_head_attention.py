@@ -13,14 +13,14 @@ from fastllm.ops.attention import attention, check_mask, why_not_mask
 from fastllm.ops.autograd import check_first_derivative, needs_grad
 from fastllm.ops.decoder import MultiHeadAttention
 from fastllm.ops.dropout import DROPOUT_RANGE, dropout
-from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.memory import address, kernel_layout, new_grad
+from fastllm.ops.norm import norm
 from fastllm.ops.precision import autocast_input, product_precision
 
 
 def multi_head_attention_ref(x: Tensor, mha: MultiHeadAttention) -> Tensor:
     B, S, H, N = *mha.sizes(x), x.size(-1), mha.heads
-    qkv = F.linear(layer_norm(x, mha.norm) if mha.norm and mha.norm_first else x, *mha.qkv)
+    qkv = F.linear(norm(x, mha.norm) if mha.norm and mha.norm_first else x, *mha.qkv)
     mask, rows = mha.mask, None
     if mha.starts is not None:
         rows, mask = unpacked_rows(mha.starts, S, x.device)
@@ -31,7 +31,7 @@ def multi_head_attention_ref(x: Tensor, mha: MultiHeadAttention) -> Tensor:
     out = dropout(F.linear(heads if rows is None else heads[rows], *mha.out), *mha.out_dropout)
     if mha.norm is None:
         return out
-    return x + out if mha.norm_first else layer_norm(out, mha.norm, x)
+    return x + out if mha.norm_first else norm(out, mha.norm, x)
 
 
 def unpacked_rows(starts: Sequence[int], S: int, device: torch.device) -> tuple[Tensor, Tensor]:

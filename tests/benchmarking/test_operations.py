@@ -19,7 +19,7 @@ def test_operations_as_on_a_gpu(
     monkeypatch.setattr(torch, "compile", compile_nothing)
     results = list(measure_operations("cpu", "fp32", 0.01, ("A",)))
     assert [result["operation"] for result in results] == [
-        *("attention", "mlp", "layer_norm", "wide layer_norm", "embedding"),
+        *("attention", "mlp", "norm", "wide norm", "embedding"),
         *("linear_cross_entropy", "dropout", "adam"),
     ]
     for result in results:

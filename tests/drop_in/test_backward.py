@@ -11,10 +11,10 @@ from fastllm.ops import extension, memory
 from fastllm.ops.attention import attention
 from fastllm.ops.decoder import Embedding, Linear, Mlp, MultiHeadAttention, Norm
 from fastllm.ops.embedding import embedding
-from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.mlp import mlp
 from fastllm.ops.multi_head_attention import multi_head_attention
+from fastllm.ops.norm import norm
 from fastllm.optim import Adam
 from tests.conftest import needs_extension
 from tests.drop_in.cases import (
@@ -371,7 +371,7 @@ def test_a_block_used_twice_gets_the_sum(kind: str, calls: Calls) -> None:
 H = 8
 OPERATIONS = {
     "embedding": lambda x: embedding(torch.tensor([[1, 2, 0]]), Embedding(x, x[:3])),
-    "layer_norm": lambda x: layer_norm(x, Norm(x[0], x[1], 1e-5)),
+    "norm": lambda x: norm(x, Norm(x[0], x[1], 1e-5)),
     "attention": lambda x: attention(*x.view(1, 2, 4, H).expand(3, 1, 2, 4, H)),
     "multi_head_attention": lambda x: multi_head_attention(
         x[None], MultiHeadAttention(Linear(x.repeat(3, 1), None), Linear(x, None), 2)

@@ -294,14 +294,11 @@ class Scaled(nn.LayerNorm):
         lambda: MLP(16, activation=nn.Tanh()),
         lambda: MLP(16, activation=nn.LeakyReLU(0.2)),
         lambda: MLP(16, activation=nn.Sequential(nn.GELU(), nn.ReLU())),
-        lambda: MLP(16, norm_type=nn.RMSNorm),
+        lambda: MLP(16, norm_type=lambda size, **kw: nn.RMSNorm(size)),
         lambda: MLP(16, norm_type=Scaled, norm_first=False),
-        lambda: MLP(16, norm_type=lambda size, **kw: nn.LayerNorm(size, bias=False, **kw)),
-        lambda: MLP(
-            16, norm_type=lambda size, **kw: nn.LayerNorm(size, elementwise_affine=False, **kw)
-        ),
+        lambda: MLP(16, norm_type=lambda size, **kw: nn.LayerNorm((5, 16)), norm_first=False),
     ],
-    ids=["tanh", "leaky-0.2", "sequential", "rms", "subclass", "no-bias", "no-affine"],
+    ids=["tanh", "leaky-0.2", "sequential", "rms-of-any-eps", "subclass", "two-dimensions"],
 )
 def test_layers_unknown_to_the_kernels_go_through_the_modules(
     mlp: Callable[[], MLP], calls: Calls
@@ -335,6 +332,31 @@ def test_layers_known_to_the_kernels_are_fused(activation: nn.Module, calls: Cal
     out = module(x)
     assert calls.names() == {"mlp_fwd"}
     expected = x + module.fc2(activation(module.fc1(module.norm(x))))
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.RMSNorm,
+        lambda size, **kw: nn.LayerNorm(size, bias=False, **kw),
+        lambda size, **kw: nn.LayerNorm(size, elementwise_affine=False, **kw),
+        lambda size, **kw: nn.RMSNorm(size, elementwise_affine=False, **kw),
+    ],
+    ids=["rms", "no-bias", "no-affine", "rms-no-affine"],
+)
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
+def test_norms_known_to_the_kernels_are_fused(
+    norm: Callable[..., nn.Module], norm_first: bool, calls: Calls
+) -> None:
+    torch.manual_seed(0)
+    module = MLP(16, norm_type=norm, norm_first=norm_first).eval()
+    assert module.norm is not None
+    x = torch.randn(2, 5, 16)
+    out = module(x)
+    assert calls.names() == {"mlp_fwd"}
+    inner = module.fc2(module.activation(module.fc1(module.norm(x) if norm_first else x)))
+    expected = x + inner if norm_first else module.norm(x + inner)
     assert torch.allclose(out, expected, atol=1e-6)
 
 

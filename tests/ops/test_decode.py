@@ -18,7 +18,7 @@ from fastllm.generation.decoding import ModuleDecoding, start_decoding
 from fastllm.ops import decode, extension
 from fastllm.ops.decode import Decoding, PackedDecoder, round_to_int8, round_weights_to_int8
 from fastllm.ops.decoder import Decoder
-from tests.conftest import BAD, assert_as_accurate, isa_in_use, needs_extension
+from tests.conftest import BAD, assert_as_accurate, isa_in_use, needs_extension, use_rms_norms
 
 MODELS = {
     "plain": {},
@@ -47,7 +47,10 @@ STEPS = [(5, 1, 33), (1, 1, 1), (1, 0, 1), (3, 30, 2), (1, 1, 1)]
 def make_model(size: str = "odd", kind: str = "plain") -> DecoderModel:
     V, N, D, I, L = SIZES[size]
     torch.manual_seed(0)
-    model = DecoderModel(V, N * D, L, N, 40, I, **MODELS[kind]).eval()  # type: ignore[arg-type]
+    model = DecoderModel(V, N * D, L, N, 40, I, **MODELS.get(kind, {}))  # type: ignore[arg-type]
+    if kind == "rms":
+        use_rms_norms(model)
+    model.eval()
     with torch.no_grad():  # zeros and ones would hide mistakes
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -114,7 +117,7 @@ def test_parity_of_sizes(isa: str, size: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [*MODELS, "rms"])
 def test_parity_of_models(isa: str, kind: str, precision: str) -> None:
     assert_parity(make_model(kind=kind), precision)
 

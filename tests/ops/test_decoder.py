@@ -25,7 +25,7 @@ def mlp_fields() -> dict[str, Any]:
         "rows": 1,
         "H": 4,
         "I": 8,
-        "norm": k.Norm(weight=0, bias=0, eps=1e-5),
+        "norm": k.Norm(kind=1, weight=0, bias=0, eps=1e-5, offset=0.0),
         "norm_first": True,
         "fc1": linear,
         "fc2": linear,

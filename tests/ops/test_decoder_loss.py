@@ -20,6 +20,7 @@ from tests.conftest import (
     poisoned_memory,
     shape_name,
     stacked,
+    use_rms_norms,
 )
 
 # B, S, N, D, V; at least four groups of sequences with 64 positions
@@ -81,6 +82,15 @@ def test_parity_with_dropout(arithmetic: str, whole: bool, norm_first: bool, lea
     torch.manual_seed(0)
     settings = {"pos_encoding_learned": learned, "norm_first": norm_first, "padding_idx": 5}
     model = DecoderModel(66, 48, 2, 3, 40, **settings)
+    ids = torch.randint(0, 66, (8, 33))
+    assert_parity(model, ids, ids)
+
+
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
+def test_parity_of_rms_norms(arithmetic: str, whole: bool, norm_first: bool) -> None:
+    torch.manual_seed(0)
+    model = DecoderModel(66, 48, 2, 3, 40, norm_first=norm_first)
+    use_rms_norms(model)
     ids = torch.randint(0, 66, (8, 33))
     assert_parity(model, ids, ids)
 

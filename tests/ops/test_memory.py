@@ -8,10 +8,10 @@ from fastllm import DecoderModel, use
 from fastllm.ops import extension, memory
 from fastllm.ops.decoder import Dropout, Embedding, Linear, Mlp, MultiHeadAttention, Norm
 from fastllm.ops.embedding import embedding
-from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.mlp import mlp
 from fastllm.ops.multi_head_attention import multi_head_attention
+from fastllm.ops.norm import norm
 from tests.conftest import assert_parity, needs_extension
 
 pytestmark = needs_extension
@@ -54,7 +54,7 @@ def test_parity(everything_large: list[int]) -> None:
             ),
             *(x, qkv, out),
         )
-        assert_parity(lambda x, w, b: layer_norm(x, Norm(w, b, 1e-5)), x, weight, bias)
+        assert_parity(lambda x, w, b: norm(x, Norm(w, b, 1e-5)), x, weight, bias)
         assert_parity(lambda t, p: embedding(ids, Embedding(t, p)), table, positions)
         assert_parity(lambda x, t: linear_cross_entropy(x, Linear(t, None), ids), x, table)
     assert len(everything_large) == 3 * (5 + 3 + 3 + 2 + 2)

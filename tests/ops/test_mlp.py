@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def problem(
     activation: str = "gelu",
     p: float = 0.3,
     out_p: float = 0.0,
+    **norm_settings: Any,
 ) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """The operation as a function of tensors, and random tensors for it."""
     rows, H, I = size
@@ -52,7 +54,7 @@ def problem(
 
     def run(x: Tensor, w1: Tensor, w2: Tensor, *vectors: Tensor) -> Tensor:
         b1, b2 = vectors[:2] if biases else (None, None)
-        layer_norm = None if norm == "none" else Norm(*vectors[-2:], 1e-5)
+        layer_norm = None if norm == "none" else Norm(*vectors[-2:], 1e-5, **norm_settings)
         layers = Linear(w1, b1), Linear(w2, b2)
         dropouts = Dropout(p, 7), Dropout(out_p, 9)
         return mlp(x, Mlp(*layers, activation, layer_norm, norm == "pre", *dropouts))
@@ -65,6 +67,13 @@ def problem(
 def test_parity(arithmetic: str, size: tuple[int, int, int], norm: str) -> None:
     for biases, p in ((True, 0.3), (False, 0.0)):
         run, tensors = problem(size, norm, biases, p=p)
+        assert_parity(run, *tensors)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_parity_of_rms_norms(arithmetic: str, norm: str) -> None:
+    for size, p, offset in (((7, 30, 120), 0.3, 0.0), ((65, 40, 33), 0.0, 1.0)):
+        run, tensors = problem(size, norm, p=p, out_p=p, kind="rms", offset=offset)
         assert_parity(run, *tensors)
 
 

@@ -49,6 +49,7 @@ def problem(
     biases: bool = True,
     weights_p: float = 0.2,
     out_p: float = 0.2,
+    kind: str = "layer",
     **settings: Any,
 ) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """The operation as a function of tensors, and random tensors for it."""
@@ -64,7 +65,7 @@ def problem(
 
     def run(x: Tensor, qkv: Tensor, out: Tensor, *vectors: Tensor) -> Tensor:
         b1, b2 = vectors[:2] if biases else (None, None)
-        layer_norm = None if norm == "none" else Norm(*vectors[-2:], 1e-5)
+        layer_norm = None if norm == "none" else Norm(*vectors[-2:], 1e-5, kind)
         mha = MultiHeadAttention(
             Linear(qkv, b1), Linear(out, b2), N, layer_norm, norm == "pre", **dropouts, **settings
         )
@@ -84,6 +85,13 @@ def test_parity(arithmetic: str, shape: tuple[int, int, int, int], norm: str) ->
         (True, 0.1, False, mask),
     ):
         run, tensors = problem(shape, norm, biases, p, p, causal=is_causal, mask=attn_mask)
+        assert_parity(run, *tensors)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_parity_of_rms_norms(arithmetic: str, norm: str) -> None:
+    for shape, p in (((2, 3, 7, 16), 0.2), ((1, 2, 65, 64), 0.0)):
+        run, tensors = problem(shape, norm, True, p, p, kind="rms")
         assert_parity(run, *tensors)
 
 

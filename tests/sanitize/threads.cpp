@@ -57,7 +57,9 @@ private:
 struct Pair {
     Floats weight, bias;
     Linear linear() const { return {weight.data(), bias.data()}; }
-    Norm norm() const { return {weight.data(), bias.data(), 1e-5f}; }
+    Norm norm(NormKind kind = NormKind::LAYER) const {
+        return {kind, weight.data(), bias.data(), 1e-5f, 0};
+    }
     LinearGrad linear_grad() { return {weight.data(), bias.data()}; }
     NormGrad norm_grad() { return {weight.data(), bias.data()}; }
     void append_to(Outputs& outputs) const {
@@ -73,7 +75,7 @@ Pair gradients(int64_t outputs, int64_t inputs) {
     return {empty(outputs * inputs), empty(outputs)};
 }
 
-enum class Place { NONE, BEFORE, BEHIND };  // position of the layer norm
+enum class Place { NONE, BEFORE, BEHIND };  // position of the norm
 constexpr Place PLACES[] = {Place::NONE, Place::BEFORE, Place::BEHIND};
 
 Outputs adam(bool decoupled, double max_grad_norm, int threads) {
@@ -177,19 +179,19 @@ Outputs mlp(int64_t rows, int64_t H, int64_t I, Place place, Activation activati
     return outputs;
 }
 
-Outputs layer_norm(int64_t rows, int64_t H, bool with_residual, int threads) {
+Outputs norm(int64_t rows, int64_t H, NormKind kind, bool with_residual, int threads) {
     Source source;
-    const Pair norm = parameters(source, H, 1);
+    const Pair pair = parameters(source, H, 1);
+    const Norm norm = pair.norm(kind);
     const Floats x = source.floats(rows * H), residual = source.floats(rows * H),
                  grad_out = source.floats(rows * H);
     Floats out = empty(rows * H), stats = empty(2 * rows), sum = empty(rows * H),
            grad_x = empty(rows * H);
     Pair grad = gradients(H, 1);
-    k.layer_norm_fwd(out.data(), stats.data(), with_residual ? sum.data() : nullptr, x.data(),
-                     with_residual ? residual.data() : nullptr, rows, H, norm.norm(), threads);
-    k.layer_norm_bwd(grad_x.data(), grad.norm_grad(), grad_out.data(),
-                     with_residual ? sum.data() : x.data(), stats.data(), rows, H, norm.norm(),
-                     threads);
+    k.norm_fwd(out.data(), stats.data(), with_residual ? sum.data() : nullptr, x.data(),
+               with_residual ? residual.data() : nullptr, rows, H, norm, threads);
+    k.norm_bwd(grad_x.data(), grad.norm_grad(), grad_out.data(),
+               with_residual ? sum.data() : x.data(), stats.data(), rows, H, norm, threads);
     return {out, stats, grad_x, grad.weight, grad.bias};
 }
 
@@ -369,9 +371,11 @@ std::vector<Case> cases() {
             }
         }
     }
-    for (const bool residual : {false, true}) {
-        add("layer_norm", [=](int threads) { return layer_norm(100, 200, residual, threads); });
-        add("layer_norm", [=](int threads) { return layer_norm(37, 67, residual, threads); });
+    for (const NormKind kind : {NormKind::LAYER, NormKind::RMS}) {
+        for (const bool residual : {false, true}) {
+            add("norm", [=](int n) { return norm(100, 200, kind, residual, n); });
+            add("norm", [=](int n) { return norm(37, 67, kind, residual, n); });
+        }
     }
     for (const int64_t B : {3, 16})
         add("multi_head_attention side by side", [=](int n) {

@@ -18,7 +18,7 @@ pytestmark = [
 
 KERNELS = {
     *("attention_fwd", "attention_bwd_q", "attention_bwd_kv", "mlp_product", "mlp_elements"),
-    *("layer_norm_fwd", "layer_norm_bwd", "embedding_fwd", "cross_entropy", "dropout_kernel"),
+    *("norm_fwd", "norm_bwd", "embedding_fwd", "cross_entropy", "dropout_kernel"),
     *("adam_norms", "adam_update"),
 }
 # Maximum bytes of shared memory per block, by compute capability (CUDA programming guide).

@@ -17,9 +17,9 @@ from fastllm.ops.attention import attention
 from fastllm.ops.decoder import ACTIVATIONS, Dropout, Embedding, Linear, Mlp, Norm
 from fastllm.ops.dropout import dropout, keep_mask
 from fastllm.ops.embedding import embedding
-from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.mlp import mlp
+from fastllm.ops.norm import norm
 from fastllm.optim import Adam, AdamW
 from tests import TRITON_DEVICE, TRITON_OPERATIONS
 from tests.conftest import (
@@ -195,13 +195,23 @@ def test_mlp_layouts(layout: str) -> None:
         assert_parity(run, dtype, *tensors)
 
 
+# Of one number, the gradient of an RMS norm is 0 but for eps: rounding alone would be compared.
+NORM_SHAPES = {"layer": [(1, 1), (2, 1), (30, 17), (5, 2500)], "rms": [(1, 2), (30, 17), (5, 2500)]}
+
+
 @pytest.mark.parametrize("residual", [True, False], ids=["sum", ""])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (30, 17), (5, 2500)], ids=shape_name("RH"))
-def test_layer_norm(
-    dtype: torch.dtype, shape: tuple[int, int], residual: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(kind, shape) for kind in NORM_SHAPES for shape in NORM_SHAPES[kind]]
+)
+def test_norm(
+    dtype: torch.dtype,
+    kind: str,
+    shape: tuple[int, int],
+    residual: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With several rows per program."""
-    from fastllm.ops import layer_norm_triton as kernels
+    from fastllm.ops import norm_triton as kernels
 
     monkeypatch.setattr(kernels, "PROGRAMS", 8)
     R, H = shape
@@ -209,9 +219,19 @@ def test_layer_norm(
     tensors += [randn(R, H, seed=3)] if residual else []
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
-        return layer_norm(x, Norm(weight, bias, 1e-5), *rest)
+        return norm(x, Norm(weight, bias, 1e-5, kind), *rest)
 
     assert_parity(run, dtype, *tensors)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_without_weight_or_bias(dtype: torch.dtype, kind: str, offset: float) -> None:
+    settings = (1e-5, kind, offset)
+    x, weight, bias = randn(6, 17) + 1, randn(17) / 4, randn(17)
+    assert_parity(lambda x, w: norm(x, Norm(w, None, *settings)), dtype, x, weight)
+    assert_parity(lambda x, b: norm(x, Norm(None, b, *settings)), dtype, x, bias)
+    assert_parity(lambda x: norm(x, Norm(None, None, *settings)), dtype, x)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 7, 20, 30), (2, 40, 64, 5)], ids=str)
@@ -270,12 +290,12 @@ def test_dropout(dtype: torch.dtype) -> None:
 
 def bad_cases() -> Iterator[tuple[str, Callable[..., Tensor], list[Tensor]]]:
     H = 16
-    norm = Norm(torch.ones(H), torch.zeros(H), 1e-5)
+    layer_norm = Norm(torch.ones(H), torch.zeros(H), 1e-5)
     layers = Linear(randn(64, H), None), Linear(randn(H, 64), None)
     yield "attention", lambda x: attention(x, x, x, None, True), [randn(1, 1, 8, H)]
     layer = Mlp(*layers, hidden_dropout=Dropout(0.5, 3))
     yield "mlp", lambda x: mlp(x, layer), [randn(8, H)]
-    yield "layer_norm", lambda x: layer_norm(x, norm), [randn(8, H)]
+    yield "norm", lambda x: norm(x, layer_norm), [randn(8, H)]
     yield "dropout", lambda x: dropout(x, 0.5, 3), [randn(8, H)]
 
 

@@ -127,8 +127,8 @@ def activation_name(module: nn.Module) -> str:
 def norm_parameters(module: Any) -> Norm:
     """The parameters of a layer norm."""
     assert_plain(module)
-    if type(module) is not nn.LayerNorm or module.weight is None or module.bias is None:
-        expected("nn.LayerNorm with weight and bias", module)
+    if type(module) is not nn.LayerNorm:
+        expected("nn.LayerNorm", module)
     return Norm(module.weight, module.bias, module.eps)
 
 

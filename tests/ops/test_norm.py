@@ -1,10 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 import fastllm
 from fastllm.ops.decoder import Norm
-from fastllm.ops.layer_norm import layer_norm
+from fastllm.ops.norm import norm as norm_of
 from tests.conftest import (
     BAD,
     LAYOUTS,
@@ -32,8 +34,18 @@ SIZES = [
 ]
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-    return layer_norm(x, Norm(weight, bias, 1e-5), residual)
+KINDS = ["layer", "rms"]
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    kind: str = "layer",
+    offset: float = 0.0,
+) -> Tensor:
+    return norm_of(x, Norm(weight, bias, 1e-5, kind, offset), residual)
 
 
 def random_inputs(rows: int, H: int) -> list[Tensor]:
@@ -44,10 +56,22 @@ def random_inputs(rows: int, H: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=shape_name("RH"))
-def test_parity(isa: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity(isa: str, kind: str, size: tuple[int, int]) -> None:
     x, weight, bias, residual = random_inputs(*size)
-    assert_parity(norm, x, weight, bias)
-    assert_parity(norm, x, weight, bias, residual)
+    assert_parity(partial(norm, kind=kind), x, weight, bias)
+    assert_parity(partial(norm, kind=kind), x, weight, bias, residual)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_parity_without_weight_or_bias(isa: str, kind: str, offset: float) -> None:
+    x, weight, bias, residual = random_inputs(31, 37)
+    settings = {"kind": kind, "offset": offset}
+    assert_parity(lambda x, w, r: norm(x, w, None, r, **settings), x, weight, residual)
+    assert_parity(lambda x, b, r: norm(x, None, b, r, **settings), x, bias, residual)
+    assert_parity(lambda x: norm(x, None, None, **settings), x)
+    assert_parity(lambda x, w, b: norm(x, w, b, **settings), x, weight, bias)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -63,10 +87,12 @@ def test_parity_of_more_dimensions(isa: str) -> None:
 
 
 @pytest.mark.parametrize("mean", [0.1, 1e3, 1e6])
-def test_parity_where_the_mean_is_large(isa: str, mean: float) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity_where_the_mean_is_large(isa: str, kind: str, mean: float) -> None:
     x, weight, bias, _ = random_inputs(5, 100)
-    assert_parity(norm, x + mean, weight, bias)
-    assert_parity(norm, torch.full((3, 100), mean), weight, bias)  # zero variance
+    assert_parity(partial(norm, kind=kind), x + mean, weight, bias)
+    full = torch.full((3, 100), mean)  # zero variance
+    assert_parity(partial(norm, kind=kind), full, weight, bias)
 
 
 def test_rounding_does_not_make_the_variance_negative(isa: str) -> None:
@@ -79,17 +105,21 @@ def test_rounding_does_not_make_the_variance_negative(isa: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e4, 1e15])
-def test_parity_of_extreme_scales(isa: str, scale: float) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity_of_extreme_scales(isa: str, kind: str, scale: float) -> None:
     x, weight, bias, _ = random_inputs(5, 100)
-    assert_parity(norm, x * scale, weight, bias)
+    assert_parity(partial(norm, kind=kind), x * scale, weight, bias)
 
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("which", range(4), ids=["x", "weight", "bias", "residual"])
-def test_not_a_number_and_infinity_as_in_the_reference(isa: str, bad: float, which: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_a_number_and_infinity_as_in_the_reference(
+    isa: str, kind: str, bad: float, which: int
+) -> None:
     inputs = random_inputs(7, 37)
     inputs[which].view(-1)[36] = bad
-    assert_parity(norm, *inputs, kinds_of_gradients=False)
+    assert_parity(partial(norm, kind=kind), *inputs, kinds_of_gradients=False)
 
 
 @pytest.mark.parametrize("wanted", range(4), ids=["x", "weight", "bias", "residual"])
@@ -98,8 +128,9 @@ def test_one_gradient_alone(isa: str, wanted: int) -> None:
     assert_parity(with_others_fixed(norm, tensors, wanted), tensors[wanted])
 
 
-def test_same_bits(isa: str, threads: None) -> None:
-    assert_same_bits(bits(norm, *random_inputs(67, 130)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits(isa: str, kind: str, threads: None) -> None:
+    assert_same_bits(bits(partial(norm, kind=kind), *random_inputs(67, 130)))
 
 
 def test_a_broadcast_residual_is_left_to_the_reference() -> None:

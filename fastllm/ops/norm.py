@@ -1,4 +1,7 @@
-"""Layer norm over the last dimension (Ba, Kiros and Hinton 2016), optionally of a sum."""
+"""Norms over the last dimension, optionally of a sum.
+
+A layer norm (Ba, Kiros and Hinton 2016), or an RMS norm (Zhang and Sennrich 2019).
+"""
 
 from typing import Any
 
@@ -9,28 +12,38 @@ from torch import Tensor
 from fastllm.ops import dispatch, extension
 from fastllm.ops.autograd import check_first_derivative
 from fastllm.ops.decoder import Norm
-from fastllm.ops.memory import address, new_grad
+from fastllm.ops.memory import address, contiguous, new_grad
 
 
-def layer_norm_ref(x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
+def norm_ref(x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
     if residual is not None:
         x = x + residual
-    return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+    weight, bias, eps, kind, offset = norm
+    if weight is not None and offset:
+        weight = weight + offset
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    out = F.rms_norm(x, x.shape[-1:], weight, eps)
+    return out if bias is None else out + bias
 
 
-class LayerNormFunction(torch.autograd.Function):
+class NormFunction(torch.autograd.Function):
     """The C++ kernel; saves the sum, and the mean and 1 / standard deviation of each row."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        norm: Norm,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor:
         H = x.size(-1)
         rows = x.numel() // H
         out, stats = torch.empty_like(x), x.new_empty(rows, 2)
         total = x if residual is None else torch.empty_like(x)
-        ctx.eps = eps
-        extension.kernels.layer_norm_fwd(
+        extension.kernels.norm_fwd(
             out=out.data_ptr(),
             stats=stats.data_ptr(),
             sum=0 if residual is None else total.data_ptr(),
@@ -38,9 +51,10 @@ class LayerNormFunction(torch.autograd.Function):
             residual=address(residual),
             rows=rows,
             H=H,
-            norm=Norm(weight, bias, eps).to_kernel(),
+            norm=norm.to_kernel(),
             threads=torch.get_num_threads(),
         )
+        ctx.norm = norm._replace(weight=None, bias=None)
         ctx.save_for_backward(total, stats, weight, bias)
         return out
 
@@ -48,28 +62,28 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
         total, stats, weight, bias = ctx.saved_tensors
-        x_needed, weight_needed, bias_needed, _, residual_needed = ctx.needs_input_grad
+        x_needed, _, weight_needed, bias_needed, residual_needed = ctx.needs_input_grad
         grad_out = grad_out.contiguous()
         grad_x = new_grad(total, x_needed or residual_needed)
         grad_weight, grad_bias = new_grad(weight, weight_needed), new_grad(bias, bias_needed)
-        extension.kernels.layer_norm_bwd(
+        extension.kernels.norm_bwd(
             grad_x=address(grad_x),
             grad=extension.kernels.NormGrad(weight=address(grad_weight), bias=address(grad_bias)),
             grad_out=grad_out.data_ptr(),
             sum=total.data_ptr(),
             stats=stats.data_ptr(),
             rows=len(stats),
-            H=weight.numel(),
-            norm=Norm(weight, bias, ctx.eps).to_kernel(),
+            H=total.size(-1),
+            norm=ctx.norm._replace(weight=weight, bias=bias).to_kernel(),
             threads=torch.get_num_threads(),
         )
-        return grad_x, grad_weight, grad_bias, None, grad_x if residual_needed else None
+        return grad_x, None, grad_weight, grad_bias, grad_x if residual_needed else None
 
 
-def layer_norm_cpu(x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
-    residual = None if residual is None else residual.contiguous()
-    weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
-    return LayerNormFunction.apply(x.contiguous(), weight, bias, norm.eps, residual)
+def norm_cpu(x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
+    weight, bias, residual = contiguous(norm.weight, norm.bias, residual)
+    norm = norm._replace(weight=weight, bias=bias)
+    return NormFunction.apply(x.contiguous(), norm, weight, bias, residual)
 
 
 def why_not(x: Tensor, norm: Norm, residual: Tensor | None) -> str | None:
@@ -106,18 +120,20 @@ NARROWEST_TRITON = 2048
 LONGEST_TRITON = 8192
 
 IMPLEMENTATIONS = [
-    dispatch.cpu(layer_norm_cpu, why_not_cpu),
-    dispatch.triton("layer_norm", why_not_triton),
-    dispatch.reference(layer_norm_ref),
+    dispatch.cpu(norm_cpu, why_not_cpu),
+    dispatch.triton("norm", why_not_triton),
+    dispatch.reference(norm_ref),
 ]
 
 
-def layer_norm(x: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
-    """`(y - mean(y)) / sqrt(var(y) + eps) * weight + bias` with `y = x + residual`.
+def norm(x: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
+    """`(y - mean) / sqrt(mean((y - mean)²) + eps) * (weight + offset) + bias`, y = x + residual.
+
+    The mean is that of y for a layer norm, and 0 for an RMS norm.
 
     Args:
         x: [..., H].
         residual: [..., H], added first; or None.
     """
     arguments = (x, norm, residual)
-    return dispatch.choose("layer_norm", IMPLEMENTATIONS, *arguments).run(*arguments)
+    return dispatch.choose("norm", IMPLEMENTATIONS, *arguments).run(*arguments)
