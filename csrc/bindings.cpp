@@ -127,6 +127,7 @@ public:
             add(attention.norm, attention_grad.norm);
             add(mlp.fc1, mlp_grad.fc1);
             add(mlp.fc2, mlp_grad.fc2);
+            if (mlp.gated) add(mlp.up, mlp_grad.up);
             add(mlp.norm, mlp_grad.norm);
         }
         add(d.norm, grad.norm);
@@ -253,26 +254,28 @@ void define_records(py::module_& m) {
              py::kw_only(), arg("norm"), arg("qkv"), arg("out"));
     py::class_<Mlp>(m, "Mlp")
         .def(py::init([](int64_t rows, int64_t H, int64_t I, const Norm* norm, bool norm_first,
-                         const Linear& fc1, const Linear& fc2, int activation,
+                         const Linear& fc1, const Linear& fc2, const Linear* up, int activation,
                          const Dropout& hidden_dropout, const Dropout& out_dropout,
                          int precision) {
-                 return Mlp{rows, H, I, or_null(norm), norm_first, fc1, fc2,
-                            static_cast<Activation>(activation), hidden_dropout, out_dropout,
-                            static_cast<Precision>(precision)};
+                 return Mlp{rows, H, I, or_null(norm), norm_first, fc1, fc2, up != nullptr,
+                            or_null(up), static_cast<Activation>(activation), hidden_dropout,
+                            out_dropout, static_cast<Precision>(precision)};
              }),
              py::kw_only(), arg("rows"), arg("H"), arg("I"), arg("norm"), arg("norm_first"),
-             arg("fc1"), arg("fc2"), arg("activation"), arg("hidden_dropout"),
+             arg("fc1"), arg("fc2"), arg("up"), arg("activation"), arg("hidden_dropout"),
              arg("out_dropout"), arg("precision"));
     py::class_<MlpSaved>(m, "MlpSaved")
-        .def(py::init([](Address stats, Address hidden, Address residual) {
-                 return MlpSaved{at<float>(stats), at<float>(hidden), at<float>(residual)};
+        .def(py::init([](Address stats, Address hidden, Address up, Address residual) {
+                 return MlpSaved{at<float>(stats), at<float>(hidden), at<float>(up),
+                                 at<float>(residual)};
              }),
-             py::kw_only(), arg("stats"), arg("hidden"), arg("residual"));
+             py::kw_only(), arg("stats"), arg("hidden"), arg("up"), arg("residual"));
     py::class_<MlpGrad>(m, "MlpGrad")
-        .def(py::init([](const NormGrad* norm, const LinearGrad& fc1, const LinearGrad& fc2) {
-                 return MlpGrad{or_null(norm), fc1, fc2};
+        .def(py::init([](const NormGrad* norm, const LinearGrad& fc1, const LinearGrad& fc2,
+                         const LinearGrad* up) {
+                 return MlpGrad{or_null(norm), fc1, fc2, or_null(up)};
              }),
-             py::kw_only(), arg("norm"), arg("fc1"), arg("fc2"));
+             py::kw_only(), arg("norm"), arg("fc1"), arg("fc2"), arg("up"));
     py::class_<Embedding>(m, "Embedding")
         .def(py::init([](int64_t B, int64_t S, int64_t H, int64_t V, Address ids, Address weight,
                          Address positions, float scale, const Dropout& dropout) {

@@ -108,6 +108,7 @@ public:
             own(mlp.norm, H);
             own(mlp.fc1, mlp.I);
             own(mlp.fc2, H);
+            own(mlp.up, mlp.I);
         }
         own(d.norm, H);
         own(d.head.head, d.head.V);

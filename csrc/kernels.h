@@ -123,14 +123,17 @@ struct MultiHeadAttentionGrad {
     LinearGrad qkv, out;
 };
 
-enum class Activation { GELU, GELU_TANH, RELU, SILU, LEAKY_RELU };
+enum class Activation { GELU, GELU_TANH, RELU, SILU, LEAKY_RELU, RELU_SQUARED };
 
-// [norm ->] fc1 -> activation -> dropout -> fc2 -> dropout [-> + x [-> norm]], likewise.
+// [norm ->] fc1 -> activation -> dropout -> fc2 -> dropout [-> + x [-> norm]], likewise. A gated MLP
+// multiplies the activation by `up` of the same input.
 struct Mlp {
     int64_t rows, H, I;
     Norm norm;
     bool norm_first;
     Linear fc1, fc2;
+    bool gated;
+    Linear up;  // unless gated, unused
     Activation activation;
     Dropout hidden_dropout, out_dropout;
     Precision precision;
@@ -140,12 +143,13 @@ struct Mlp {
 struct MlpSaved {
     float* stats;     // [rows, 2], of the norm
     float* hidden;    // [rows, I], the input of the activation
+    float* up;        // [rows, I], what a gated MLP multiplies it by
     float* residual;  // [rows, H], x + sublayer(x): the input of a Post-LN norm
 };
 
 struct MlpGrad {
     NormGrad norm;
-    LinearGrad fc1, fc2;
+    LinearGrad fc1, fc2, up;
 };
 
 struct Embedding {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastllm import use
 from fastllm.command import no_log
+from fastllm.core.mlp import MLP
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import extension
 from fastllm.ops.precision import why_not_autocast
@@ -76,6 +77,14 @@ def use_rms_norms(model: DecoderModel) -> None:
         block.norm1, block.norm2 = rms_norm(), rms_norm()
     if model.final_norm is not None:
         model.final_norm = rms_norm()
+
+
+def use_swiglu(model: DecoderModel) -> None:
+    """Replaces every MLP of a model by a gated one."""
+    for block in model.transformer_blocks:
+        I, p = block.mlp.intermediate_size, block.mlp.dropout.p
+        settings = {"norm_first": block.norm_first, "include_norm_residual": False}
+        block.mlp = MLP(model.hidden_size, I, "silu", p, gated=True, **settings)
 
 
 def factors() -> list[float]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm.core.dropout import Dropout
@@ -13,6 +14,16 @@ from fastllm.ops.dropout import fresh_seeds
 from fastllm.ops.mlp import mlp
 from fastllm.ops.torch_private import submodules, weight_and_bias
 
+
+class SquaredReLU(nn.Module):
+    """`relu(x)²` (So et al. 2021)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(input).square()
+
+
+FORWARDS[SquaredReLU] = SquaredReLU.forward
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
@@ -20,27 +31,32 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
     "leaky_relu": nn.LeakyReLU,
+    "relu_squared": SquaredReLU,
 }
 
 
 class MLP(nn.Module):
-    """Two linear layers around an activation, optionally with layer norm and residual connection.
+    """Two linear layers around an activation, optionally gated, with norm and residual connection.
 
     Args:
         hidden_size: H.
         intermediate_size: I; 4 H unless given.
         activation: `gelu` (exact), `gelu_tanh` (GPT-2's approximation), `relu`, `silu`/`swish`,
-            `leaky_relu`, or a module.
+            `leaky_relu`, `relu_squared`, or a module.
         dropout_p: probability of dropping an activation.
         norm_first: normalise the input (Pre-LN) rather than the sum (Post-LN).
         norm_type: builds the norm from `(hidden_size, eps=, device=, dtype=)`.
         norm_eps: the norm's epsilon.
         bias: biases in both linear layers.
         include_norm_residual: include the norm and the residual connection.
+        gated: multiply the activation by a third linear layer of the input, `up` (Shazeer 2020):
+            SwiGLU with `silu`, GeGLU with `gelu` or `gelu_tanh`, ReGLU with `relu`.
 
     Raises:
         ValueError: an unknown activation.
     """
+
+    up: nn.Linear | None
 
     def __init__(
         self,
@@ -55,6 +71,7 @@ class MLP(nn.Module):
         include_norm_residual: bool = True,
         device: Any = None,
         dtype: Any = None,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
@@ -67,14 +84,12 @@ class MLP(nn.Module):
             if include_norm_residual
             else None
         )
-        self.fc1 = nn.Linear(
-            hidden_size, self.intermediate_size, bias=bias, device=device, dtype=dtype
-        )
+        linear = partial(nn.Linear, bias=bias, device=device, dtype=dtype)
+        self.fc1 = linear(hidden_size, self.intermediate_size)
         self.activation = make_activation(activation)
         self.dropout = Dropout(dropout_p)
-        self.fc2 = nn.Linear(
-            self.intermediate_size, hidden_size, bias=bias, device=device, dtype=dtype
-        )
+        self.fc2 = linear(self.intermediate_size, hidden_size)
+        self.register_module("up", linear(hidden_size, self.intermediate_size) if gated else None)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -82,7 +97,7 @@ class MLP(nn.Module):
         # validation loss by 0.05 over a fixed 0.02 on a character model. For the piecewise linear
         # ones, Kaiming's initialisation preserves it (He et al. 2015).
         smooth = isinstance(self.activation, (nn.GELU, nn.SiLU))
-        for linear in (self.fc1, self.fc2):
+        for linear in filter(None, (self.fc1, self.fc2, self.up)):
             if smooth:
                 std = linear.in_features**-0.5
                 nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
@@ -101,7 +116,10 @@ class MLP(nn.Module):
         x = hidden_states
         if self.norm is not None and self.norm_first:
             x = self.norm(x)
-        out = self.fc2(self.dropout(self.activation(self.fc1(x))))
+        hidden = self.activation(self.fc1(x))
+        if self.up is not None:
+            hidden = hidden * self.up(x)
+        out = self.fc2(self.dropout(hidden))
         if self.norm is None:
             return out
         out = hidden_states + out
@@ -112,10 +130,12 @@ class MLP(nn.Module):
         run.
 
         Args:
-            norm: the layer norm to include, if any.
+            norm: the norm to include, if any.
         """
-        fc1, activation, dropout, fc2 = submodules(self, "fc1", "activation", "dropout", "fc2")
-        if not all_are(nn.Linear, fc1, fc2) or not is_plain(fc1, activation, dropout, fc2):
+        names = "fc1", "activation", "dropout", "fc2", "up"
+        fc1, activation, dropout, fc2, up = submodules(self, *names)
+        linears = [fc1, fc2] if up is None else [fc1, fc2, up]
+        if not all_are(nn.Linear, *linears) or not is_plain(*linears, activation, dropout):
             return None
         if (name := activation_name(activation)) is None:
             return None
@@ -126,6 +146,7 @@ class MLP(nn.Module):
             norm,
             norm_first,
             records.Dropout(dropout.active_p()),
+            up=None if up is None else records.Linear(*weight_and_bias(up)),
         )
 
 
@@ -157,5 +178,7 @@ def activation_name(activation: nn.Module) -> str | None:
             return "silu"
         case nn.LeakyReLU(negative_slope=0.01):
             return "leaky_relu"
+        case SquaredReLU():
+            return "relu_squared"
         case _:
             return None

@@ -488,6 +488,8 @@ def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str
     for activation in {mlp.activation for mlp in mlps}.difference(ACTIVATIONS.values()):
         yield f"its activation is {activation}"
     norms = [norm, *(cast(Norm, sublayer.norm) for layer in layers for sublayer in layer)]
+    if any(each.weight is None or each.bias is None for each in norms):
+        yield "a norm lacks its weight or bias"
     if len({each.eps for each in norms}) > 1:
         yield "its layer norms differ in epsilon"
     if len({(a.heads, m.fc1.weight.size(0), m.activation) for a, m in layers}) > 1:

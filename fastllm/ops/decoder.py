@@ -19,7 +19,7 @@ from fastllm.ops import extension
 from fastllm.ops.memory import address
 
 # In the order of `Activation` in csrc/kernels.h.
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "leaky_relu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "leaky_relu", "relu_squared")
 
 
 # In the order of `NormKind` in csrc/kernels.h.
@@ -222,11 +222,13 @@ class Mlp(NamedTuple):
 
     Attributes:
         fc1, fc2: weights [I, H] and [H, I].
-        activation: one of `ACTIVATIONS`: `gelu` (exact), `gelu_tanh`, `relu`, `silu` or
-            `leaky_relu` (slope 0.01).
+        activation: one of `ACTIVATIONS`: `gelu` (exact), `gelu_tanh`, `relu`, `silu`,
+            `leaky_relu` (slope 0.01) or `relu_squared`.
         norm: it brings the residual connection.
         norm_first: `x + f(norm(x))` rather than `norm(x + f(x))`.
         hidden_dropout, out_dropout: on the activations and on the result.
+        up: weight [I, H]; a gated MLP multiplies the activation by `up` of the same input. SwiGLU
+            has `silu`, GeGLU `gelu` or `gelu_tanh`, ReGLU `relu` (Shazeer 2020).
     """
 
     fc1: Linear
@@ -236,6 +238,7 @@ class Mlp(NamedTuple):
     norm_first: bool = True
     hidden_dropout: Dropout = NO_DROPOUT
     out_dropout: Dropout = NO_DROPOUT
+    up: Linear | None = None
 
     def with_seeds(self, seeds: Iterator[int]) -> "Mlp":
         return self._replace(
@@ -249,17 +252,19 @@ class Mlp(NamedTuple):
             return _misfit("fc1", self.fc1, I, H)
         if not self.fc2.fits(H, I):
             return _misfit("fc2", self.fc2, H, I)
+        if self.up and not self.up.fits(I, H):
+            return _misfit("up", self.up, I, H)
         if self.norm and not self.norm.fits(H):
             return f"the MLP's norm does not have the width {H}"
         return None
 
     def parameters(self) -> list[Tensor | None]:
-        return [*self.fc1, *self.fc2, *_weight_and_bias(self.norm)]
+        return [*self.fc1, *self.fc2, *(self.up or ()), *_weight_and_bias(self.norm)]
 
     def with_parameters(self, tensors: Iterator[Any]) -> "Mlp":
         fc1, fc2 = _next_linear(tensors), _next_linear(tensors)
-        norm = _next_norm(self.norm, tensors)
-        return Mlp(fc1, fc2, self.activation, norm, *self[4:])
+        up = self.up and _next_linear(tensors)
+        return self._replace(fc1=fc1, fc2=fc2, up=up, norm=_next_norm(self.norm, tensors))
 
     def to_kernel(self, rows: int, precision: int) -> Any:
         I, H = self.fc1.weight.shape
@@ -271,6 +276,7 @@ class Mlp(NamedTuple):
             norm_first=self.norm_first,
             fc1=self.fc1.to_kernel(),
             fc2=self.fc2.to_kernel(),
+            up=self.up and self.up.to_kernel(),
             activation=ACTIVATIONS.index(self.activation),
             hidden_dropout=self.hidden_dropout.to_kernel(),
             out_dropout=self.out_dropout.to_kernel(),
@@ -283,6 +289,7 @@ class Mlp(NamedTuple):
             norm=self.norm and _norm_grad(self.norm),
             fc1=_linear_grad(self.fc1),
             fc2=_linear_grad(self.fc2),
+            up=self.up and _linear_grad(self.up),
         )
 
 

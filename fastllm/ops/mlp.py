@@ -21,12 +21,15 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "leaky_relu": F.leaky_relu,
+    "relu_squared": lambda x: F.relu(x).square(),
 }
 
 
 def mlp_ref(x: Tensor, mlp: Mlp) -> Tensor:
     normed = norm_ref(x, mlp.norm, None) if mlp.norm and mlp.norm_first else x
     hidden = FUNCTIONS[mlp.activation](F.linear(normed, *mlp.fc1))
+    if mlp.up:
+        hidden = hidden * F.linear(normed, *mlp.up)
     out = F.linear(dropout(hidden, *mlp.hidden_dropout), *mlp.fc2)
     out = dropout(out, *mlp.out_dropout)
     if mlp.norm is None:
@@ -35,7 +38,7 @@ def mlp_ref(x: Tensor, mlp: Mlp) -> Tensor:
 
 
 class MlpFunction(torch.autograd.Function):
-    """The C++ kernel; saves the output of `fc1` and recomputes the rest in the backward."""
+    """The C++ kernel; saves the outputs of `fc1` and `up` and recomputes the rest."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: Mlp, keep: bool, *parameters: Tensor | None) -> Tensor:
@@ -43,25 +46,26 @@ class MlpFunction(torch.autograd.Function):
         out = torch.empty_like(x)
         stats = x.new_empty(rows, 2) if keep and mlp.norm else None
         hidden = x.new_empty(rows, mlp.fc1.weight.size(0)) if keep else None
+        up = x.new_empty(rows, mlp.fc1.weight.size(0)) if keep and mlp.up else None
         post_norm = mlp.norm is not None and not mlp.norm_first
         residual = torch.empty_like(x) if keep and post_norm else None
         ctx.precision = product_precision()
         extension.kernels.mlp_fwd(
             out=out.data_ptr(),
-            saved=saved_to_kernel(stats, hidden, residual),
+            saved=saved_to_kernel(stats, hidden, up, residual),
             x=x.data_ptr(),
             mlp=mlp.to_kernel(rows, ctx.precision),
             threads=torch.get_num_threads(),
         )
         if keep:
             ctx.mlp = mlp.with_parameters(iter([None] * len(parameters)))
-            ctx.save_for_backward(x, stats, hidden, residual, *parameters)
+            ctx.save_for_backward(x, stats, hidden, up, residual, *parameters)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        x, stats, hidden, residual, *parameters = ctx.saved_tensors
+        x, stats, hidden, up, residual, *parameters = ctx.saved_tensors
         x_needed, _, _, *needed = ctx.needs_input_grad
         grad_x = new_grad(x, x_needed)
         grads = [new_grad(p, need) for p, need in zip(parameters, needed, strict=True)]
@@ -70,7 +74,7 @@ class MlpFunction(torch.autograd.Function):
             grad_x=address(grad_x),
             grad=ctx.mlp.with_parameters(iter(grads)).to_kernel_grad(),
             grad_out=grad_out.data_ptr(),
-            saved=saved_to_kernel(stats, hidden, residual),
+            saved=saved_to_kernel(stats, hidden, up, residual),
             x=x.data_ptr(),
             mlp=ctx.mlp.with_parameters(iter(parameters)).to_kernel(len(hidden), ctx.precision),
             threads=torch.get_num_threads(),
@@ -78,9 +82,11 @@ class MlpFunction(torch.autograd.Function):
         return grad_x, None, None, *grads
 
 
-def saved_to_kernel(stats: Tensor | None, hidden: Tensor | None, residual: Tensor | None) -> Any:
+def saved_to_kernel(
+    stats: Tensor | None, hidden: Tensor | None, up: Tensor | None, residual: Tensor | None
+) -> Any:
     return extension.kernels.MlpSaved(
-        stats=address(stats), hidden=address(hidden), residual=address(residual)
+        stats=address(stats), hidden=address(hidden), up=address(up), residual=address(residual)
     )
 
 
@@ -116,7 +122,9 @@ IMPLEMENTATIONS = [
 
 
 def mlp(x: Tensor, mlp: Mlp) -> Tensor:
-    """`dropout(fc2(dropout(activation(fc1(x)))))`, with layer norm and residual if there is a norm.
+    """`dropout(fc2(dropout(activation(fc1(x)))))`, with norm and residual if there is a norm.
+
+    In a gated network, the activation is multiplied by `up(x)`.
 
     Args:
         x: [..., H].
@@ -135,5 +143,7 @@ def mlp(x: Tensor, mlp: Mlp) -> Tensor:
             f"the shapes of x {list(x.shape)}, fc1 {[I, H]} and fc2 {list(mlp.fc2.weight.shape)} "
             "do not match: [..., H], [I, H] and [H, I] are needed"
         )
+    if mlp.up and mlp.up.weight.shape != (I, H):
+        raise ValueError(f"the shape of up is {list(mlp.up.weight.shape)}, not fc1's {[I, H]}")
     arguments = (autocast_input(x, mlp.fc1.weight), mlp)
     return dispatch.choose("mlp", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -1,6 +1,7 @@
 """The feed-forward network in Triton: bias, activation and dropout are fused into the products.
 
-The forward saves the output of `fc1`; the backward recomputes the rest.
+The forward saves the outputs of `fc1` and `up`; the backward recomputes the rest. The product of
+`up` is cuBLAS's; the factor is fused into the product of `fc1`.
 
 Roofline: a separate elementwise kernel costs one more round trip of [rows, I] through memory,
 4 rows I bytes in 16 bits. A product of our own runs at four fifths of cuBLAS's speed, which costs a
@@ -63,35 +64,42 @@ def activated(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         share = tl.sigmoid(x)
         return x * share, share * (1 + x * (1 - share))
-    else:
+    elif ACTIVATION == "leaky_relu":
         slope = tl.where(x > 0, 1.0, 0.01)
         return x * slope, slope
+    else:
+        tl.static_assert(ACTIVATION == "relu_squared")
+        positive = tl.where(x <= 0, 0.0, x)
+        return positive * positive, 2 * positive
 
 
 @triton.jit
-def _finish(product, before, kept, factor, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr):
-    """Returns the value to store in place of the product, and the hidden activations.
+def _finish(product, before, up, kept, factor, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr):
+    """Returns the value to store in place of the product, the hidden activations, and the gradient
+    of `up`, in the forward without meaning.
 
     In the forward, `before` is the bias that the product lacks. In the backward, the product is the
     gradient of the hidden activations, and `before` is the value that the forward stored.
     """
     x = before if BACKWARD else product + before
-    hidden, slope = activated(x, ACTIVATION)
-    hidden = tl.where(kept, hidden * factor, 0.0)
+    active, slope = activated(x, ACTIVATION)
+    hidden = tl.where(kept, active * factor * up, 0.0)
     if BACKWARD:
-        return tl.where(kept, product * factor * slope, 0.0), hidden
+        grad = tl.where(kept, product * factor, 0.0)
+        return grad * slope * up, hidden, grad * active
     else:
-        return x, hidden
+        return x, hidden, hidden
 
 
 @tuned(TILES, ("rows", "H", "I", "ACTIVATION", "BACKWARD", "DROPOUT"))
 @triton.jit(do_not_specialize=["rows", "seed", "dropped"])
 def mlp_product(
-    out, hidden, x, weight, before, rows, R, H, I, weight_strides, seed, dropped, factor,
+    out, hidden, grad_up, x, weight, before, up, rows, R, H, I, weight_strides, seed, dropped,
+    factor,
     ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """`_finish` of x [R, H] times a weight with strides [I, H]: two results [R, I].
+    """`_finish` of x [R, H] times a weight with strides [I, H]: results [R, I].
 
     `rows` is a tuning key: roughly, the number of rows.
     """
@@ -120,14 +128,17 @@ def mlp_product(
         kept = keep_mask(first, seed, 0, dropped, BLOCK_R, BLOCK_I)
     else:
         kept = inside
-    stored, after = _finish(sums, earlier, kept, factor, ACTIVATION, BACKWARD)
+    factors = 1.0 if up is None else tl.load(up + at, inside, other=0).to(tl.float32)
+    stored, after, for_up = _finish(sums, earlier, factors, kept, factor, ACTIVATION, BACKWARD)
     tl.store(out + at, rounded(stored, out.dtype.element_ty), inside)
     tl.store(hidden + at, rounded(after, hidden.dtype.element_ty), inside)
+    if grad_up is not None:
+        tl.store(grad_up + at, rounded(for_up, grad_up.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["seed", "dropped"])
 def mlp_elements(
-    out, hidden, before, size, I, seed, dropped, factor,
+    out, hidden, grad_up, before, up, size, I, seed, dropped, factor,
     ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -141,21 +152,26 @@ def mlp_elements(
     else:
         earlier = 0.0
     kept = keep_mask(first, seed, 0, dropped, ELEMENTS // 64, 64) if DROPOUT else inside
-    stored, after = _finish(product, earlier, kept, factor, ACTIVATION, BACKWARD)
+    factors = 1.0 if up is None else tl.load(up + at, inside, other=0).to(tl.float32)
+    stored, after, for_up = _finish(product, earlier, factors, kept, factor, ACTIVATION, BACKWARD)
     tl.store(out + at, rounded(stored, out.dtype.element_ty), inside)
     tl.store(hidden + at, rounded(after, hidden.dtype.element_ty), inside)
+    if grad_up is not None:
+        tl.store(grad_up + at, rounded(for_up, grad_up.dtype.element_ty), inside)
 
 
 def finished_product(
     x: Tensor,
     weight: Tensor,
     before: Tensor | None,
+    up: Tensor | None,
     backward: bool,
     activation: str,
     dropout_p: float,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Both results of `_finish` for x [R, H] times weight^T [H, I]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The results of `_finish` for x [R, H] times weight^T [H, I]; None for the gradient of `up`
+    if that is None or in the forward."""
     (R, H), I = x.shape, weight.size(0)
     dropped = dropped_of_65536(dropout_p)
     numbers = (seed, dropped, 65536 / (65536 - dropped))
@@ -169,25 +185,27 @@ def finished_product(
     # Dropout's groups of 64 elements must not cross the end of a row.
     if x.dtype is not torch.float32 and H <= WIDEST_DOT and (I % 64 == 0 or not dropout_p):
         out, hidden = x.new_empty(R, I), x.new_empty(R, I)
+        grad_up = torch.empty_like(out) if up is not None and backward else None
 
         def grid(meta: dict[str, int]) -> tuple[int, int]:
             return triton.cdiv(R, meta["BLOCK_R"]), triton.cdiv(I, meta["BLOCK_I"])
 
         mlp_product[grid](
-            out, hidden, x, weight, before, R.bit_length(), R, H, I, weight.stride(),
+            out, hidden, grad_up, x, weight, before, up, R.bit_length(), R, H, I, weight.stride(),
             *numbers, **constants,
         )  # fmt: skip
-        return out, hidden
+        return out, hidden, grad_up
     out = x @ weight.t()
     hidden = torch.empty_like(out)
+    grad_up = torch.empty_like(out) if up is not None and backward else None
     mlp_elements[(triton.cdiv(R * I, ELEMENTS),)](
-        out, hidden, before, R * I, I, *numbers, **constants, ELEMENTS=ELEMENTS
+        out, hidden, grad_up, before, up, R * I, I, *numbers, **constants, ELEMENTS=ELEMENTS
     )
-    return out, hidden
+    return out, hidden, grad_up
 
 
 class MlpFunction(torch.autograd.Function):
-    """Two products in the forward, four in the backward."""
+    """Two products in the forward, four in the backward; with `up` three and six."""
 
     @staticmethod
     def forward(
@@ -197,27 +215,41 @@ class MlpFunction(torch.autograd.Function):
         fc1_bias: Tensor | None,
         fc2_weight: Tensor,
         fc2_bias: Tensor | None,
+        up_weight: Tensor | None,
+        up_bias: Tensor | None,
         *settings: Any,
     ) -> Tensor:
         rows = x.reshape(-1, x.size(-1))
-        before, hidden = finished_product(rows, fc1_weight, fc1_bias, False, *settings)
+        up = None if up_weight is None else F.linear(rows, up_weight, up_bias)
+        before, hidden, _ = finished_product(rows, fc1_weight, fc1_bias, up, False, *settings)
         ctx.settings = settings
-        ctx.save_for_backward(x, before, fc1_weight, fc2_weight)
+        ctx.save_for_backward(x, before, up, fc1_weight, fc2_weight, up_weight)
         return F.linear(hidden, fc2_weight, fc2_bias).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        x, before, fc1_weight, fc2_weight = ctx.saved_tensors
+        x, before, up, fc1_weight, fc2_weight, up_weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         x, grad_out = (t.reshape(-1, t.size(-1)) for t in (x, grad_out.contiguous()))
-        grad, hidden = finished_product(grad_out, fc2_weight.t(), before, True, *ctx.settings)
+        grad, hidden, grad_up = finished_product(
+            grad_out, fc2_weight.t(), before, up, True, *ctx.settings
+        )
+        grad_x = grad @ fc1_weight if wanted[0] else None
+        grad_up_weight = grad_up_bias = None
+        if grad_up is not None:
+            if grad_x is not None:
+                grad_x.addmm_(grad_up, up_weight)
+            grad_up_weight = grad_up.t() @ x if wanted[5] else None
+            grad_up_bias = grad_up.sum(0) if wanted[6] else None
         return (
-            (grad @ fc1_weight).view(ctx.saved_tensors[0].shape) if wanted[0] else None,
+            None if grad_x is None else grad_x.view(ctx.saved_tensors[0].shape),
             grad.t() @ x if wanted[1] else None,
             grad.sum(0) if wanted[2] else None,
             grad_out.t() @ hidden if wanted[3] else None,
             grad_out.sum(0) if wanted[4] else None,
+            grad_up_weight,
+            grad_up_bias,
             None,
             None,
             None,
@@ -227,7 +259,7 @@ class MlpFunction(torch.autograd.Function):
 def mlp_triton(x: Tensor, mlp: Mlp) -> Tensor:
     """See `fastllm.ops.mlp.mlp`."""
     normed = norm(x, mlp.norm) if mlp.norm and mlp.norm_first else x
-    tensors = contiguous(*in_autocast(normed, *mlp.fc1, *mlp.fc2))
+    tensors = contiguous(*in_autocast(normed, *mlp.fc1, *mlp.fc2, *(mlp.up or (None, None))))
     out = MlpFunction.apply(*tensors, mlp.activation, *mlp.hidden_dropout)
     out = dropout(out, *mlp.out_dropout)
     if mlp.norm is None:

@@ -14,6 +14,7 @@ from fastllm import MLP
         ("silu", nn.functional.silu),
         ("swish", nn.functional.silu),
         ("leaky_relu", nn.functional.leaky_relu),
+        ("relu_squared", lambda x: torch.relu(x) ** 2),
     ],
 )
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (2, 2, 3, 8)], ids=str)
@@ -21,6 +22,16 @@ def test_computes_its_layers_in_order(name: str, function, shape: tuple[int, ...
     mlp = MLP(8, activation=name, dropout_p=0.0, include_norm_residual=False)
     x = torch.randn(shape)
     assert torch.allclose(mlp(x), mlp.fc2(function(mlp.fc1(x))), atol=1e-6)
+
+
+def test_a_gated_network_multiplies_by_a_third_layer() -> None:
+    mlp = MLP(8, 20, "silu", dropout_p=0.0, include_norm_residual=False, gated=True)
+    x = torch.randn(2, 3, 8)
+    assert mlp.up is not None
+    expected = mlp.fc2(nn.functional.silu(mlp.fc1(x)) * mlp.up(x))
+    assert torch.allclose(mlp(x), expected, atol=1e-6)
+    assert {"up.weight", "up.bias"} <= mlp.state_dict().keys()
+    assert MLP(8).up is None
 
 
 def test_norm_and_residual_before_and_after() -> None:

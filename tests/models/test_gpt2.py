@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastllm import DecoderModel
+from fastllm import MLP, DecoderModel
 from fastllm.models import gpt2
 from fastllm.optim import AdamW
 from tests.conftest import assert_as_accurate
@@ -431,6 +431,19 @@ def no_blocks(model: DecoderModel) -> None:
     del model.transformer_blocks[:]
 
 
+def no_norm_bias(model: DecoderModel) -> None:
+    model.transformer_blocks[0].norm2 = nn.LayerNorm(24, bias=False)
+
+
+def rms_norm(model: DecoderModel) -> None:
+    model.transformer_blocks[1].norm1 = nn.RMSNorm(24, eps=1e-5)
+
+
+def gated(model: DecoderModel) -> None:
+    for block in model.transformer_blocks:
+        block.mlp = MLP(24, include_norm_residual=False, gated=True)
+
+
 def no_norm(model: DecoderModel) -> None:
     model.final_norm = None
 
@@ -450,6 +463,9 @@ def no_norm(model: DecoderModel) -> None:
         (half, "parameters differ in type: torch.bfloat16, torch.float32"),
         (no_blocks, "no blocks"),
         (no_norm, "Post-LN"),
+        (no_norm_bias, "a norm lacks its weight or bias"),
+        (rms_norm, "norm1 is a RMSNorm, not a LayerNorm"),
+        (gated, "no name for '.*up.weight'"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

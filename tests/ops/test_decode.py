@@ -18,7 +18,14 @@ from fastllm.generation.decoding import ModuleDecoding, start_decoding
 from fastllm.ops import decode, extension
 from fastllm.ops.decode import Decoding, PackedDecoder, round_to_int8, round_weights_to_int8
 from fastllm.ops.decoder import Decoder
-from tests.conftest import BAD, assert_as_accurate, isa_in_use, needs_extension, use_rms_norms
+from tests.conftest import (
+    BAD,
+    assert_as_accurate,
+    isa_in_use,
+    needs_extension,
+    use_rms_norms,
+    use_swiglu,
+)
 
 MODELS = {
     "plain": {},
@@ -31,6 +38,7 @@ MODELS = {
     "silu": {"mlp_activation": "silu"},
     "leaky_relu": {"mlp_activation": "leaky_relu"},
 }
+REPLACE = {"rms": use_rms_norms, "swiglu": use_swiglu}
 # V, N, D, I, L: sizes with and without a partial last vector
 SIZES = {
     "odd": (67, 3, 7, 29, 2),
@@ -48,8 +56,8 @@ def make_model(size: str = "odd", kind: str = "plain") -> DecoderModel:
     V, N, D, I, L = SIZES[size]
     torch.manual_seed(0)
     model = DecoderModel(V, N * D, L, N, 40, I, **MODELS.get(kind, {}))  # type: ignore[arg-type]
-    if kind == "rms":
-        use_rms_norms(model)
+    if kind in REPLACE:
+        REPLACE[kind](model)
     model.eval()
     with torch.no_grad():  # zeros and ones would hide mistakes
         for parameter in model.parameters():
@@ -117,7 +125,7 @@ def test_parity_of_sizes(isa: str, size: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("kind", [*MODELS, "rms"])
+@pytest.mark.parametrize("kind", [*MODELS, *REPLACE])
 def test_parity_of_models(isa: str, kind: str, precision: str) -> None:
     assert_parity(make_model(kind=kind), precision)
 

@@ -28,6 +28,7 @@ def mlp_fields() -> dict[str, Any]:
         "norm": k.Norm(kind=1, weight=0, bias=0, eps=1e-5, offset=0.0),
         "norm_first": True,
         "fc1": linear,
+        "up": None,
         "fc2": linear,
         "activation": 0,
         "hidden_dropout": dropout,

@@ -1,5 +1,5 @@
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.conftest import (
     shape_name,
     stacked,
     use_rms_norms,
+    use_swiglu,
 )
 
 # B, S, N, D, V; at least four groups of sequences with 64 positions
@@ -86,11 +87,14 @@ def test_parity_with_dropout(arithmetic: str, whole: bool, norm_first: bool, lea
     assert_parity(model, ids, ids)
 
 
+@pytest.mark.parametrize("replace", [use_rms_norms, use_swiglu])
 @pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
-def test_parity_of_rms_norms(arithmetic: str, whole: bool, norm_first: bool) -> None:
+def test_parity_of_blocks_as_in_llama(
+    arithmetic: str, whole: bool, norm_first: bool, replace: Callable[[DecoderModel], None]
+) -> None:
     torch.manual_seed(0)
     model = DecoderModel(66, 48, 2, 3, 40, norm_first=norm_first)
-    use_rms_norms(model)
+    replace(model)
     ids = torch.randint(0, 66, (8, 33))
     assert_parity(model, ids, ids)
 

@@ -62,6 +62,28 @@ def problem(
     return run, tensors
 
 
+def gated_problem(
+    size: tuple[int, int, int], norm: str, biases: bool, activation: str, p: float
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """As `problem`, with the weight of `up`, and its bias if there are others, at the end."""
+    _, H, I = size
+    _, tensors = problem(size, norm, biases)
+    generator = torch.Generator().manual_seed(I)
+    added = [torch.randn(I, H, generator=generator) / H**0.5]
+    added += [torch.randn(I, generator=generator)] if biases else []
+
+    def run(x: Tensor, w1: Tensor, w2: Tensor, *rest: Tensor) -> Tensor:
+        vectors, up = rest[: -len(added)], rest[-len(added) :]
+        b1, b2 = vectors[:2] if biases else (None, None)
+        which = None if norm == "none" else Norm(*vectors[-2:], 1e-5)
+        layers = Linear(w1, b1), Linear(w2, b2)
+        dropouts = Dropout(p, 7), Dropout(p, 9)
+        third = Linear(up[0], up[1] if biases else None)
+        return mlp(x, Mlp(*layers, activation, which, norm == "pre", *dropouts, third))
+
+    return run, tensors + added
+
+
 @pytest.mark.parametrize("size", SIZES, ids=shape_name("RHI"))
 @pytest.mark.parametrize("norm", NORMS)
 def test_parity(arithmetic: str, size: tuple[int, int, int], norm: str) -> None:
@@ -75,6 +97,25 @@ def test_parity_of_rms_norms(arithmetic: str, norm: str) -> None:
     for size, p, offset in (((7, 30, 120), 0.3, 0.0), ((65, 40, 33), 0.0, 1.0)):
         run, tensors = problem(size, norm, p=p, out_p=p, kind="rms", offset=offset)
         assert_parity(run, *tensors)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_parity_of_gated_networks(arithmetic: str, activation: str, norm: str) -> None:
+    for size, biases, p in (((7, 30, 120), True, 0.3), ((65, 40, 33), False, 0.0)):
+        run, tensors = gated_problem(size, norm, biases, activation, p)
+        assert_parity(run, *tensors)
+
+
+@pytest.mark.parametrize("wanted", range(7))
+def test_one_gradient_of_a_gated_network_alone(isa: str, wanted: int) -> None:
+    run, tensors = gated_problem((7, 20, 33), "none", True, "silu", 0.3)
+    assert_parity(with_others_fixed(run, tensors, wanted), tensors[wanted])
+
+
+def test_gated_networks_give_the_same_bits(arithmetic: str, threads: None) -> None:
+    run, tensors = gated_problem((67, 40, 130), "pre", True, "silu", 0.3)
+    assert_same_bits(bits(run, *tensors))
 
 
 @pytest.mark.parametrize("size", LONG_SUMS, ids=shape_name("RHI"))

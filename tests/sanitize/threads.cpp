@@ -155,24 +155,29 @@ Outputs multi_head_attention(int64_t B, int64_t S, int64_t N, int64_t D, Place p
     return outputs;
 }
 
-Outputs mlp(int64_t rows, int64_t H, int64_t I, Place place, Activation activation, double p,
-            Precision precision, int threads) {
+Outputs mlp(int64_t rows, int64_t H, int64_t I, Place place, Activation activation, bool gated,
+            double p, Precision precision, int threads) {
     Source source;
     const Pair norm = parameters(source, H, 1), fc1 = parameters(source, I, H),
-               fc2 = parameters(source, H, I);
+               fc2 = parameters(source, H, I), up = parameters(source, I, H);
     const Floats x = source.floats(rows * H), grad_out = source.floats(rows * H);
     const Mlp m = {rows, H, I, place == Place::NONE ? Norm{} : norm.norm(), place == Place::BEFORE,
-                   fc1.linear(), fc2.linear(), activation, with(p), with(p), precision};
-    Floats stats = empty(2 * rows), hidden = empty(rows * I), residual = empty(rows * H);
+                   fc1.linear(), fc2.linear(), gated, up.linear(), activation, with(p),
+                   with(p), precision};
+    Floats stats = empty(2 * rows), hidden = empty(rows * I), up_out = empty(rows * I),
+           residual = empty(rows * H);
     const MlpSaved saved = {place == Place::NONE ? nullptr : stats.data(), hidden.data(),
+                            gated ? up_out.data() : nullptr,
                             place == Place::BEHIND ? residual.data() : nullptr};
     Outputs outputs = {empty(rows * H), empty(rows * H)};
-    Pair grad_norm = gradients(H, 1), grad_fc1 = gradients(I, H), grad_fc2 = gradients(H, I);
+    Pair grad_norm = gradients(H, 1), grad_fc1 = gradients(I, H), grad_fc2 = gradients(H, I),
+         grad_up = gradients(I, H);
     k.mlp_fwd(outputs[0].data(), saved, x.data(), m, threads);
     k.mlp_bwd(outputs[1].data(),
               {place == Place::NONE ? NormGrad{} : grad_norm.norm_grad(), grad_fc1.linear_grad(),
-               grad_fc2.linear_grad()},
+               grad_fc2.linear_grad(), gated ? grad_up.linear_grad() : LinearGrad{}},
               grad_out.data(), saved, x.data(), m, threads);
+    if (gated) grad_up.append_to(outputs);
     if (place != Place::NONE) grad_norm.append_to(outputs);
     grad_fc1.append_to(outputs);
     grad_fc2.append_to(outputs);
@@ -231,7 +236,7 @@ Outputs dropout(int64_t size, int threads) {
     return {out};
 }
 
-constexpr int PAIRS = 6;  // in a decoder layer: norm, qkv, out, norm, fc1, fc2
+constexpr int PAIRS = 7;  // in a decoder layer: norm, qkv, out, norm, fc1, fc2, up
 
 Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first, bool backward,
                      Precision precision, int threads) {
@@ -240,7 +245,8 @@ Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first
     const int64_t H = N * D, I = 2 * H;
     const Ids ids = source.ids(B * S, V);
     const Floats tokens = source.floats(V * H), positions = source.floats(S * H);
-    const int64_t sizes[PAIRS][2] = {{H, 1}, {3 * H, H}, {H, H}, {H, 1}, {I, H}, {H, I}};
+    const int64_t sizes[PAIRS][2] = {{H, 1}, {3 * H, H}, {H, H}, {H, 1},
+                                       {I, H}, {H, I},     {I, H}};
     std::vector<Pair> pairs, grads;
     std::vector<Layer> layers;
     std::vector<LayerGrad> layer_grads;
@@ -255,9 +261,10 @@ Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first
         layers.push_back({{B, S, N, D, nullptr, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
                            true, with(P), with(P), precision},
                           {B * S, H, I, p[3].norm(), norm_first, p[4].linear(), p[5].linear(),
-                           Activation::GELU, with(P), with(0), precision}});
+                           true, p[6].linear(), Activation::SILU, with(P), with(0), precision}});
         layer_grads.push_back({{g[0].norm_grad(), g[1].linear_grad(), g[2].linear_grad()},
-                               {g[3].norm_grad(), g[4].linear_grad(), g[5].linear_grad()}});
+                               {g[3].norm_grad(), g[4].linear_grad(), g[5].linear_grad(),
+                                g[6].linear_grad()}});
     }
     const Pair norm = parameters(source, H, 1), head = parameters(source, V, H);
     Pair grad_norm = gradients(H, 1), grad_head = gradients(V, H);
@@ -284,7 +291,8 @@ Outputs decode(int64_t N, int64_t D, bool norm_first, Precision precision, int t
     Source source;
     const int64_t H = N * D, I = 3 * H;
     const Floats tokens = source.floats(V * H), positions = source.floats(CAPACITY * H);
-    const int64_t sizes[PAIRS][2] = {{H, 1}, {3 * H, H}, {H, H}, {H, 1}, {I, H}, {H, I}};
+    const int64_t sizes[PAIRS][2] = {{H, 1}, {3 * H, H}, {H, H}, {H, 1},
+                                       {I, H}, {H, I},     {I, H}};
     std::vector<Pair> pairs;
     std::vector<Layer> layers;
     for (int64_t i = 0; i < L * PAIRS; ++i)
@@ -294,7 +302,7 @@ Outputs decode(int64_t N, int64_t D, bool norm_first, Precision precision, int t
         layers.push_back({{1, 1, N, D, nullptr, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
                            true, with(0), with(0), precision},
                           {1, H, I, p[3].norm(), norm_first, p[4].linear(), p[5].linear(),
-                           Activation::GELU, with(0), with(0), precision}});
+                           true, p[6].linear(), Activation::SILU, with(0), with(0), precision}});
     }
     const Pair norm = parameters(source, H, 1), head = parameters(source, V, H);
     const Decoder d = {{1, 1, H, V, nullptr, tokens.data(), positions.data(), 1, with(0)},
@@ -364,10 +372,16 @@ std::vector<Case> cases() {
             add("multi_head_attention", mha(16, 6, 3, 16));
             add("multi_head_attention", mha(3, 40, 4, 32));
             add("multi_head_attention", mha(1, 67, 3, 11));
-            for (const auto activation : {Activation::GELU, Activation::SILU}) {
-                const auto fp32 = Precision::FP32;
-                add("mlp", [=](int n) { return mlp(120, 64, 520, place, activation, p, fp32, n); });
-                add("mlp", [=](int n) { return mlp(45, 33, 130, place, activation, p, fp32, n); });
+            for (const bool gated : {false, true}) {
+                const auto activation = gated ? Activation::SILU : Activation::GELU;
+                const auto of = [=](int64_t rows, int64_t H, int64_t I) {
+                    return [=](int threads) {
+                        return mlp(rows, H, I, place, activation, gated, p, Precision::FP32,
+                                   threads);
+                    };
+                };
+                add("mlp", of(120, 64, 520));
+                add("mlp", of(45, 33, 130));
             }
         }
     }
@@ -385,7 +399,7 @@ std::vector<Case> cases() {
         return multi_head_attention(3, 33, 3, 11, Place::BEFORE, P, Precision::BF16, n);
     });
     add("bf16 mlp", [](int n) {
-        return mlp(45, 33, 130, Place::BEHIND, Activation::GELU, P, Precision::BF16, n);
+        return mlp(45, 33, 130, Place::BEHIND, Activation::GELU, true, P, Precision::BF16, n);
     });
     for (const auto precision : {Precision::FP32, Precision::BF16}) {
         add("linear_cross_entropy",

@@ -160,6 +160,22 @@ def test_mlp(dtype: torch.dtype, activation: str, norm: str) -> None:
     assert_parity(run, dtype, *tensors)
 
 
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", ""])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_mlp(dtype: torch.dtype, activation: str, biases: bool) -> None:
+    H, I = 20, 64
+    tensors = [randn(3, 3, H), randn(I, H) / 4, randn(H, I) / 8, randn(I, H, seed=2) / 4]
+    tensors += [randn(I), randn(H), randn(I, seed=3)] if biases else []
+
+    def run(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *vectors: Tensor) -> Tensor:
+        b1, b2, b3 = vectors if biases else (None, None, None)
+        layers = Linear(w1, b1), Linear(w2, b2)
+        dropout = Dropout(0.3, 11)
+        return mlp(x, Mlp(*layers, activation, hidden_dropout=dropout, up=Linear(w3, b3)))
+
+    assert_parity(run, dtype, *tensors)
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["", "dropout"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (70, 33, 100), (3, 40, 192)], ids=shape_name("RHI"))
