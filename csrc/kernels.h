@@ -125,8 +125,8 @@ struct MultiHeadAttentionGrad {
 
 enum class Activation { GELU, GELU_TANH, RELU, SILU, LEAKY_RELU, RELU_SQUARED };
 
-// [norm ->] fc1 -> activation -> dropout -> fc2 -> dropout [-> + x [-> norm]], likewise. A gated MLP
-// multiplies the activation by `up` of the same input.
+// [norm ->] fc1 -> activation -> dropout -> fc2 -> dropout [-> + x [-> norm]], likewise. A gated
+// MLP multiplies the activation by `up` of the same input.
 struct Mlp {
     int64_t rows, H, I;
     Norm norm;

@@ -258,7 +258,8 @@ Outputs decoder_loss(int64_t B, int64_t S, int64_t N, int64_t D, bool norm_first
     for (int64_t l = 0; l < L; ++l) {
         const Pair* p = &pairs[l * PAIRS];
         Pair* g = &grads[l * PAIRS];
-        layers.push_back({{B, S, N, D, nullptr, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
+        layers.push_back({{B, S, N, D, nullptr, p[0].norm(), norm_first, p[1].linear(),
+                           p[2].linear(), {},
                            true, with(P), with(P), precision},
                           {B * S, H, I, p[3].norm(), norm_first, p[4].linear(), p[5].linear(),
                            true, p[6].linear(), Activation::SILU, with(P), with(0), precision}});
@@ -299,7 +300,8 @@ Outputs decode(int64_t N, int64_t D, bool norm_first, Precision precision, int t
         pairs.push_back(parameters(source, sizes[i % PAIRS][0], sizes[i % PAIRS][1]));
     for (int64_t l = 0; l < L; ++l) {
         const Pair* p = &pairs[l * PAIRS];
-        layers.push_back({{1, 1, N, D, nullptr, p[0].norm(), norm_first, p[1].linear(), p[2].linear(), {},
+        layers.push_back({{1, 1, N, D, nullptr, p[0].norm(), norm_first, p[1].linear(),
+                           p[2].linear(), {},
                            true, with(0), with(0), precision},
                           {1, H, I, p[3].norm(), norm_first, p[4].linear(), p[5].linear(),
                            true, p[6].linear(), Activation::SILU, with(0), with(0), precision}});
