@@ -85,25 +85,26 @@ def main(arguments: list[str]) -> None:
                 config.sampling,
                 config.seed,
                 precision,
+                echo=True,
             )
-            for i, (line, text) in enumerate(zip(lines, texts, strict=True)):
+            for i, text in enumerate(texts):
                 if i:
                     print("---")
-                print(line + text, flush=True)
+                print(text, flush=True)
             return
-        prompt = config.prompt or ""
         pieces = generate_text(
             model,
             tokenizer,
-            prompt,
+            config.prompt or "",
             config.max_new_tokens,
             config.stop,
+            echo=True,
             **config.sampling._asdict(),
             seed=config.seed,
             precision=precision,
         )
         first = next(pieces, "")  # raises any error before anything is printed
-        sys.stdout.write(prompt + first)
+        sys.stdout.write(first)
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fastllm.generation import generate_text, generate_tokens
+from fastllm.training.checkpoint import find_checkpoint, load_model
 from tests.commands import run_command
 from tests.conftest import MakeTrainer
 
@@ -82,6 +84,30 @@ def test_generate_command_on_a_file_of_prompts(run_dir: Path, tmp_path: Path) ->
         assert alone.strip("\n") == together[b].strip("\n")
     prompts.write_text("\n")
     assert "has no line to continue" in run("generate", *flags).stderr
+
+
+def test_the_prompt_and_its_continuation_read_as_one_text(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """What is printed is what the tokens of the prompt and the new ones decode to."""
+    trainer = make_trainer("run", *"--tokenizer wordpiece --vocab_size 60 --max_steps 3".split())
+    trainer.train()
+    model, tokenizer, _ = load_model(find_checkpoint(trainer.run_dir))
+    prompts = tmp_path / "prompts.txt"
+    lines = ["the qui", "brown fox", "the lazy "]
+    prompts.write_text("\n".join(lines))
+    flags = f"--checkpoint {trainer.run_dir} --max_new_tokens 20 --temperature 0".split()
+    together = run("generate", *flags, "--prompt_file", str(prompts)).stdout.split("\n---\n")
+    for line, text in zip(lines, together, strict=True):
+        tokens = tokenizer.encode(line)
+        tokens += generate_tokens(model.eval(), tokens, 20, temperature=0)
+        whole = tokenizer.decode(tokens)
+        assert text.removesuffix("\n") == whole
+        assert run("generate", *flags, "--prompt", line).stdout == whole + "\n"
+        assert line + "".join(generate_text(model, tokenizer, line, 20, temperature=0)) == whole
+        stop = whole[len(line) : len(line) + 2]
+        stopped = run("generate", *flags, "--prompt", line, "--stop", stop).stdout
+        assert stopped == whole[: whole.index(stop, len(line.rstrip()))] + "\n"
 
 
 def test_evaluate_command(run_dir: Path, text: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from fastllm.generation.text_stream import Prompt, TextStream
 from fastllm.serving.errors import ApiError, respond
 from fastllm.serving.metrics import Metrics
-from fastllm.serving.requests import CompletionRequest, Prompt
+from fastllm.serving.requests import CompletionRequest
 from fastllm.serving.scheduler import Delta, Job, Scheduler, TokenLogprob
 
 # Seconds between two chunks of a stream; nobody reads faster.
@@ -131,14 +132,14 @@ class Completion(Response):
         score_prompt = request.echo and request.logprobs is not None
         self._jobs = [
             Job(
-                prompt.tokens,
+                prompt,
                 request.max_tokens,
                 request.sampling,
                 (seed + i) % 2**64,
                 request.stop,
                 request.logprobs,
+                request.echo,
                 score_prompt,
-                len(prompt.text),
             )
             for i, prompt in enumerate(repeated)
         ]
@@ -152,7 +153,8 @@ class Completion(Response):
             raise
         if trivial:
             for job in self._jobs:
-                self._deltas.put(job, Delta(finish_reason="length"))
+                stream = TextStream(scheduler.tokenizer, (), job.prompt, job.echo)
+                self._deltas.put(job, Delta(stream.end(), finish_reason="length"))
         metrics.prompt_tokens.inc(self._prompt_tokens)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

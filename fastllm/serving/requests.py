@@ -1,6 +1,6 @@
 """Requests to `/v1/completions`: their schema, and prompts as token ids."""
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from fastllm.command import describe_error
+from fastllm.generation.text_stream import Prompt, encode_prompt
 from fastllm.ops.sampling import Sampling
 from fastllm.serving.errors import ApiError
 from fastllm.tokenization import Tokenizer
@@ -118,11 +119,6 @@ def parse_request(body: bytes) -> CompletionRequest:
         raise ApiError(422, message, param) from None
 
 
-class Prompt(NamedTuple):
-    tokens: list[int]
-    text: str
-
-
 def encode_prompts(
     request: CompletionRequest, tokenizer: Tokenizer, max_seq_len: int
 ) -> list[Prompt]:
@@ -130,14 +126,12 @@ def encode_prompts(
     prompts = []
     for prompt in request.prompt:
         try:
-            if isinstance(prompt, str):
-                tokens, text = tokenizer.encode(prompt), prompt
-            else:
-                tokens, text = prompt, tokenizer.decode(prompt)
+            encoded = encode_prompt(tokenizer, prompt)
         except (KeyError, ValueError) as error:  # str() of a KeyError would add quotes
             raise ApiError(400, str(error.args[0]), "prompt") from None
-        if not tokens:
+        if not encoded.tokens:
             raise ApiError(400, "the prompt is empty; give at least one token", "prompt")
+        tokens = encoded.tokens
         if len(tokens) + request.max_tokens > max_seq_len:
             raise ApiError(
                 400,
@@ -147,5 +141,5 @@ def encode_prompts(
                 "prompt" if len(tokens) >= max_seq_len else "max_tokens",
                 "context_length_exceeded",
             )
-        prompts.append(Prompt(tokens, text))
+        prompts.append(encoded)
     return prompts

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastllm.generation.decoding import start_decoding
-from fastllm.generation.text_stream import TextStream
+from fastllm.generation.text_stream import Prompt, TextStream
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling, sample
 from fastllm.tokenization import Tokenizer
@@ -53,24 +53,24 @@ class Job:
     """One sequence to compute for a client.
 
     Attributes:
-        prompt: token ids, at least one.
+        prompt: of at least one token.
         max_tokens: how many tokens to add, at least one unless `score_prompt` is set. Together with
             the prompt, at most the model's `max_seq_len`.
         seed: of the random draws, in [0, 2**64).
         stops: the continuation ends before any of these texts.
         logprobs: alternatives to list for each token; None for no log probabilities at all.
+        echo: whether the client gets the text of the prompt's tokens too.
         score_prompt: whether the tokens of the prompt get log probabilities too.
-        first_offset: characters in the prompt, which is where the offsets of new tokens begin.
     """
 
-    prompt: list[int]
+    prompt: Prompt
     max_tokens: int
     sampling: Sampling = DEFAULT_SAMPLING
     seed: int = 0
     stops: Sequence[str] = ()
     logprobs: int | None = None
+    echo: bool = False
     score_prompt: bool = False
-    first_offset: int = 0
     submitted: float = field(default_factory=time.monotonic)
 
 
@@ -125,9 +125,9 @@ class RunningJob:
 
     def __init__(self, job: Job, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.job = job
-        self.stream = TextStream(tokenizer, job.stops)
+        self.stream = TextStream(tokenizer, job.stops, job.prompt, job.echo)
         self.prompt_stream = TextStream(tokenizer)
-        self.tokens = list(job.prompt)
+        self.tokens = list(job.prompt.tokens)
         self.pending = self.tokens[:]
         self.drawn = 0
         self.scoring = job.score_prompt
@@ -136,7 +136,7 @@ class RunningJob:
         self.seen: Tensor | None = None
         if job.sampling.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
-            self.seen[job.prompt] = True
+            self.seen[job.prompt.tokens] = True
 
 
 Deliver = Callable[[list[tuple[Job, Delta]]], None]
@@ -170,7 +170,7 @@ class Scheduler:
     ) -> None:
         # Not the model, whose weights the kernel has packed.
         self._vocab_size, self._padding_idx = model.vocab_size, model.padding_idx
-        self._tokenizer, self._deliver = tokenizer, deliver
+        self.tokenizer, self._deliver = tokenizer, deliver
         self._decoding = start_decoding(model, slots, precision=precision)
         self._slots, self._max_queue = slots, max_queue
         self._changed = threading.Condition()  # on a reentrant lock
@@ -264,13 +264,13 @@ class Scheduler:
             # The lowest slots first: the higher ones take no memory until they are needed.
             free = (slot for slot in range(self._slots) if slot not in self._running)
             while self._queue and len(self._running) < self._slots:
-                size = len(self._queue[0].prompt)
+                size = len(self._queue[0].prompt.tokens)
                 if joining and joining + size > JOINING_TOKENS:
                     break
                 joining += size
                 job = self._queue.popleft()
                 try:
-                    running = RunningJob(job, self._tokenizer, self._vocab_size)
+                    running = RunningJob(job, self.tokenizer, self._vocab_size)
                 except Exception as error:
                     self._deltas.append((job, Delta(error=_describe(error))))
                 else:
@@ -327,8 +327,8 @@ class Scheduler:
         job, tokens = running.job, running.pending[:SCORED_TOKENS]
         logits = self._without_padding(self._decoding.append({slot: tokens}, every=True))
         logprobs = []
-        if len(running.pending) == len(job.prompt):
-            text = self._tokenizer.decode(tokens[:1])
+        if len(running.pending) == len(job.prompt.tokens):
+            text = self.tokenizer.decode(tokens[:1])
             logprobs.append(TokenLogprob(text, None, None, 0))
             running.prompt_stream.push(tokens[0])
         targets = running.pending[1 : len(tokens) + 1]  # a row predicts the token after its own
@@ -343,7 +343,7 @@ class Scheduler:
         if job.max_tokens:
             self._draw([slot], logits[-1:])
         else:
-            self._deltas.append((job, Delta(finish_reason="length")))
+            self._deltas.append((job, Delta(running.stream.end(), finish_reason="length")))
             self._free(slot)
 
     def _draw(self, slots: Sequence[int], logits: Tensor) -> None:
@@ -385,8 +385,7 @@ class Scheduler:
         """Adds a drawn token to its job; returns whether that was the last one."""
         job, stream = running.job, running.stream
         if job.logprobs is not None:
-            offset = job.first_offset + stream.length
-            running.held_logprobs.append(self._logprob(logits, token, job, offset))
+            running.held_logprobs.append(self._logprob(logits, token, job, stream.length))
         if running.seen is not None:
             running.seen[token] = True
         running.tokens.append(token)
@@ -400,11 +399,11 @@ class Scheduler:
             finish_reason = "stop"
         ready = []
         if running.held_logprobs:
-            shown = job.first_offset + stream.shown
+            before = len(job.prompt.text if job.echo else job.prompt.given) - stream.overlapped
             ready = [
-                logprob
+                logprob._replace(offset=before + logprob.offset)
                 for logprob in running.held_logprobs
-                if finish_reason == "length" or logprob.offset < shown
+                if finish_reason == "length" or logprob.offset < stream.shown
             ]
             del running.held_logprobs[: len(ready)]
         first_token_s = time.monotonic() - job.submitted if running.drawn == 1 else None
@@ -422,12 +421,18 @@ class Scheduler:
         top: dict[str, float] = {}
         for each, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True):
             with contextlib.suppress(KeyError):  # a vocabulary may have ids without a token
-                top.setdefault(self._tokenizer.decode([each]), logprob)
-        text, own = self._tokenizer.decode([token]), float(logprobs[token])
+                top.setdefault(self._text_of(each), logprob)
+        text, own = self._text_of(token), float(logprobs[token])
         if math.isnan(own):
             raise ValueError("the logits are not numbers")
         top.setdefault(text, own)
         return TokenLogprob(text, own, top, offset)
+
+    def _text_of(self, token: int) -> str:
+        """What a token adds to the text: after another one, which may be a space more."""
+        padding = self.tokenizer.pad_token_id
+        before = self.tokenizer.decode([padding])
+        return self.tokenizer.decode([padding, token]).removeprefix(before)
 
 
 def _describe(error: Exception) -> str:

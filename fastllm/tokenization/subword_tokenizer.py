@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +28,7 @@ from fastllm.tokenization.base import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 PAD_NAMES = (PAD, "[PAD]", "<pad>")
 WORDPIECE_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Characters per segment. The library encodes a batch's segments in parallel; one of this length
@@ -85,6 +88,12 @@ class SubwordTokenizer:
         self._tokenizer = tokenizer
         self.pad_token_id = next(vocabulary[pad] for pad in PAD_NAMES if pad in vocabulary)
         self._ids = frozenset(vocabulary.values())
+        has_bytes = "ByteFallback" in repr(tokenizer.decoder)
+        self._byte_of = {
+            i: int(token[3:5], 16)
+            for token, i in vocabulary.items()
+            if has_bytes and BYTE_TOKEN.fullmatch(token)
+        }
         self.vocab_size = max(self._ids) + 1
         if len(self._ids) != len(vocabulary):
             raise ValueError("two tokens of the vocabulary have the same id")
@@ -260,7 +269,17 @@ class SubwordTokenizer:
                 f"Token ID '{min(unknown)}' not found; the ids of this tokenizer are "
                 f"0 to {self.vocab_size - 1}"
             )
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+        if self._byte_of.keys().isdisjoint(tokens):
+            return self._tokenizer.decode(tokens, skip_special_tokens=False)
+        # The library turns a whole run of bytes into replacement characters if it ends within a
+        # character. Here, as in byte-level BPE, the characters before that stay.
+        texts: list[str] = []
+        for is_byte, run in itertools.groupby(tokens, self._byte_of.__contains__):
+            if is_byte:
+                texts.append(bytes(self._byte_of[i] for i in run).decode("utf-8", "replace"))
+            else:
+                texts += (str(self._tokenizer.id_to_token(int(i))) for i in run)
+        return self._tokenizer.decoder.decode(texts)
 
     def to_json(self) -> str:
         """The content of the library's own tokenizer.json."""

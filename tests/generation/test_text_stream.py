@@ -5,9 +5,18 @@ import torch
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer
 from fastllm.generation.decoding import generate_tokens
-from fastllm.generation.text_stream import TextStream, generate_text, generate_texts
+from fastllm.generation.text_stream import (
+    Prompt,
+    TextStream,
+    encode_prompt,
+    generate_text,
+    generate_texts,
+)
 from fastllm.ops.sampling import Sampling
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
+from tests.tokenizer_kinds import TEXT, TOKENIZERS
+
+pytest.importorskip("tokenizers", reason="needs the tokenizers library ([hf])")
 
 TOKENIZER = SimpleCharacterTokenizer(["abcdefghij"])
 
@@ -33,22 +42,69 @@ def test_pieces_of_subword_text_join_to_the_whole() -> None:
         tokenizer = SubwordTokenizer.train([text], kind, 300)  # type: ignore[arg-type]
         torch.manual_seed(0)
         model = DecoderModel(tokenizer.vocab_size, 8, 1, 2, 64).eval()
-        tokens = list(generate_tokens(model, tokenizer.encode("the"), 200, seed=1))
+        prompt = tokenizer.encode("the")
+        tokens = list(generate_tokens(model, prompt, 200, seed=1))
         pieces = list(generate_text(model, tokenizer, "the", 200, seed=1))
-        whole = tokenizer.decode(tokens)
-        assert "".join(pieces) == whole
+        assert "the" + "".join(pieces) == tokenizer.decode(prompt + tokens)
         assert len(pieces) > 50
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "character"])
-def test_streamed_text_is_never_taken_back(kind: str) -> None:
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return TOKENIZERS[request.param]()
+
+
+def test_prompt_and_continuation_join_to_the_text_of_all_tokens(tokenizer: Tokenizer) -> None:
+    """For prompts that end within a word, after a space or a line, and within a character."""
+    source = random.Random(7)
+    for _ in range(200):
+        start = source.randrange(len(TEXT) - 200)
+        given: str | list[int] = TEXT[start : start + source.randint(1, 60)]
+        if source.random() < 0.3:
+            given = [source.randrange(tokenizer.vocab_size) for _ in range(source.randint(1, 30))]
+        prompt = encode_prompt(tokenizer, given)
+        tokens = [source.randrange(tokenizer.vocab_size) for _ in range(source.randint(0, 30))]
+        if isinstance(given, str) and source.random() < 0.7:
+            tokens = tokenizer.encode(TEXT[start + len(given) : start + len(given) + 60])
+        whole = tokenizer.decode(prompt.tokens + tokens)
+        for echo in (True, False):
+            stream = TextStream(tokenizer, [], prompt, echo)
+            text = "".join([stream.push(token) for token in tokens]) + stream.end()
+            if echo:
+                assert prompt.text + text == whole
+            elif whole.startswith(prompt.given):
+                assert prompt.given + text == whole
+            elif not isinstance(given, str):
+                assert prompt.text + text == whole
+
+
+def test_a_prompt_may_end_with_the_space_that_its_tokens_lose() -> None:
+    tokenizer = TOKENIZERS["wordpiece"]()
+    for given in ("Romeo", "Romeo ", "the\n\nRomeo "):
+        prompt = encode_prompt(tokenizer, given)
+        shown = {
+            stop: text_of(tokenizer, prompt, tokenizer.encode("would smell"), stop)
+            for stop in ("", " would", " ")
+        }
+        space = "" if given.endswith(" ") else " "
+        assert shown[""] == space + "would smell"
+        assert shown[" would"] == ""
+        assert shown[" "] == ("" if space else "would")  # the prompt's own space is no stop text
+
+
+def text_of(tokenizer: Tokenizer, prompt: Prompt, tokens: list[int], stop: str) -> str:
+    stream, text = TextStream(tokenizer, [stop] if stop else [], prompt), ""
+    for token in tokens:
+        text += stream.push(token)
+        if stream.stopped:
+            return text
+    return text + stream.end()
+
+
+def test_streamed_text_is_never_taken_back(tokenizer: Tokenizer) -> None:
     """For sensible and random tokens, and for any stop texts."""
-    text = "Grüße an 世界 and 🙂 the wonderful words, of the world's end. " * 30
-    tokenizer: Tokenizer = SimpleCharacterTokenizer([text])
-    if kind != "character":
-        tokenizer = SubwordTokenizer.train([text], kind, 300)  # type: ignore[arg-type]
     source = random.Random(5)
-    sensible = tokenizer.encode(text)
+    sensible = tokenizer.encode(TEXT)
     for _ in range(300):
         tokens = [source.randrange(tokenizer.vocab_size) for _ in range(source.randrange(60))]
         at = source.randrange(len(sensible) - 60)

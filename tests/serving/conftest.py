@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer
+from fastllm.generation.text_stream import Prompt
 from fastllm.serving.app import create_app
 from fastllm.serving.guard import Limits
 from fastllm.serving.model import ServedModel
@@ -50,6 +51,11 @@ def subwords() -> tuple[DecoderModel, Tokenizer]:
     """A model whose tokens are often parts of a character."""
     tokenizer = SubwordTokenizer.train([TEXT], "bpe", 300)
     return make_model(tokenizer), tokenizer
+
+
+def prompt_of(*tokens: int) -> Prompt:
+    """A prompt without text, after which offsets begin at 0."""
+    return Prompt(list(tokens), "", "")
 
 
 class RunningServer(NamedTuple):

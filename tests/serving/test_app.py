@@ -16,7 +16,8 @@ import torch
 openai = pytest.importorskip("openai", reason="pip install '.[test]' brings the client")
 
 from fastllm import DecoderModel  # noqa: E402
-from fastllm.generation.text_stream import generate_text  # noqa: E402
+from fastllm.generation.decoding import generate_tokens  # noqa: E402
+from fastllm.generation.text_stream import UNFINISHED, generate_text  # noqa: E402
 from fastllm.serving.app import create_app  # noqa: E402
 from fastllm.serving.guard import Limits  # noqa: E402
 from fastllm.serving.model import ServedModel  # noqa: E402
@@ -31,6 +32,7 @@ from tests.serving.conftest import (  # noqa: E402
     slowed,
     wait_until,
 )
+from tests.tokenizer_kinds import TOKENIZERS  # noqa: E402
 
 Model = tuple[DecoderModel, Tokenizer]
 JSON = "content-type: application/json\r\n"
@@ -566,3 +568,35 @@ def test_draining_refuses_new_requests_and_finishes_running_ones(characters: Mod
         text = first.choices[0].text + "".join(chunk.choices[0].text for chunk in stream)
         assert len(text) == 60
     assert threading.active_count() < 20
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "byte_fallback"])
+def test_prompt_and_text_join_to_what_all_tokens_decode_to(kind: str) -> None:
+    """With echo and without, whole and streamed; the offsets say where each token's text is."""
+    tokenizer = TOKENIZERS[kind]()
+    model = make_model(tokenizer)
+    with running_server(model, tokenizer) as server:
+        client = client_of(server)
+        for seed, prompt in enumerate(["Rome", "the se", "would ", "[What's] ☃", "a name?\n"]):
+            tokens = tokenizer.encode(prompt)
+            new = list(generate_tokens(model, tokens, 30, seed=seed))
+            whole, read = tokenizer.decode(tokens + new), tokenizer.decode(tokens)
+            for echo in (True, False):
+                settings = {"prompt": prompt, "max_tokens": 30, "seed": seed, "logprobs": 3}
+                settings |= {"model": "tiny", "echo": echo}
+                choice = client.completions.create(**settings).choices[0]
+                parts = [c.choices[0] for c in client.completions.create(**settings, stream=True)]
+                assert "".join(part.text for part in parts) == choice.text
+                text = choice.text if echo else prompt + choice.text
+                if echo or whole.startswith(prompt):
+                    assert text == whole
+                else:
+                    assert choice.text == whole[len(read) :]
+                offsets = choice.logprobs.text_offset
+                assert offsets == sorted(offsets) and len(offsets) == len(new) + echo * len(tokens)
+                streamed = [part.logprobs for part in parts if part.logprobs]
+                assert [offset for each in streamed for offset in each.text_offset] == offsets
+                ends = [*offsets[1:], len(text)]
+                for token, at, end in zip(choice.logprobs.tokens, offsets, ends, strict=True):
+                    if at < end and UNFINISHED not in token:
+                        assert text[at:end].replace(UNFINISHED, "") == token

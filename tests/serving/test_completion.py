@@ -8,6 +8,7 @@ from fastllm.serving import completion
 from fastllm.serving.completion import Dispatcher
 from fastllm.serving.metrics import Metrics
 from fastllm.serving.scheduler import Delta, Job
+from tests.serving.conftest import prompt_of
 
 
 def test_deltas_in_quick_succession_are_delivered_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,7 +16,7 @@ def test_deltas_in_quick_succession_are_delivered_together(monkeypatch: pytest.M
     monkeypatch.setattr(completion, "CHUNK_INTERVAL_S", 0.5)
 
     async def taken() -> list[list[str]]:
-        dispatcher, job = Dispatcher(Metrics()), Job([1], 9)
+        dispatcher, job = Dispatcher(Metrics()), Job(prompt_of(1), 9)
         queue = dispatcher.subscribe([job], whole=False)
         dispatcher([(job, Delta("first", (), 1, first_token_s=0.1))])
         result = [await queue.take()]

@@ -25,7 +25,7 @@ from fastllm.serving.scheduler import (
 )
 from fastllm.tokenization import Tokenizer
 from tests.conftest import needs_extension
-from tests.serving.conftest import make_model, slowed, wait_until
+from tests.serving.conftest import make_model, prompt_of, slowed, wait_until
 
 Model = tuple[DecoderModel, Tokenizer]
 
@@ -67,7 +67,7 @@ def random_job(random: random.Random, tokenizer: Tokenizer) -> Job:
     sampling = random.choice(
         [Sampling(0), Sampling(), Sampling(0.7, 5), Sampling(1.2, 0, 0.9, 0.05, 1.3)]
     )
-    return Job(prompt, random.randint(1, 60), sampling, random.randrange(2**64))
+    return Job(prompt_of(*prompt), random.randint(1, 60), sampling, random.randrange(2**64))
 
 
 def alone(model: Model, job: Job, precision: str = "fp32") -> str:
@@ -76,7 +76,7 @@ def alone(model: Model, job: Job, precision: str = "fp32") -> str:
     class Prompt:
         """A tokenizer for a prompt that is already encoded."""
 
-        encode = staticmethod(lambda text: job.prompt)
+        encode = staticmethod(lambda text: job.prompt.tokens)
         decode = staticmethod(model[1].decode)
 
     pieces = generate_text(
@@ -162,7 +162,7 @@ def test_logprobs_are_the_models_own(kind: str, request: pytest.FixtureRequest) 
         for size in (1, 2, SCORED_TOKENS, SCORED_TOKENS + 1, 200)
     ]
     jobs = [
-        Job(prompt, count, Sampling(1.3, 7, 0.9, 0, 1.2), i, (), 3, True)
+        Job(prompt_of(*prompt), count, Sampling(1.3, 7, 0.9, 0, 1.2), i, (), 3, score_prompt=True)
         for i, prompt in enumerate(prompts)
         for count in (0, 1, 20)
     ]
@@ -171,23 +171,23 @@ def test_logprobs_are_the_models_own(kind: str, request: pytest.FixtureRequest) 
         wait_until(lambda: all(map(inbox.done, jobs)))
     for job in jobs:
         logprobs = [each for delta in inbox.deltas[job] for each in delta.logprobs]
-        assert len(logprobs) == len(job.prompt) + job.max_tokens
+        assert len(logprobs) == len(job.prompt.tokens) + job.max_tokens
         assert logprobs[0].logprob is None and logprobs[0].top is None
         with torch.no_grad():
-            logits = model(torch.tensor([job.prompt]))[0]
+            logits = model(torch.tensor([job.prompt.tokens]))[0]
         logits[:, model.padding_idx] = -torch.inf
-        for position in range(1, len(job.prompt)):
+        for position in range(1, len(job.prompt.tokens)):
             expected = logits[position - 1].log_softmax(-1)
-            each, token = logprobs[position], job.prompt[position]
+            each, token = logprobs[position], job.prompt.tokens[position]
             assert each.token == tokenizer.decode([token])
             assert each.logprob == pytest.approx(float(expected[token]), abs=1e-4)
             assert each.top is not None and 1 <= len(each.top) <= 4
             assert max(each.top.values()) == pytest.approx(float(expected.max()), abs=1e-4)
         if kind == "characters":
-            assert [each.offset for each in logprobs[: len(job.prompt)]] == list(
-                range(len(job.prompt))
+            assert [each.offset for each in logprobs[: len(job.prompt.tokens)]] == list(
+                range(len(job.prompt.tokens))
             )
-            new = logprobs[len(job.prompt) :]
+            new = logprobs[len(job.prompt.tokens) :]
             assert "".join(each.token for each in new) == inbox.text(job)
             assert [each.offset for each in new] == list(range(job.max_tokens))
 
@@ -212,7 +212,7 @@ def test_stop_texts_end_a_job_and_are_not_shown(subwords: Model) -> None:
 
 
 def test_free_slots_count_before_queued_jobs_move_into_them(characters: Model) -> None:
-    jobs = [Job([1], 5) for _ in range(6)]
+    jobs = [Job(prompt_of(1), 5) for _ in range(6)]
     with scheduler_of(characters, slots=2, max_queue=3) as (scheduler, inbox):
         with scheduler._changed:  # the scheduler cannot admit anything meanwhile
             for job in jobs[:5]:
@@ -223,7 +223,7 @@ def test_free_slots_count_before_queued_jobs_move_into_them(characters: Model) -
 
 
 def test_the_queue_is_limited_and_cancelling_frees_slots(characters: Model) -> None:
-    long = [Job([1], 250) for _ in range(9)]
+    long = [Job(prompt_of(1), 250) for _ in range(9)]
     with (
         scheduler_of(characters, slots=2, max_queue=3) as (scheduler, inbox),
         slowed(scheduler, 0.01),
@@ -257,8 +257,8 @@ def test_logits_that_are_not_numbers_fail_their_job_alone(characters: Model) -> 
     tokenizer = characters[1]
     broken = make_model(tokenizer)
     broken.embedding_layer.token_embeddings.weight.data[3] = torch.nan
-    good = [Job([1, 2], 1), Job([2], 1)]
-    bad = [Job([3], 5), Job([1, 3, 2], 0, logprobs=2, score_prompt=True)]
+    good = [Job(prompt_of(1, 2), 1), Job(prompt_of(2), 1)]
+    bad = [Job(prompt_of(3), 5), Job(prompt_of(1, 3, 2), 0, logprobs=2, score_prompt=True)]
     with scheduler_of((broken, tokenizer)) as (scheduler, inbox):
         scheduler.submit([good[0], *bad, good[1]])
         wait_until(lambda: all(map(inbox.done, [*bad, *good])))
@@ -273,6 +273,8 @@ def test_an_id_without_a_token_fails_its_job_alone(characters: Model) -> None:
     tokenizer = characters[1]
 
     class Holes:
+        pad_token_id = tokenizer.pad_token_id
+
         def decode(self, tokens: list[int]) -> str:
             if 0 in tokens:
                 raise KeyError("Token ID '0' not found")
@@ -280,7 +282,7 @@ def test_an_id_without_a_token_fails_its_job_alone(characters: Model) -> None:
 
     biased = make_model(tokenizer)
     biased.lm_head.bias.data[0] = 1000
-    job = Job([1], 5)
+    job = Job(prompt_of(1), 5)
     with scheduler_of((biased, Holes())) as (scheduler, inbox):  # type: ignore[arg-type]
         scheduler.submit([job])
         wait_until(lambda: inbox.done(job))
@@ -292,7 +294,7 @@ def test_an_alternative_without_a_token_is_left_out(characters: Model) -> None:
     tokenizer = characters[1]
 
     class Holes:
-        is_lossless = True
+        pad_token_id = tokenizer.pad_token_id
 
         def decode(self, tokens: list[int]) -> str:
             if 0 in tokens:
@@ -300,7 +302,7 @@ def test_an_alternative_without_a_token_is_left_out(characters: Model) -> None:
             return tokenizer.decode(tokens)
 
     count = tokenizer.vocab_size
-    job = Job([1, 2], 0, logprobs=count, score_prompt=True)
+    job = Job(prompt_of(1, 2), 0, logprobs=count, score_prompt=True)
     with scheduler_of((make_model(tokenizer), Holes())) as (scheduler, inbox):  # type: ignore[arg-type]
         scheduler.submit([job])
         wait_until(lambda: inbox.done(job))
@@ -318,11 +320,11 @@ def test_a_job_that_fails_leaves_the_others_alone(characters: Model, attached: b
     source = random.Random(6)
     good = [random_job(source, characters[1]) for _ in range(20)]
     unknown = [
-        Job([1, 999], 5),
-        Job([999], 5, Sampling(1.0, 0, 1.0, 0.0, 1.2)),
-        Job([1] * SCORED_TOKENS + [999], 5, logprobs=2, score_prompt=True),
+        Job(prompt_of(1, 999), 5),
+        Job(prompt_of(999), 5, Sampling(1.0, 0, 1.0, 0.0, 1.2)),
+        Job(prompt_of(*[1] * SCORED_TOKENS, 999), 5, logprobs=2, score_prompt=True),
     ]
-    too_long = Job([1] * 290, 20)
+    too_long = Job(prompt_of(*[1] * 290), 20)
     jobs = [*good, *unknown, too_long]
     source.shuffle(jobs)
     with scheduler_of((model, characters[1])) as (scheduler, inbox):
@@ -343,7 +345,7 @@ def test_running_out_of_memory_fails_no_more_jobs_than_needed(
     """Several at a time do not fit, nor does a prompt of seven tokens alone."""
     source = random.Random(7)
     good = [random_job(source, characters[1]) for _ in range(6)]
-    bad = Job([1] * 7, 5)
+    bad = Job(prompt_of(*[1] * 7), 5)
     with scheduler_of(characters) as (scheduler, inbox):
         append = scheduler._decoding.append
 
@@ -369,11 +371,11 @@ def test_an_unexpected_error_fails_its_job_and_is_logged(
 ) -> None:
     class Broken:
         def decode(self, tokens: list[int]) -> str:
-            if len(tokens) == 3:
+            if len(tokens) == 4:
                 raise RuntimeError("no text")
             return characters[1].decode(tokens)
 
-    short, long = Job([1], 2), Job([1], 5)
+    short, long = Job(prompt_of(1), 2), Job(prompt_of(1), 5)
     with scheduler_of((characters[0], Broken())) as (scheduler, inbox):  # type: ignore[arg-type]
         scheduler.submit([short, long])
         wait_until(lambda: inbox.done(short) and inbox.done(long))
@@ -395,11 +397,11 @@ def test_no_client_waits_for_a_scheduler_that_broke(
             raise ZeroDivisionError
 
         scheduler._deliver = fail_once
-        job = Job([1], 5)
+        job = Job(prompt_of(1), 5)
         scheduler.submit([job])
         wait_until(lambda: inbox.done(job))
         wait_until(lambda: not scheduler.alive)
         with pytest.raises(Draining):
-            scheduler.submit([Job([1], 5)])
+            scheduler.submit([Job(prompt_of(1), 5)])
     assert errors == [ZeroDivisionError]
     assert inbox.error(job) == STOPPED

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastllm.tokenization import SubwordTokenizer, load_tokenizer
 from fastllm.tokenization import subword_tokenizer as module
+from tests.tokenizer_kinds import TOKENIZERS
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the tokenizers library ([hf])")
 
@@ -212,3 +213,17 @@ def test_the_real_gpt2_tokenizer():
     assert tokenizer.pad_token_id == 50257
     assert tokenizer.vocab_size == 50258
     assert tokenizer.decode([15496, 995]) == "Hello world"
+
+
+def test_bytes_of_unknown_characters_decode_as_in_byte_level_bpe():
+    """Characters stay, whatever bytes follow them."""
+    tokenizer = TOKENIZERS["byte_fallback"]()
+    ids = [tokenizer.encode(f"<0x{byte:02X}>")[0] for byte in range(256)]
+    for text in ("a Ω b", "☃☃ x", "Ω"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    words = tokenizer.encode("the")
+    for data in ("☃".encode() + b"\xe2", b"A\xff\xffB", "☃".encode()[:2], "é☃".encode()[:4]):
+        tokens = [ids[byte] for byte in data]
+        assert tokenizer.decode(words + tokens + words) == (
+            "the" + data.decode("utf-8", "replace") + " the"
+        )
