@@ -46,9 +46,7 @@ def generate_batch(
 ) -> Iterator[list[int]]:
     """Continues B prompts of any lengths, all by one token in each step.
 
-    The model sees at most `max_seq_len - 1` tokens, the longest context that it was trained to
-    predict from. When they are used up, the older half is dropped: positions are absolute, so the
-    cache would be useless in a window that moved with every token.
+    Prompts and continuations may be longer than `max_seq_len`: see `ContextWindow`.
 
     If anything is attached to the model (hooks, replaced layers), a step runs its modules.
     Otherwise it is one kernel call, with all weights but the token embeddings as they were at the
@@ -83,12 +81,10 @@ def generate_batch(
     sampling.check()
     for prompt in prompts:  # including tokens before the window
         check_token_ids(torch.tensor(prompt), model.vocab_size)
-    window = max(1, model.max_seq_len - 1)
+    contexts = [ContextWindow(model.max_seq_len, prompt) for prompt in prompts]
     longest = max(map(len, prompts)) + max_new_tokens
-    capacity = max(1, min(window, longest))
+    capacity = max(1, min(contexts[0].size, longest))
     decoding = start_decoding(model, len(prompts), use_cache, precision, capacity)
-    contexts = [list(prompt[-window:]) for prompt in prompts]
-    pending = list(contexts)  # tokens that the decoding does not hold yet
     seeds = [seed + b for b in range(len(prompts))]
     seen = None
     if sampling.repetition_penalty != 1:
@@ -96,20 +92,46 @@ def generate_batch(
         for row, prompt in zip(seen, prompts, strict=True):
             row[list(prompt)] = True
     for step in range(max_new_tokens):
-        logits = decoding.extend(pending)
+        logits = decoding.extend([context.pending for context in contexts])
         if model.padding_idx is not None:
             logits[:, model.padding_idx] = -math.inf  # never a target, so its logit is meaningless
         tokens = sample(logits, sampling, seeds, step, seen).tolist()
         for b, token in enumerate(tokens):
-            contexts[b].append(token)
-            pending[b] = [token]
             if seen is not None:
                 seen[b, token] = True
-            if len(contexts[b]) > window:
-                contexts[b] = contexts[b][-max(1, window // 2) :]
-                pending[b] = contexts[b]
+            if contexts[b].append(token):
                 decoding.clear(b)
         yield tokens
+
+
+class ContextWindow:
+    """The tokens of a text that a model sees.
+
+    At most `max_seq_len - 1`, the longest context that it was trained to predict from. When they
+    are used up, the older half is dropped: positions are absolute, so the cache would be useless in
+    a window that moved with every token.
+
+    Attributes:
+        size: how many tokens fit.
+        tokens: those in the window.
+        pending: the last of `tokens`, which the decoding does not hold yet.
+    """
+
+    def __init__(self, max_seq_len: int, tokens: Sequence[int] = ()) -> None:
+        self.size = max(1, max_seq_len - 1)
+        self.tokens = list(tokens[-self.size :])
+        self.pending = self.tokens[:]
+
+    def append(self, token: int) -> bool:
+        """Adds a token; returns whether the window has moved, so that the decoding must be cleared
+        and all of `tokens` are pending."""
+        moved = len(self.tokens) == self.size
+        if moved:
+            kept = max(1, self.size // 2) - 1
+            self.tokens = self.tokens[self.size - kept :]
+        self.tokens.append(token)
+        self.pending = self.tokens[:] if moved else [token]
+        return moved
 
 
 class ModuleDecoding:

@@ -58,6 +58,7 @@ class Service(NamedTuple):
     metrics: Metrics
     slots: int
     max_choices: int
+    max_tokens: int
 
     def check_model(self, name: str) -> None:
         if name != self.served.name:
@@ -110,7 +111,9 @@ def create_app(
         },
     )
     max_choices = min(limits.choices, slots + max_queue)
-    app.state.service = Service(served, scheduler, dispatcher, metrics, slots, max_choices)
+    app.state.service = Service(
+        served, scheduler, dispatcher, metrics, slots, max_choices, limits.tokens
+    )
     app.add_middleware(
         Guard,
         api_key=api_key,
@@ -194,11 +197,21 @@ async def completions(request: Request) -> Response:
             "prompts at a time, or a smaller n",
             "n",
         )
-    encoding = body, service.served.tokenizer, service.served.max_seq_len
+    encoding = body, service.served.tokenizer
     if sum(map(len, body.prompt)) < LONG_PROMPTS:
         prompts = encode_prompts(*encoding)
     else:
         prompts = await asyncio.to_thread(encode_prompts, *encoding)
+    tokens = choices * body.max_tokens
+    if body.scores_prompt:
+        tokens += body.n * sum(len(prompt.tokens) for prompt in prompts)
+    if tokens > service.max_tokens:
+        raise ApiError(
+            400,
+            f"{tokens:,} tokens in all choices are more than {service.max_tokens:,}; send a "
+            "smaller max_tokens, or fewer prompts at a time",
+            "max_tokens",
+        )
     scheduler, name = service.scheduler, service.served.name
     try:
         return Completion(body, prompts, name, scheduler, service.dispatcher, service.metrics)

@@ -129,7 +129,6 @@ class Completion(Response):
         seed = secrets.randbits(63) if request.seed is None else request.seed
         repeated = [prompt for prompt in prompts for _ in range(request.n)]
         self._echoes = [prompt.text if request.echo else "" for prompt in repeated]
-        score_prompt = request.echo and request.logprobs is not None
         self._jobs = [
             Job(
                 prompt,
@@ -139,13 +138,13 @@ class Completion(Response):
                 request.stop,
                 request.logprobs,
                 request.echo,
-                score_prompt,
+                request.scores_prompt,
             )
             for i, prompt in enumerate(repeated)
         ]
         self._index = {job: i for i, job in enumerate(self._jobs)}
         self._deltas = dispatcher.subscribe(self._jobs, whole=not request.stream)
-        trivial = request.max_tokens == 0 and not score_prompt
+        trivial = request.max_tokens == 0 and not request.scores_prompt
         try:
             scheduler.submit([] if trivial else self._jobs)
         except Exception:

@@ -18,6 +18,8 @@ class Limits(NamedTuple):
 
     body_bytes: int = 2**20
     choices: int = 128  # prompts times n
+    tokens: int = 2**17
+    """Of all choices together: new ones, and those of prompts whose log probabilities it wants."""
     connections: int = 256
     head_s: float = 10
     """To send a request's headers, from the start of the connection or the request."""

@@ -98,6 +98,11 @@ class CompletionRequest(BaseModel):
         return self
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the tokens of the prompts get log probabilities."""
+        return self.echo and self.logprobs is not None
+
+    @property
     def sampling(self) -> Sampling:
         return Sampling(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
@@ -119,10 +124,8 @@ def parse_request(body: bytes) -> CompletionRequest:
         raise ApiError(422, message, param) from None
 
 
-def encode_prompts(
-    request: CompletionRequest, tokenizer: Tokenizer, max_seq_len: int
-) -> list[Prompt]:
-    """Raises `ApiError` 400 if a prompt cannot be encoded or is too long."""
+def encode_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
+    """Raises `ApiError` 400 if a prompt is empty or cannot be encoded."""
     prompts = []
     for prompt in request.prompt:
         try:
@@ -131,15 +134,5 @@ def encode_prompts(
             raise ApiError(400, str(error.args[0]), "prompt") from None
         if not encoded.tokens:
             raise ApiError(400, "the prompt is empty; give at least one token", "prompt")
-        tokens = encoded.tokens
-        if len(tokens) + request.max_tokens > max_seq_len:
-            raise ApiError(
-                400,
-                f"the prompt has {len(tokens)} tokens and max_tokens is {request.max_tokens}: "
-                f"together {len(tokens) + request.max_tokens}, but the model takes {max_seq_len}; "
-                "shorten them, or train with a larger max_seq_len",
-                "prompt" if len(tokens) >= max_seq_len else "max_tokens",
-                "context_length_exceeded",
-            )
         prompts.append(encoded)
     return prompts

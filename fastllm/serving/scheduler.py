@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastllm.generation.decoding import start_decoding
+from fastllm.generation.decoding import ContextWindow, start_decoding
 from fastllm.generation.text_stream import Prompt, TextStream
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.sampling import Sampling, sample
@@ -54,8 +54,7 @@ class Job:
 
     Attributes:
         prompt: of at least one token.
-        max_tokens: how many tokens to add, at least one unless `score_prompt` is set. Together with
-            the prompt, at most the model's `max_seq_len`.
+        max_tokens: how many tokens to add, at least one unless `score_prompt` is set.
         seed: of the random draws, in [0, 2**64).
         stops: the continuation ends before any of these texts.
         logprobs: alternatives to list for each token; None for no log probabilities at all.
@@ -117,20 +116,20 @@ class RunningJob:
     """A job that has a slot.
 
     Attributes:
-        tokens: the prompt, and what was drawn.
-        pending: the last of `tokens`, which the decoding does not hold yet.
+        context: what the model sees of prompt and continuation.
         drawn: how many tokens were drawn.
+        scored: how many tokens of the prompt the decoding has taken to compute log probabilities.
         scoring: whether log probabilities of prompt tokens are still to be computed.
     """
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, job: Job, tokenizer: Tokenizer, vocab_size: int, max_seq_len: int) -> None:
         self.job = job
         self.stream = TextStream(tokenizer, job.stops, job.prompt, job.echo)
         self.prompt_stream = TextStream(tokenizer)
-        self.tokens = list(job.prompt.tokens)
-        self.pending = self.tokens[:]
-        self.drawn = 0
         self.scoring = job.score_prompt
+        self.scored = 0
+        self.context = ContextWindow(max_seq_len, () if self.scoring else job.prompt.tokens)
+        self.drawn = 0
         self.held_logprobs: list[TokenLogprob] = []  # of tokens whose text is held back
         self.cancelled = False
         self.seen: Tensor | None = None
@@ -170,6 +169,7 @@ class Scheduler:
     ) -> None:
         # Not the model, whose weights the kernel has packed.
         self._vocab_size, self._padding_idx = model.vocab_size, model.padding_idx
+        self._max_seq_len = model.max_seq_len
         self.tokenizer, self._deliver = tokenizer, deliver
         self._decoding = start_decoding(model, slots, precision=precision)
         self._slots, self._max_queue = slots, max_queue
@@ -264,13 +264,13 @@ class Scheduler:
             # The lowest slots first: the higher ones take no memory until they are needed.
             free = (slot for slot in range(self._slots) if slot not in self._running)
             while self._queue and len(self._running) < self._slots:
-                size = len(self._queue[0].prompt.tokens)
+                size = min(len(self._queue[0].prompt.tokens), self._max_seq_len)
                 if joining and joining + size > JOINING_TOKENS:
                     break
                 joining += size
                 job = self._queue.popleft()
                 try:
-                    running = RunningJob(job, self.tokenizer, self._vocab_size)
+                    running = RunningJob(job, self.tokenizer, self._vocab_size, self._max_seq_len)
                 except Exception as error:
                     self._deltas.append((job, Delta(error=_describe(error))))
                 else:
@@ -304,7 +304,9 @@ class Scheduler:
         If that fails for several slots, each is tried alone, so that only the jobs at fault fail.
         """
         try:
-            logits = self._decoding.append({slot: self._running[slot].pending for slot in slots})
+            logits = self._decoding.append(
+                {slot: self._running[slot].context.pending for slot in slots}
+            )
         except Exception as error:
             if len(slots) == 1:
                 self._fail(slots[0], error)
@@ -314,33 +316,46 @@ class Scheduler:
             return
         lengths = self._decoding.lengths
         for slot in slots:
-            running = self._running[slot]
-            if lengths[slot] != len(running.tokens) - len(running.pending):
+            context = self._running[slot].context
+            if lengths[slot] != len(context.tokens) - len(context.pending):
                 # The failed call has changed this sequence: recompute it.
                 self._decoding.clear(slot)
-                running.pending = running.tokens[:]
+                context.pending = context.tokens[:]
             self._decode([slot])
 
     def _score_prompt(self, slot: int) -> None:
         """Appends some tokens of a prompt and reports their log probabilities."""
         running = self._running[slot]
-        job, tokens = running.job, running.pending[:SCORED_TOKENS]
-        logits = self._without_padding(self._decoding.append({slot: tokens}, every=True))
+        job, context, tokens = running.job, running.context, running.job.prompt.tokens
+        start = running.scored
+        moved = context.append(tokens[start])
+        if moved:
+            self._decoding.clear(slot)
+            added = context.pending
+            running.scored += 1
+        else:
+            room = context.size - len(context.tokens) + 1
+            added = tokens[start : start + min(SCORED_TOKENS, room)]
+            context.tokens += added[1:]
+            running.scored += len(added)
+        logits = self._without_padding(self._decoding.append({slot: added}, every=not moved))
         logprobs = []
-        if len(running.pending) == len(job.prompt.tokens):
+        if start == 0:
             text = self.tokenizer.decode(tokens[:1])
             logprobs.append(TokenLogprob(text, None, None, 0))
             running.prompt_stream.push(tokens[0])
-        targets = running.pending[1 : len(tokens) + 1]  # a row predicts the token after its own
+        targets = tokens[start + 1 : running.scored + 1]  # a row predicts the token after its own
         for row, token in zip(logits, targets, strict=False):
             logprobs.append(self._logprob(row, token, job, running.prompt_stream.length))
             running.prompt_stream.push(token)
-        del running.pending[: len(tokens)]
         self._deltas.append((job, Delta(logprobs=logprobs)))
-        if running.pending:
+        if running.scored < len(tokens):
             return
         running.scoring = False
-        if job.max_tokens:
+        if job.max_tokens and len(tokens) > context.size:  # as if it had not been scored
+            self._decoding.clear(slot)
+            running.context = ContextWindow(self._max_seq_len, tokens)
+        elif job.max_tokens:
             self._draw([slot], logits[-1:])
         else:
             self._deltas.append((job, Delta(running.stream.end(), finish_reason="length")))
@@ -364,6 +379,8 @@ class Scheduler:
                 else:
                     if finished:
                         self._free(slot)
+                    elif each.context.append(token):
+                        self._decoding.clear(slot)
             return
         for i, slot in enumerate(slots):  # find the job at fault
             self._draw([slot], logits[i : i + 1])
@@ -388,8 +405,6 @@ class Scheduler:
             running.held_logprobs.append(self._logprob(logits, token, job, stream.length))
         if running.seen is not None:
             running.seen[token] = True
-        running.tokens.append(token)
-        running.pending = [token]
         running.drawn += 1
         text, finish_reason = stream.push(token), None
         if not stream.stopped and running.drawn == job.max_tokens:

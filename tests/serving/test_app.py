@@ -152,6 +152,20 @@ def test_echo_and_probabilities(client: Any) -> None:
     assert (nothing.choices[0].text, nothing.choices[0].finish_reason) == ("", "length")
 
 
+def test_texts_may_be_longer_than_the_models_context(client: Any, characters: Model) -> None:
+    for prompt, size in (("ab", 400), ("ab" * 200, 20)):
+        settings = {"model": "tiny", "prompt": prompt, "max_tokens": size, "seed": 3}
+        whole = client.completions.create(**settings)
+        assert whole.choices[0].text == alone(characters, prompt, size, 3)
+        assert whole.usage.completion_tokens == size
+        assert whole.choices[0].finish_reason == "length"
+        chunks = client.completions.create(**settings, stream=True, echo=True, logprobs=1)
+        parts = [chunk.choices[0] for chunk in chunks]
+        assert "".join(part.text for part in parts) == prompt + whole.choices[0].text
+        scored = [each for part in parts if part.logprobs for each in part.logprobs.tokens]
+        assert "".join(scored) == prompt + whole.choices[0].text
+
+
 def test_stop_texts(client: Any, characters: Model) -> None:
     whole = alone(characters, "ab", 60, 5)
     stop = whole[20:22]
@@ -186,8 +200,13 @@ def test_streams_never_split_a_character(subwords: Model) -> None:
         ({"prompt": ""}, 400, "the prompt is empty"),
         ({"prompt": [[1], []]}, 400, "the prompt is empty"),
         ({"prompt": [99]}, 400, "Token ID '99' not found"),
-        ({"prompt": "ab", "max_tokens": 299}, 400, "together 301, but the model takes 300"),
-        ({"prompt": "ab" * 200}, 400, "the prompt has 400 tokens and max_tokens is 5"),
+        ({"max_tokens": 2**17 + 1}, 400, "131,073 tokens in all choices are more than 131,072"),
+        ({"n": 100, "max_tokens": 2000}, 400, "200,000 tokens in all choices"),
+        (
+            {"prompt": "ab" * 1000, "n": 100, "max_tokens": 0, "echo": True, "logprobs": 1},
+            400,
+            "200,000 tokens in all choices",
+        ),
         ({"prompt": {"a": 1}}, 422, "must be a text, a list of texts"),
         ({"prompt": [True]}, 422, "must be a text, a list of texts"),
         ({"temperature": -1}, 422, "temperature"),

@@ -192,6 +192,44 @@ def test_logprobs_are_the_models_own(kind: str, request: pytest.FixtureRequest) 
             assert [each.offset for each in new] == list(range(job.max_tokens))
 
 
+@pytest.mark.parametrize("max_seq_len", [1, 2, 3, 20, 100])
+def test_beyond_max_seq_len_jobs_get_what_they_would_get_alone(
+    characters: Model, max_seq_len: int
+) -> None:
+    """With and without scores of the prompt, which cross several windows."""
+    model = make_model(characters[1], max_seq_len), characters[1]
+    source = random.Random(9)
+    jobs = [random_job(source, model[1]) for _ in range(10)]
+    for job in jobs[::2]:
+        job.max_tokens, job.logprobs, job.score_prompt = 150, 2, source.random() < 0.5
+    with scheduler_of(model) as (scheduler, inbox):
+        scheduler.submit(jobs)
+        wait_until(lambda: all(map(inbox.done, jobs)))
+    for job in jobs:
+        assert inbox.text(job) == alone(model, job)
+        scores = [each for delta in inbox.deltas[job] for each in delta.logprobs]
+        prompt = len(job.prompt.tokens) if job.score_prompt else 0
+        assert len(scores) == (0 if job.logprobs is None else prompt + job.max_tokens)
+
+
+def test_a_text_has_the_same_scores_as_prompt_and_as_continuation(characters: Model) -> None:
+    """Far beyond max_seq_len: the window moves alike."""
+    model, tokenizer = make_model(characters[1], 25), characters[1]
+    drawn = Job(prompt_of(1), 150, logprobs=0)
+    with scheduler_of((model, tokenizer)) as (scheduler, inbox):
+        scheduler.submit([drawn])
+        wait_until(lambda: inbox.done(drawn))
+        text = prompt_of(1, *tokenizer.encode(inbox.text(drawn)))
+        scored = Job(text, 0, logprobs=0, score_prompt=True)
+        scheduler.submit([scored])
+        wait_until(lambda: inbox.done(scored))
+    first, second = (
+        [each.logprob for delta in inbox.deltas[job] for each in delta.logprobs]
+        for job in (drawn, scored)
+    )
+    assert first == pytest.approx(second[1:], abs=1e-4) and len(first) == 150
+
+
 def test_stop_texts_end_a_job_and_are_not_shown(subwords: Model) -> None:
     source = random.Random(4)
     for _ in range(12):
@@ -324,8 +362,7 @@ def test_a_job_that_fails_leaves_the_others_alone(characters: Model, attached: b
         Job(prompt_of(999), 5, Sampling(1.0, 0, 1.0, 0.0, 1.2)),
         Job(prompt_of(*[1] * SCORED_TOKENS, 999), 5, logprobs=2, score_prompt=True),
     ]
-    too_long = Job(prompt_of(*[1] * 290), 20)
-    jobs = [*good, *unknown, too_long]
+    jobs = [*good, *unknown]
     source.shuffle(jobs)
     with scheduler_of((model, characters[1])) as (scheduler, inbox):
         scheduler.submit(jobs)
@@ -333,8 +370,6 @@ def test_a_job_that_fails_leaves_the_others_alone(characters: Model, attached: b
         assert scheduler.alive
     for job in unknown:
         assert "999" in inbox.error(job)
-    assert "exceeds maximum sequence length 300" in inbox.error(too_long)
-    assert sum(delta.tokens for delta in inbox.deltas[too_long]) == 11
     for job in good:
         assert inbox.text(job) == alone(characters, job)
 
