@@ -3,11 +3,11 @@
 import sys
 
 from fastllm.command import Log, errors_in_one_line, log, no_log, stop_on_signals
+from fastllm.finetuning.checkpoint import last_checkpoint
 from fastllm.finetuning.config import FinetuneConfig, words_as_lists
 from fastllm.finetuning.run import (
     check_packages,
     go_offline_if_unreachable,
-    last_checkpoint,
     prepare,
     report,
     run_name,
@@ -39,20 +39,22 @@ def main(arguments: list[str]) -> None:
             print(f"evaluation  loss {loss:.4f}, perplexity {perplexity:,.3f}")
             return
         info(f"run         {run_dir}")
-        checkpoint = last_checkpoint(run_dir) if config.resume else None
+        checkpoint = str(last_checkpoint(run_dir)) if config.resume else None
         if checkpoint:
             info(f"resuming    from {checkpoint}")
         with stop_on_signals(trainer.monitor):
             trainer.train(resume_from_checkpoint=checkpoint)
+        number = trainer.monitor.stopped_by
+        if not number:
+            save_model(trainer, run_dir / "model")
         write_csv(run_dir / "metrics.jsonl", run_dir / "metrics.csv")
         plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
-        if number := trainer.monitor.stopped_by:
+        if number:
             log(
                 f"stopped by {number.name} at step {trainer.state.global_step:,}; continue with: "
                 f"python -m fastllm.finetune --out_dir {run_dir} --resume"
             )
             raise SystemExit(128 + number)
-        save_model(trainer, run_dir / "model")
     report(trainer, run_dir, info)
 
 

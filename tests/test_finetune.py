@@ -1,12 +1,15 @@
 """The finetune command, with tiny models of random weights."""
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from fastllm.finetune import main
+from fastllm.finetuning.checkpoint import last_checkpoint
 from fastllm.training.metrics import read_metrics
 from tests.conftest import WORDS
 
@@ -182,6 +186,97 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         main("--out_dir parts --resume --max_seq_len 32".split())
 
 
+def val_losses(run_dir: str) -> dict[int, float]:
+    lines = read_metrics(Path(run_dir, "metrics.jsonl"))
+    return {line["step"]: line["val_loss"] for line in lines if line["val_loss"] is not None}
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_highest_step() -> None:
+    run("gpt2", "--out_dir", "run", "--max_steps", "2", "--quiet")
+    os.utime("run/checkpoints/checkpoint-2", (2**32, 2**32))  # in the year 2106
+    main("--out_dir run --resume --max_steps 6 --save_interval 2 --quiet".split())
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["checkpoint-6"]
+    shutil.copytree("run/checkpoints/checkpoint-6", "run/checkpoints/checkpoint-10")
+    Path("run/checkpoints/checkpoint-10/trainer_state.json").unlink()  # incomplete
+    shutil.copytree("run/checkpoints/checkpoint-6", "run/checkpoints/checkpoint-5")
+    assert last_checkpoint(Path("run")).name == "checkpoint-6"
+
+
+def test_settings_given_on_resume_apply(capsys: pytest.CaptureFixture[str]) -> None:
+    cosine = "--lr_schedule cosine --eval_interval 3 --save_interval 3 --max_steps 7 --quiet"
+    run("gpt2", *cosine.split(), "--out_dir", "run")
+    assert list(val_losses("run")) == [0, 3, 6, 7]
+    capsys.readouterr()
+    more = "--max_steps 15 --lr 0.02 --eval_interval 2 --log_interval 4 --patience 1000"
+    main(["--out_dir", "run", "--resume", "--quiet", *more.split()])
+    printed = capsys.readouterr().err
+    assert list(val_losses("run")) == [0, 3, 6, 7, 8, 10, 12, 14, 15]
+    losses = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["loss"] is not None]
+    assert [line["step"] for line in losses][7:] == [8, 12, 15]
+    for line in losses[7:]:  # step n of 15 has seen n - 1 of them
+        cosine_rate = 0.02 * (1 + math.cos(math.pi * (line["step"] - 1) / 15)) / 2
+        assert line["lr"] == pytest.approx(cosine_rate, rel=1e-6)
+    assert f"from step 8 on it is {losses[7]['lr']:.3g} instead of 0" in printed
+    main("--out_dir run --resume --quiet".split())  # it had ended: nothing is left to train
+    assert list(val_losses("run")) == [0, 3, 6, 7, 8, 10, 12, 14, 15]
+    assert capsys.readouterr().err == ""
+
+
+def test_patience_counts_on_after_a_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in a run that began without it: then the checkpoint is the best model that is left."""
+    rising = "--lr 3 --lr_schedule constant --eval_interval 1 --quiet"  # the loss gets worse
+    run("gpt2", *rising.split(), "--out_dir", "whole", "--patience", "3", "--max_steps", "50")
+    whole = val_losses("whole")
+    best = min(list(whole)[1:], key=lambda step: whole[step])
+    assert max(whole) == best + 3
+    for first in ("3", "0"):
+        run("gpt2", *rising.split(), "--out_dir", first, "--patience", first, "--max_steps",
+            str(best + 1 if first == "3" else best))  # fmt: skip
+        main(["--out_dir", first, "--resume", "--quiet", "--patience", "3", "--max_steps", "50"])
+        assert list(val_losses(first)) == list(whole)
+        main(f"--model {first}/model --dataset data.jsonl --max_seq_len 16 --eval_only".split())
+        assert f"loss {whole[best]:.4f}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="cannot be resumed with 8"):
+        main("--out_dir 3 --resume --batch_size 8".split())
+
+
+@contextlib.contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Files may have `limit` bytes, as with `ulimit -f`."""
+    import resource  # Windows has none
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [40_000, 200_000], ids=["weights", "optimizer"])
+def test_a_full_disk_leaves_the_checkpoint_before(limit: int) -> None:
+    """Weights take 115 kB, the optimizer's state 250 kB."""
+    run("gpt2", "--out_dir", "run", "--quiet", "--max_steps", "2")
+    resume = "--out_dir run --quiet --resume --max_steps 4".split()
+    with full_disk(limit), pytest.raises(SystemExit) as error:
+        main(resume)
+    assert str(error.value).startswith("error: cannot save run/checkpoints/checkpoint-4: ")
+    assert str(error.value).endswith("continue with --resume, from run/checkpoints/checkpoint-2")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["checkpoint-2"]
+    main(resume)
+    assert last_checkpoint(Path("run")).name == "checkpoint-4"
+
+
+def test_a_full_disk_leaves_no_part_of_a_model() -> None:
+    run("gpt2", "--out_dir", "run", "--quiet")
+    shutil.rmtree("run/model")
+    message = "cannot save run/model: .* with --resume, from run/checkpoints/checkpoint-3$"
+    with full_disk(40_000), pytest.raises(SystemExit, match=message):
+        main("--out_dir run --quiet --resume".split())
+    assert not Path("run/model").exists() and not Path("run/writing").exists()
+
+
 def test_lora_is_merged_into_its_targets_alone(capsys: pytest.CaptureFixture[str]) -> None:
     run("gpt2", "--out_dir", "start")
     flags = ("--lora", "--lora_rank", "2", "--lora_targets", "c_attn", "--out_dir", "tuned")
@@ -311,6 +406,7 @@ def test_help_is_quick_and_needs_no_transformers() -> None:
     code = """
 import sys
 from fastllm.finetune import main
+from fastllm.finetuning.checkpoint import last_checkpoint
 try:
     main(["--help"])
 finally:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from fastllm.command import Log
 from fastllm.data.corpus import file_format, load_documents, tokenize
 from fastllm.device import choose_precision
 from fastllm.files import replace_file
+from fastllm.finetuning.checkpoint import complete_or_absent
 from fastllm.finetuning.config import FinetuneConfig
 from fastllm.finetuning.model import choose_task, load_model
 from fastllm.integrations import hub
@@ -176,29 +175,6 @@ def split_sequences(sequences: Dataset, val_fraction: float) -> tuple[Dataset, D
     return sequences.select(range(cut)), sequences.select(range(cut, len(sequences)))
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, the newest last."""
-    # trainer_state.json is written after everything else of its checkpoint.
-    states = run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")
-    return sorted(
-        (state.parent for state in states), key=lambda folder: int(folder.name.split("-")[-1])
-    )
-
-
-def last_checkpoint(run_dir: Path) -> str:
-    """The newest complete checkpoint.
-
-    Raises:
-        FileNotFoundError: the run has no checkpoint.
-    """
-    found = checkpoints(run_dir)
-    if not found:
-        raise FileNotFoundError(
-            f"{run_dir} holds no checkpoint to resume from; leave out --resume to start again"
-        )
-    return str(found[-1])
-
-
 def save_model(trainer: FinetuneTrainer, folder: Path) -> None:
     """Writes model and tokenizer in transformers' format, LoRA merged; all or nothing."""
     model: Any = trainer.model
@@ -206,12 +182,9 @@ def save_model(trainer: FinetuneTrainer, folder: Path) -> None:
         model = model.merge_and_unload()
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True  # the Trainer switches it off
-    partial = folder.with_name("model.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    trainer.tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with complete_or_absent(folder) as partial:
+        model.save_pretrained(partial)
+        trainer.tokenizer.save_pretrained(partial)
 
 
 def write_csv(metrics: Path, table: Path) -> None:
@@ -225,7 +198,8 @@ def write_csv(metrics: Path, table: Path) -> None:
 
 def report(trainer: FinetuneTrainer, run_dir: Path, log: Log) -> None:
     """Logs the results of a finished run."""
-    monitor, best = trainer.monitor, trainer.state.best_metric
+    monitor = trainer.monitor
+    best = trainer.state.best_metric if trainer.args.load_best_model_at_end else None
     losses = [line["val_loss"] for line in read_metrics(run_dir / "metrics.jsonl")]
     losses = [loss for loss in losses if loss is not None]
     if losses:

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 from transformers import (
     DataCollatorForLanguageModeling,
-    EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -21,8 +20,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastllm.command import StopRequest
+from fastllm.command import StopRequest, log
 from fastllm.device import autocast
+from fastllm.finetuning.checkpoint import (
+    checkpoint_folder,
+    complete_or_absent,
+    remove_checkpoints,
+)
 from fastllm.finetuning.config import FinetuneConfig
 from fastllm.optim import AdamW
 from fastllm.training.evaluation import Evaluation
@@ -54,6 +58,8 @@ class RunMonitor(StopRequest, TrainerCallback):
         self._log: MetricsLog | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        # A checkpoint brings the intervals of the command that saved it.
+        state.compute_steps(args, state.max_steps)
         self._before = 0.0
         if self.run_dir is not None:
             path = self.run_dir / "metrics.jsonl"
@@ -121,6 +127,38 @@ class RunMonitor(StopRequest, TrainerCallback):
         self._bar.close()
         if self._log is not None:
             self._log.close()
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops after `patience` evaluations without a new best loss.
+
+    They are counted in the log that checkpoints keep, so a resumed run goes on counting.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Finds the best model among those on the disk: a run without patience keeps no other."""
+        checkpoints = Path(args.output_dir)
+        step = state.best_global_step
+        if step is None or not checkpoint_folder(checkpoints, step).exists():
+            losses = [loss for step, loss in evaluations(state) if step == state.global_step > 0]
+            state.best_metric = losses[-1] if losses else None
+            state.best_global_step = step = state.global_step if losses else None
+        state.best_model_checkpoint = step and str(checkpoint_folder(checkpoints, step))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.best_metric is None or others["metrics"]["eval_loss"] < state.best_metric:
+            return
+        worse = [step for step, _ in evaluations(state) if step > (state.best_global_step or 0)]
+        if len(worse) >= self.patience:
+            control.should_training_stop = True
+
+
+def evaluations(state: Any) -> list[tuple[int, float]]:
+    """Step and loss of every evaluation of a run."""
+    return [(line["step"], line["eval_loss"]) for line in state.log_history if "eval_loss" in line]
 
 
 class FinetuneTrainer(Trainer):
@@ -198,6 +236,57 @@ class FinetuneTrainer(Trainer):
         ]
         return batches, sum(map(self._predicted, batches))
 
+    def _run_epoch(self, *arguments: Any, **others: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **others)
+        else:  # resumed at its end
+            self.control.should_training_stop = True
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Saves the checkpoint or leaves none; then removes all but the newest and the best."""
+        checkpoints, step = Path(str(self.args.output_dir)), self.state.global_step
+        with complete_or_absent(checkpoint_folder(checkpoints, step)) as partial:
+            self.args.output_dir = str(partial.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(checkpoints)
+        keep = {step}
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            best = self.state.best_global_step
+            keep.add(best)
+            self.state.best_model_checkpoint = str(checkpoint_folder(checkpoints, best))
+        remove_checkpoints(checkpoints, keep)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads what a checkpoint counted; the settings are those of this command."""
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        settings = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+        base_lrs = scheduler.base_lrs
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        before = self._get_learning_rate()
+        scheduler.base_lrs = base_lrs
+        scheduler._last_lr = [
+            base * factor(scheduler.last_epoch)
+            for base, factor in zip(base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, own, lr in zip(
+            optimizer.param_groups, settings, scheduler._last_lr, strict=True
+        ):
+            group.update({**own, "lr": lr})
+        now = self._get_learning_rate()
+        if now != before:
+            log(
+                f"warning: the settings of the learning rate are others than before; from step "
+                f"{self.state.global_step + 1:,} on it is {now:.3g} instead of {before:.3g}"
+            )
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -267,7 +356,7 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     if config.patience:
-        trainer.add_callback(EarlyStoppingCallback(config.patience))
+        trainer.add_callback(EarlyStopping(config.patience))
     if config.tensorboard and run_dir is not None:
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
@@ -287,13 +376,11 @@ def training_arguments(
     saving: dict[str, Any] = {
         "save_strategy": "steps",
         "save_steps": config.save_interval,
-        "save_total_limit": 1,
     }
     if config.patience:
         saving = {
             "save_strategy": strategy,
             "save_steps": config.eval_interval or 500,
-            "save_total_limit": 2,  # the newest, to resume from, and the best
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,

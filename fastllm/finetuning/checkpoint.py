@@ -1,0 +1,96 @@
+"""The checkpoints of a fine-tuning run: complete or absent, and ordered by their step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fastllm.command import log
+
+STATE = "trainer_state.json"  # written after everything else of its checkpoint
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"checkpoint-{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def whole_checkpoints(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints in the folder of a run's checkpoints, the highest step last."""
+    states = checkpoints.glob(f"checkpoint-*/{STATE}")
+    return sorted((state.parent for state in states), key=step_of)
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    """The complete checkpoint with the highest step.
+
+    Raises:
+        FileNotFoundError: the run has no checkpoint.
+    """
+    found = whole_checkpoints(run_dir / "checkpoints")
+    if not found:
+        raise FileNotFoundError(
+            f"{run_dir} holds no checkpoint to resume from; leave out --resume to start again"
+        )
+    return found[-1]
+
+
+def remove_checkpoints(checkpoints: Path, keep: set[int]) -> None:
+    """Removes the complete checkpoints of other steps than these."""
+    for old in whole_checkpoints(checkpoints):
+        if step_of(old) in keep:
+            continue
+        try:
+            (old / STATE).unlink()  # half removed, it must not look whole
+            shutil.rmtree(old)
+        except OSError as error:
+            log(f"warning: the old checkpoint {old} cannot be removed: {error}")
+
+
+@contextmanager
+def complete_or_absent(final: Path) -> Iterator[Path]:
+    """A folder to write, which becomes `final`, or replaces it, if the block raises no error.
+
+    Raises:
+        OSError: it cannot be written: the disk is full, the folder read-only, or the like. What
+            `final` was before is untouched.
+    """
+    workspace = final.parent / "writing"
+    shutil.rmtree(workspace, ignore_errors=True)
+    partial, replaced = workspace / final.name, workspace / "replaced"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+    except Exception as error:
+        if replaced.exists():
+            replaced.rename(final)
+        # PyTorch raises RuntimeErrors when it cannot write, tokenizers bare Exceptions.
+        if not isinstance(error, OSError | SafetensorError) and type(error) not in (
+            RuntimeError,
+            Exception,
+        ):
+            raise
+        earlier = whole_checkpoints(final.parent) or whole_checkpoints(final.parent / "checkpoints")
+        again = f"continue with --resume, from {earlier[-1]}" if earlier else "start the run again"
+        raise OSError(
+            f"cannot save {final}: {_reason(error)}. Free some space or make the folder writable, "
+            f"then {again}"
+        ) from error
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    if type(error) is RuntimeError:  # of PyTorch's writer, whose message names lines of its source
+        return "not all of it could be written"
+    return str(error).strip().splitlines()[0]
