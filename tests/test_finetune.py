@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from fastllm.finetune import main
 from fastllm.finetuning.checkpoint import last_checkpoint
@@ -148,6 +148,28 @@ def test_gradient_accumulation_equals_a_larger_batch(
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["tokens"] == b["tokens"]
+
+
+def test_steps_with_nothing_to_predict_have_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = iter(range(1, 100))
+
+    def mask_nothing(self: Any, inputs: torch.Tensor, *rest: Any) -> Any:
+        masked, labels = mask_every_fifth(self, inputs)
+        if next(steps) in (3, 5):
+            return masked, labels
+        return inputs, torch.full_like(labels, -100)
+
+    monkeypatch.setattr(
+        transformers.DataCollatorForLanguageModeling, "torch_mask_tokens", mask_nothing
+    )
+    flags = "--quiet --tensorboard --val_fraction 0 --batch_size 1 --max_steps 6"
+    run("bert", *flags.split(), "--out_dir", "one", "--log_interval", "1")
+    steps = iter(range(1, 100))
+    run("bert", *flags.split(), "--out_dir", "two", "--log_interval", "4")
+    one, two = (list(read_metrics(Path(name, "metrics.jsonl"))) for name in ("one", "two"))
+    assert [line["step"] for line in one if line["loss"] is not None] == [3, 5]
+    assert [line["grad_norm"] == 0 for line in one] == [line["loss"] is None for line in one]
+    assert [line["loss"] for line in two] == [one[2]["loss"], one[4]["loss"]]
 
 
 @pytest.mark.parametrize("flags", ["gpt2", "bert", "gpt2 --lora --lora_targets c_attn c_fc"])
@@ -288,6 +310,98 @@ def test_lora_is_merged_into_its_targets_alone(capsys: pytest.CaptureFixture[str
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"transformer.h.{i}.attn.c_attn.weight" for i in (0, 1)}
     assert AutoModelForCausalLM.from_pretrained("tuned/model").num_parameters()
+
+
+def save_start(kind: str, folder: str, **settings: Any) -> Any:
+    """Saves a model of random weights and returns it."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(kind)
+    config.update(settings)
+    auto = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
+    model = auto.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def evaluate(folder: str, capsys: pytest.CaptureFixture[str]) -> float:
+    capsys.readouterr()
+    main(f"--model {folder} --dataset data.jsonl --max_seq_len 16 --eval_only --quiet".split())
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return float(printed.out.split()[2].rstrip(","))
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "tied"),
+    [("gpt2", "lm_head c_attn", True), ("gpt2", "lm_head", False), ("bert", "decoder query", True)],
+)
+def test_lora_of_a_head_leaves_the_embeddings_alone(
+    kind: str, targets: str, tied: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = save_start(kind, "start", tie_word_embeddings=tied)
+    flags = f"--lora --lora_targets {targets} --out_dir run --max_steps 8 --lr 0.1 --quiet"
+    run("start", *flags.split())
+    losses = val_losses("run")
+    assert losses[8] < losses[0] - 0.1
+    assert evaluate("run/model", capsys) == pytest.approx(losses[8], abs=1e-4)
+    after = type(before).from_pretrained("run/model")
+    embeddings, head = after.get_input_embeddings(), after.get_output_embeddings()
+    rows = before.get_input_embeddings().weight
+    assert torch.equal(embeddings.weight[: len(rows)], rows)
+    assert not torch.allclose(head.weight, embeddings.weight)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_lora_trains_the_rows_that_the_tokenizer_adds(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but that of the padding; in BERT, whose head has a bias, none, and a warning says so."""
+    fewer = len(VOCABULARY) - 6
+    save_start(kind, "start", vocab_size=fewer)
+    run("start", "--lora", "--out_dir", "run", "--max_steps", "8", "--quiet")
+    printed = capsys.readouterr().err
+    run("start", "--lora", "--out_dir", "still", "--max_steps", "1", "--lr", "1e-30", "--quiet")
+    auto = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
+    after, still = (
+        auto.from_pretrained(f"{folder}/model").get_input_embeddings().weight
+        for folder in ("run", "still")
+    )
+    changed = {row for row in range(len(after)) if not torch.equal(after[row], still[row])}
+    assert changed == (set() if kind == "bert" else {*range(fewer, len(VOCABULARY))})
+    warning = "warning: --lora leaves 6 added embeddings at their random start\n"
+    assert printed == (warning if kind == "bert" else "")
+    assert len(after) == len(VOCABULARY) + 1
+    assert evaluate("run/model", capsys) == pytest.approx(val_losses("run")[8], abs=1e-4)
+
+
+def test_lora_of_random_weights_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    run("gpt2", "--lora", "--out_dir", "run", "--quiet")
+    assert "warning: all weights are random, and --lora leaves them so" in capsys.readouterr().err
+
+
+def test_the_padding_token_is_the_tokenizers() -> None:
+    """A BERT takes token 0 for padding unless its configuration says otherwise."""
+    tokenizer = json.loads(Path("words.json").read_text())
+    words = [*VOCABULARY[len(SPECIAL) :], *SPECIAL, "[PAD]"]
+    tokenizer["model"]["vocab"] = {word: i for i, word in enumerate(words)}
+    Path("words.json").write_text(json.dumps(tokenizer))
+    settings = json.loads(Path("bert/config.json").read_text())
+    for kind in ("bert", "roberta"):
+        settings |= {"model_type": kind, "vocab_size": len(words)}
+        Path("bert/config.json").write_text(json.dumps(settings))
+        if kind == "roberta":
+            message = "counts positions from its padding token, number 1; the tokenizer's is 20"
+            with pytest.raises(SystemExit, match=message):
+                run("bert", "--out_dir", "three", "--quiet")
+            continue
+        run("bert", "--out_dir", "one", "--max_steps", "1", "--quiet")
+        run("bert", "--out_dir", "two", "--max_steps", "4", "--quiet")
+        one, two = (AutoModelForMaskedLM.from_pretrained(f"{d}/model") for d in ("one", "two"))
+        one, two = (each.get_input_embeddings() for each in (one, two))
+        assert not torch.equal(one.weight[0], two.weight[0])
+        assert two.padding_idx == words.index("[PAD]")
 
 
 def test_patience_stops_and_keeps_the_best(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -60,16 +61,49 @@ def load_model(
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
         log(f"vocabulary  {rows:,} embeddings extended to the tokenizer's {len(tokenizer):,}")
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return add_lora(config, model, missing or set(), log) if config.lora else model
+    set_padding(model, tokenizer.pad_token_id)
+    if not config.lora:
+        return model
+    if missing is None:
+        command.log(
+            "warning: all weights are random, and --lora leaves them so; train without it first"
+        )
+    # Nothing reads the row of the padding.
+    added = [row for row in range(rows, len(tokenizer)) if row != tokenizer.pad_token_id]
+    return add_lora(config, model, missing or set(), added, log)
 
 
-def add_lora(config: FinetuneConfig, model: nn.Module, missing: set[str], log: Log) -> Any:
+def set_padding(model: Any, pad_token_id: int) -> None:
+    """Tells the model which token is padding: its row of the embeddings gets no gradient.
+
+    Raises:
+        ValueError: the model counts positions from another padding token, as RoBERTa does.
+    """
+    embeddings, own = model.get_input_embeddings(), model.config.pad_token_id
+    others = [each for each in model.modules() if isinstance(each, nn.Embedding)]
+    if own != pad_token_id and any(
+        each.padding_idx is not None for each in others if each is not embeddings
+    ):
+        raise ValueError(
+            f"{model.config.model_type} counts positions from its padding token, number {own}; the "
+            f"tokenizer's is {pad_token_id}. Give the model's own tokenizer, or train a "
+            "config.json whose pad_token_id is that of the tokenizer"
+        )
+    model.config.pad_token_id = pad_token_id
+    if getattr(embeddings, "padding_idx", None) is not None:
+        embeddings.padding_idx = pad_token_id
+
+
+def add_lora(
+    config: FinetuneConfig, model: Any, missing: set[str], added: list[int], log: Log
+) -> Any:
     """The model with LoRA's matrices beside its frozen weights.
 
     Args:
         missing: names of parameters that start at random. Modules with only such parameters are
             trained as a whole.
+        added: rows of the embeddings that start at random; they are trained as well, unless the
+            head shares them and has a bias.
 
     Raises:
         ValueError: a target is not a linear module of this model.
@@ -84,14 +118,23 @@ def add_lora(config: FinetuneConfig, model: nn.Module, missing: set[str], log: L
             f"lora_targets: this model has no module {', '.join(sorted(unknown))}; it has "
             f"{', '.join(sorted(known))}"
         )
+    untie(model, [linear[name] for name in linear if name.split(".")[-1] in config.lora_targets])
     untrained = modules_without_weights(model, missing)
+    head = model.get_output_embeddings()
+    is_tied = head is not None and head.weight is model.get_input_embeddings().weight
+    if added and is_tied and getattr(head, "bias", None) is not None:
+        # peft would compute the head without its bias.
+        command.log(f"warning: --lora leaves {len(added)} added embeddings at their random start")
+        added = []
     frozen = sorted(p for p in missing if not any(p.startswith(f"{name}.") for name in untrained))
     if frozen:
         command.log(f"warning: --lora leaves these at their random start: {', '.join(frozen)}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
+        # peft's use of transformers, and what it chooses by itself for heads.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
         adapted = get_peft_model(
-            model,  # type: ignore[arg-type]
+            model,
             LoraConfig(
                 task_type="CAUSAL_LM" if config.task == "causal" else None,
                 r=config.lora_rank,
@@ -99,6 +142,7 @@ def add_lora(config: FinetuneConfig, model: nn.Module, missing: set[str], log: L
                 lora_dropout=config.lora_dropout,
                 target_modules=config.lora_targets or None,
                 modules_to_save=sorted(untrained) or None,
+                trainable_token_indices=added or None,
                 fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
             ),
         )
@@ -107,6 +151,19 @@ def add_lora(config: FinetuneConfig, model: nn.Module, missing: set[str], log: L
     trainable, total = adapted.get_nb_trainable_parameters()
     log(f"trainable   {trainable:,} parameters, {trainable / total:.2%}")
     return adapted
+
+
+def untie(model: Any, targets: list[nn.Module]) -> None:
+    """Gives modules parameters of their own in place of those that they share with others.
+
+    Merging LoRA would change a shared weight for all who use it.
+    """
+    uses = Counter(id(each) for _, each in model.named_parameters(remove_duplicate=False))
+    for module in targets:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if uses[id(parameter)] > 1:
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+                model.config.tie_word_embeddings = False
 
 
 def modules_without_weights(model: nn.Module, missing: set[str]) -> set[str]:

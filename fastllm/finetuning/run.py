@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import math
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,8 @@ def silence_libraries(quiet: bool) -> None:
     import datasets
     import transformers
 
+    # Of peft, whenever it saves LoRA of a head.
+    warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty() or quiet:

@@ -106,8 +106,9 @@ class RunMonitor(StopRequest, TrainerCallback):
             tokens = state.num_input_tokens_seen - self._logged_tokens
             speed = round(tokens / (self.training_s - self._logged_s), 1)
             self._logged_tokens, self._logged_s = state.num_input_tokens_seen, self.training_s
+            loss = "none" if values["loss"] is None else f"{values['loss']:.3f}"
             self._bar.set_postfix_str(
-                f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s, {memory:,.0f} MiB",
+                f"loss {loss}, {speed:,.0f} tokens/s, {memory:,.0f} MiB",
                 refresh=False,
             )
         self._log.write(
@@ -189,6 +190,7 @@ class FinetuneTrainer(Trainer):
         self.tokenizer = tokenizer
         self.monitor = monitor
         self.masking = None
+        self._steps_since_log = self._empty_steps_since_log = 0
         if mlm_probability is not None:
             self.masking = DataCollatorForLanguageModeling(
                 tokenizer, mlm_probability=mlm_probability
@@ -228,13 +230,25 @@ class FinetuneTrainer(Trainer):
 
     def get_batch_samples(self, *arguments: Any, **others: Any) -> tuple[list[Batch], int]:
         batches, _ = super().get_batch_samples(*arguments, **others)
+        self._steps_since_log += 1
         size = self.args.per_device_train_batch_size
         first = self.state.global_step * self.args.gradient_accumulation_steps * size
         batches = [
             self._with_labels(batch, "training", first + i * size)
             for i, batch in enumerate(batches)
         ]
-        return batches, sum(map(self._predicted, batches))
+        predicted = sum(map(self._predicted, batches))
+        self._empty_steps_since_log += not predicted
+        return batches, predicted
+
+    def log(self, logs: dict[str, Any], *arguments: Any, **others: Any) -> None:
+        """Leaves steps without a token to predict out of the mean loss; None if all were such."""
+        if "loss" in logs:
+            steps, empty = self._steps_since_log, self._empty_steps_since_log
+            if empty:
+                logs["loss"] = logs["loss"] * steps / (steps - empty) if steps > empty else None
+            self._steps_since_log = self._empty_steps_since_log = 0
+        super().log(logs, *arguments, **others)
 
     def _run_epoch(self, *arguments: Any, **others: Any) -> None:
         if self.state.global_step < self.state.max_steps:
