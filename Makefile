@@ -17,7 +17,7 @@ BIN := .venv/bin
 # in place.
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: help install demo test test-all test-cuda sanitize bench lint clean
+.PHONY: help install demo test test-all test-cuda sanitize bench lint docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 12
@@ -35,7 +35,7 @@ install: .venv/package  ## the package and what it needs to run, in .venv
 	touch $@
 
 .venv/development: .venv/torch $(SOURCES)
-	$(BIN)/pip install --quiet --editable ".[test,lint]"
+	$(BIN)/pip install --quiet --editable ".[test,lint,docs]"
 	touch .venv/package $@
 
 demo: install  ## train for about a minute on Python's documentation and print a sample
@@ -62,6 +62,12 @@ lint: .venv/development  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/development  ## the documents as a site, in build/site; fails on a link that leads nowhere
+	rm -rf build/pages && mkdir -p build/pages/benchmarks
+	ln -s $(abspath $(wildcard *.md) docs) build/pages
+	ln -s $(abspath benchmarks/RESULTS.md) build/pages/benchmarks
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:  ## remove what was built, .venv included
 	rm -rf .venv build dist *.egg-info fastllm/*.so
