@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +25,8 @@ class ServeConfig(CommandSettings):
     """Answer OpenAI's /v1/completions with a trained model."""
 
     checkpoint: Path
-    """A run folder, or a checkpoint inside it."""
+    """A run folder, whose newest checkpoint is served as soon as training has saved it, or one
+    checkpoint inside it."""
     host: str = "127.0.0.1"
     """Address to listen on; all but loopback addresses require an API key."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -92,18 +94,24 @@ def serve(config: ServeConfig, listener: socket.socket, api_key: str | None) -> 
     from fastllm.serving.app import create_app
     from fastllm.serving.guard import Limits
     from fastllm.serving.model import load_served_model
+    from fastllm.serving.renewal import keep_newest
     from fastllm.serving.server import Server
 
-    served, model = load_served_model(
-        config.checkpoint, config.device, config.precision, config.quantize
+    load = partial(
+        load_served_model,
+        device=config.device,
+        precision=config.precision,
+        quantize=config.quantize,
     )
+    served, model = load(config.checkpoint)
     parameters = served.parameters
     if parameters < FEW_PARAMETERS and not (config.threads or os.environ.get("OMP_NUM_THREADS")):
         set_threads(1)
     limits = Limits()
     app = create_app(served, model, config.max_active, config.max_queue, api_key, limits)
     del model  # its weights are packed now; the server keeps no second copy
-    server = Server(app, limits, config.drain_seconds)
+    renewal = partial(keep_newest, app.state.service, config.checkpoint, load)
+    server = Server(app, limits, config.drain_seconds, renewal)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     log(f"serving {served.name} ({parameters:,} parameters) on http://{host}:{port}")

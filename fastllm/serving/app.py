@@ -2,8 +2,9 @@
 
 import asyncio
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,7 +19,14 @@ from fastllm.serving.guard import Guard, Limits
 from fastllm.serving.metrics import Metrics
 from fastllm.serving.model import ServedModel
 from fastllm.serving.requests import encode_prompts, parse_request
-from fastllm.serving.scheduler import INTERNAL_ERROR, STOPPED, Draining, QueueFull, Scheduler
+from fastllm.serving.scheduler import (
+    INTERNAL_ERROR,
+    STOPPED,
+    AnyDecoding,
+    Draining,
+    QueueFull,
+    Scheduler,
+)
 from fastllm.training.metrics import read_metrics
 
 # Prompts of more characters or token ids are encoded in a thread, so that nobody else waits.
@@ -49,7 +57,8 @@ PAGE_HEADERS = {
 router = APIRouter()
 
 
-class Service(NamedTuple):
+@dataclass
+class Service:
     """What the routes work with: `app.state.service`."""
 
     served: ServedModel
@@ -68,6 +77,11 @@ class Service(NamedTuple):
                 "model",
                 "model_not_found",
             )
+
+    def renew(self, served: ServedModel, decoding: AnyDecoding) -> None:
+        """Serves other weights from the next request on: see `Scheduler.renew`."""
+        self.served = served
+        self.scheduler.renew(decoding)
 
     def description(self) -> dict[str, Any]:
         """The model as an object of OpenAI's API."""
@@ -212,9 +226,11 @@ async def completions(request: Request) -> Response:
             "smaller max_tokens, or fewer prompts at a time",
             "max_tokens",
         )
-    scheduler, name = service.scheduler, service.served.name
+    scheduler = service.scheduler
     try:
-        return Completion(body, prompts, name, scheduler, service.dispatcher, service.metrics)
+        return Completion(
+            body, prompts, service.served, scheduler, service.dispatcher, service.metrics
+        )
     except QueueFull:
         raise ApiError(
             429,
@@ -238,6 +254,8 @@ async def card(request: Request) -> JSONResponse:
             "parameters": served.parameters,
             "vocab_size": served.tokenizer.vocab_size,
             "tokenizer": type(served.tokenizer).__name__,
+            "characters": served.characters,
+            "examples": served.examples,
             "max_seq_len": served.max_seq_len,
             "precision": served.precision,
             "slots": service.slots,
@@ -252,8 +270,9 @@ async def card(request: Request) -> JSONResponse:
 
 @router.get("/api/curve")
 def curve(request: Request, after: int = -1) -> JSONResponse:
-    """The training's metrics of later steps than `after`."""
-    file = request.app.state.service.served.run_dir / "metrics.jsonl"
+    """The training's metrics of later steps than `after`, and the step that is served."""
+    served = request.app.state.service.served
+    file = served.run_dir / "metrics.jsonl"
     points = [
         {name: _finite(line.get(name)) for name in CURVE_FIELDS}
         for line in read_metrics(file, after)
@@ -265,7 +284,8 @@ def curve(request: Request, after: int = -1) -> JSONResponse:
         for i, point in enumerate(points)
         if i % stride == 0 or i == last or point["val_loss"] is not None
     ]
-    return JSONResponse({"points": kept, "last_step": points[-1]["step"] if points else after})
+    last_step = points[-1]["step"] if points else after
+    return JSONResponse({"points": kept, "last_step": last_step, "served_step": served.step})
 
 
 def _finite(value: Any) -> Any:

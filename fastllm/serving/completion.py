@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from fastllm.generation.text_stream import Prompt, TextStream
 from fastllm.serving.errors import ApiError, respond
 from fastllm.serving.metrics import Metrics
+from fastllm.serving.model import ServedModel
 from fastllm.serving.requests import CompletionRequest
 from fastllm.serving.scheduler import Delta, Job, Scheduler, TokenLogprob
 
@@ -110,7 +111,7 @@ class Completion(Response):
         self,
         request: CompletionRequest,
         prompts: Sequence[Prompt],
-        model_name: str,
+        served: ServedModel,
         scheduler: Scheduler,
         dispatcher: Dispatcher,
         metrics: Metrics,
@@ -123,7 +124,8 @@ class Completion(Response):
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": model_name,
+            "model": served.name,
+            "system_fingerprint": served.fingerprint,
         }
         self._prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         seed = secrets.randbits(63) if request.seed is None else request.seed

@@ -1,5 +1,6 @@
 """The model that a server serves, and its description."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,8 @@ from typing import Any, NamedTuple
 from fastllm.device import Device, Precision
 from fastllm.generation.decoding import prepare_for_decoding
 from fastllm.models.decoder import DecoderModel
-from fastllm.tokenization import Tokenizer
+from fastllm.serving.examples import example_prompts
+from fastllm.tokenization import SimpleCharacterTokenizer, Tokenizer
 from fastllm.training.checkpoint import find_checkpoint, load_model, read_progress
 from fastllm.training.config import TrainConfig
 
@@ -22,6 +24,7 @@ class ServedModel(NamedTuple):
         run_dir: the folder that may hold its metrics.jsonl.
         progress: its checkpoint's record of the training: step, tokens, losses.
         created: when its weights were written, in seconds since the epoch.
+        examples: prompts to start from.
     """
 
     name: str
@@ -33,6 +36,24 @@ class ServedModel(NamedTuple):
     run_dir: Path
     progress: dict[str, Any]
     created: int
+    examples: Sequence[str] = ()
+
+    @property
+    def step(self) -> int | None:
+        """The training step of the weights; None if it is unknown."""
+        return self.progress.get("step")
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Another one means that the same request may get another answer."""
+        return None if self.step is None else f"step-{self.step}"
+
+    @property
+    def characters(self) -> str | None:
+        """All characters that a prompt may consist of; None for every one."""
+        if isinstance(self.tokenizer, SimpleCharacterTokenizer):
+            return "".join(self.tokenizer.chars[:-1])
+        return None
 
 
 def load_served_model(
@@ -60,5 +81,6 @@ def load_served_model(
         run_dir,
         {} if progress is None else asdict(progress),
         int((checkpoint / "model.safetensors").stat().st_mtime),
+        example_prompts(run_dir, tokenizer),
     )
     return served, model

@@ -13,14 +13,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastllm.generation.decoding import ContextWindow, start_decoding
+from fastllm.generation.decoding import ContextWindow, ModuleDecoding, start_decoding
 from fastllm.generation.text_stream import Prompt, TextStream
 from fastllm.models.decoder import DecoderModel
+from fastllm.ops.decode import Decoding
 from fastllm.ops.sampling import Sampling, sample
 from fastllm.tokenization import Tokenizer
 
@@ -33,6 +34,8 @@ SCORED_TOKENS = 64
 MIN_LOGPROB = -9999.0
 
 DEFAULT_SAMPLING = Sampling()
+
+AnyDecoding: TypeAlias = Decoding | ModuleDecoding
 
 STOPPED = "the server has stopped computing"
 INTERNAL_ERROR = "internal server error; see the server's log"
@@ -60,6 +63,7 @@ class Job:
         logprobs: alternatives to list for each token; None for no log probabilities at all.
         echo: whether the client gets the text of the prompt's tokens too.
         score_prompt: whether the tokens of the prompt get log probabilities too.
+        decoding: the model to compute with, the scheduler's newest when the job was submitted.
     """
 
     prompt: Prompt
@@ -71,6 +75,7 @@ class Job:
     echo: bool = False
     score_prompt: bool = False
     submitted: float = field(default_factory=time.monotonic)
+    decoding: AnyDecoding = field(init=False, repr=False)
 
 
 class TokenLogprob(NamedTuple):
@@ -171,7 +176,7 @@ class Scheduler:
         self._vocab_size, self._padding_idx = model.vocab_size, model.padding_idx
         self._max_seq_len = model.max_seq_len
         self.tokenizer, self._deliver = tokenizer, deliver
-        self._decoding = start_decoding(model, slots, precision=precision)
+        self._decoding = self._newest = start_decoding(model, slots, precision=precision)
         self._slots, self._max_queue = slots, max_queue
         self._changed = threading.Condition()  # on a reentrant lock
         self._queue: deque[Job] = deque()
@@ -214,6 +219,8 @@ class Scheduler:
             count = len(self._running) + len(self._queue) + len(jobs)
             if count > self._slots + self._max_queue:
                 raise QueueFull
+            for job in jobs:
+                job.decoding = self._newest
             self._queue += jobs
             self._changed.notify()
 
@@ -225,6 +232,16 @@ class Scheduler:
                     self._queue.remove(job)
             for running in self._running.values():
                 running.cancelled |= running.job in jobs
+
+    def renew(self, decoding: AnyDecoding) -> None:
+        """Computes later jobs with another model; earlier ones finish with theirs first.
+
+        Args:
+            decoding: of a model with the same vocabulary and `max_seq_len`, for as many sequences.
+        """
+        with self._changed:
+            self._newest = decoding
+            self._changed.notify()
 
     def drain(self) -> None:
         """Refuses new jobs; running and queued ones finish."""
@@ -257,6 +274,7 @@ class Scheduler:
         """Waits for jobs and moves them from the queue to free slots; False when closing."""
         with self._changed:
             while not (self._running or self._queue or self._closing):
+                self._decoding = self._newest  # frees the memory of the one before
                 self._changed.wait()
             for slot in [slot for slot, running in self._running.items() if running.cancelled]:
                 self._free(slot)
@@ -264,7 +282,12 @@ class Scheduler:
             # The lowest slots first: the higher ones take no memory until they are needed.
             free = (slot for slot in range(self._slots) if slot not in self._running)
             while self._queue and len(self._running) < self._slots:
+                decoding = self._queue[0].decoding
                 size = min(len(self._queue[0].prompt.tokens), self._max_seq_len)
+                if decoding is not self._decoding:
+                    if self._running:  # with the model before
+                        break
+                    self._decoding = decoding
                 if joining and joining + size > JOINING_TOKENS:
                     break
                 joining += size

@@ -1,11 +1,14 @@
 """The listening socket, and a server that drains before it exits."""
 
+import asyncio
 import errno
 import os
 import signal
 import socket
 import time
+from collections.abc import Callable, Coroutine
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -50,11 +53,20 @@ def listen(host: str, port: int, api_key: str | None) -> socket.socket:
 class Server(uvicorn.Server):
     """Ends on a signal or after `drain`, as soon as the running requests have finished.
 
+    Args:
+        renewal: runs beside the requests; see `keep_newest`.
+
     Attributes:
         failed: whether it ended because its scheduler had stopped.
     """
 
-    def __init__(self, app: FastAPI, limits: Limits, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        limits: Limits,
+        drain_seconds: float,
+        renewal: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -71,6 +83,7 @@ class Server(uvicorn.Server):
         )
         self._scheduler: Scheduler = app.state.service.scheduler
         self._drain_seconds = drain_seconds
+        self._renewal = renewal
         self._drain_until: float | None = None  # in the time of time.monotonic()
         self.failed = False
 
@@ -82,6 +95,12 @@ class Server(uvicorn.Server):
             self.drain()
         elif sig == signal.SIGINT:
             os._exit(128 + sig)
+
+    async def main_loop(self) -> None:
+        renewal = asyncio.create_task(self._renewal()) if self._renewal else None
+        await super().main_loop()
+        if renewal:
+            renewal.cancel()
 
     async def on_tick(self, counter: int) -> bool:
         scheduler = self._scheduler

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from fastapi import FastAPI
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer
-from fastllm.generation.text_stream import Prompt
+from fastllm.generation.text_stream import Prompt, generate_text
 from fastllm.serving.app import create_app
 from fastllm.serving.guard import Limits
 from fastllm.serving.model import ServedModel
@@ -58,6 +59,14 @@ def prompt_of(*tokens: int) -> Prompt:
     return Prompt(list(tokens), "", "")
 
 
+Model = tuple[DecoderModel, Tokenizer]
+
+
+def alone(model: Model, prompt: str, max_tokens: int, seed: int, **sampling: Any) -> str:
+    """The continuation without a server."""
+    return "".join(generate_text(*model, prompt, max_tokens, seed=seed, **sampling))
+
+
 class RunningServer(NamedTuple):
     url: str
     port: int
@@ -88,7 +97,18 @@ def running_server(
         123,
     )
     app = create_app(served, model, slots, max_queue, api_key, limits)
-    server = Server(app, limits, drain_seconds=0.5)
+    with running_app(app, served, limits) as server:
+        yield server
+
+
+@contextmanager
+def running_app(
+    app: FastAPI,
+    served: ServedModel,
+    limits: Limits = Limits(),  # noqa: B008 - immutable
+    renewal: Any = None,
+) -> Iterator[RunningServer]:
+    server = Server(app, limits, 0.5, renewal)
     listener = listen("127.0.0.1", 0, None)
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -102,20 +122,27 @@ def running_server(
     assert not server.failed
 
 
+@pytest.fixture(scope="module")
+def server(characters: Model) -> Iterator[RunningServer]:
+    with running_server(*characters) as server:
+        yield server
+
+
 @contextmanager
 def slowed(scheduler: Scheduler, seconds: float) -> Iterator[None]:
     """Delays every step."""
-    append: Callable[..., Any] = scheduler._decoding.append
+    decoding = scheduler._decoding  # which a newer checkpoint replaces
+    append: Callable[..., Any] = decoding.append
 
     def slow(*arguments: Any, **keywords: Any) -> torch.Tensor:
         time.sleep(seconds)
         return append(*arguments, **keywords)
 
-    scheduler._decoding.append = slow  # type: ignore[method-assign]
+    decoding.append = slow  # type: ignore[method-assign]
     try:
         yield
     finally:
-        scheduler._decoding.append = append  # type: ignore[method-assign]
+        decoding.append = append  # type: ignore[method-assign]
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:

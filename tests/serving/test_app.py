@@ -6,7 +6,6 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,16 @@ import torch
 
 openai = pytest.importorskip("openai", reason="pip install '.[test]' brings the client")
 
-from fastllm import DecoderModel  # noqa: E402
 from fastllm.generation.decoding import generate_tokens  # noqa: E402
-from fastllm.generation.text_stream import UNFINISHED, generate_text  # noqa: E402
+from fastllm.generation.text_stream import UNFINISHED  # noqa: E402
 from fastllm.serving.app import create_app  # noqa: E402
 from fastllm.serving.guard import Limits  # noqa: E402
 from fastllm.serving.model import ServedModel  # noqa: E402
-from fastllm.tokenization import Tokenizer  # noqa: E402
 from fastllm.training.config import TrainConfig  # noqa: E402
 from tests.serving.conftest import (  # noqa: E402
+    Model,
     RunningServer,
+    alone,
     make_model,
     raw_exchange,
     received,
@@ -34,7 +33,6 @@ from tests.serving.conftest import (  # noqa: E402
 )
 from tests.tokenizer_kinds import TOKENIZERS  # noqa: E402
 
-Model = tuple[DecoderModel, Tokenizer]
 JSON = "content-type: application/json\r\n"
 
 
@@ -43,18 +41,8 @@ def client_of(server: RunningServer, api_key: str = "none") -> Any:
 
 
 @pytest.fixture(scope="module")
-def server(characters: Model) -> Iterator[RunningServer]:
-    with running_server(*characters) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def client(server: RunningServer) -> Any:
     return client_of(server)
-
-
-def alone(model: Model, prompt: str, max_tokens: int, seed: int, **sampling: Any) -> str:
-    return "".join(generate_text(*model, prompt, max_tokens, seed=seed, **sampling))
 
 
 def posted(
@@ -285,7 +273,7 @@ def test_card_curve_and_metrics(characters: Model, tmp_path: Path) -> None:
         curve = get("/api/curve?after=3")
         assert curve["last_step"] == 4
         assert [(p["step"], p["loss"], p["val_loss"]) for p in curve["points"]] == [(4, 5, None)]
-        assert get("/api/curve?after=9") == {"points": [], "last_step": 9}
+        assert get("/api/curve?after=9") == {"points": [], "last_step": 9, "served_step": 7}
         server.served.progress.update(best_val_loss=math.nan)
         assert get("/api/card")["progress"] == {"step": 7, "best_val_loss": None}
         log.write_text("".join(f'{{"step": {i}, "loss": 1}}\n' for i in range(50_000)))

@@ -1,0 +1,66 @@
+"""Serving the newest checkpoint of a run whose training goes on."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from fastllm.command import log
+from fastllm.generation.decoding import start_decoding
+from fastllm.models.decoder import DecoderModel
+from fastllm.serving.app import Service
+from fastllm.serving.model import ServedModel
+from fastllm.serving.scheduler import AnyDecoding
+from fastllm.training.checkpoint import CheckpointError, find_checkpoint, read_progress
+
+# Seconds between two looks for a newer checkpoint; a look reads one small file.
+INTERVAL_S = 2.0
+
+Load = Callable[[Path], tuple[ServedModel, DecoderModel]]
+
+
+async def keep_newest(service: Service, run: Path, load: Load) -> None:
+    """Loads every newer checkpoint of the run; later requests are computed with it.
+
+    One that cannot be loaded is reported, and the model that is served stays. For a while both are
+    in memory.
+
+    Args:
+        run: what `load` takes: a run folder, or a checkpoint, which never becomes newer.
+    """
+    seen = service.served.step
+    while True:
+        await asyncio.sleep(INTERVAL_S)
+        step = await asyncio.to_thread(_newest_step, run)
+        if step is None or step == seen:
+            continue
+        seen = step
+        try:
+            served, decoding = await asyncio.to_thread(_prepare, service, run, load)
+        except Exception as error:  # nothing that a training run writes may end the server
+            # Unless training has replaced the checkpoint while it was read.
+            if await asyncio.to_thread(_newest_step, run) == step:
+                log(f"cannot serve step {step:,}: {error}")
+            continue
+        service.renew(served, decoding)
+        log(f"serving step {served.step:,}")
+
+
+def _newest_step(run: Path) -> int | None:
+    try:
+        progress = read_progress(find_checkpoint(run))
+    except CheckpointError:  # training has just removed it
+        return None
+    return None if progress is None else progress.step
+
+
+def _prepare(service: Service, run: Path, load: Load) -> tuple[ServedModel, AnyDecoding]:
+    served, model = load(run)
+    now = service.served
+    if (served.tokenizer.fingerprint, served.max_seq_len) != (
+        now.tokenizer.fingerprint,
+        now.max_seq_len,
+    ):
+        raise ValueError(
+            "its vocabulary or max_seq_len differs from the served model's; start the server again"
+        )
+    return served, start_decoding(model, service.slots, precision=served.precision)
