@@ -5,6 +5,7 @@ import sys
 from fastllm.command import Log, errors_in_one_line, log, no_log, stop_on_signals
 from fastllm.finetuning.checkpoint import last_checkpoint
 from fastllm.finetuning.config import FinetuneConfig, words_as_lists
+from fastllm.finetuning.inputs import check_paths
 from fastllm.finetuning.run import (
     check_packages,
     go_offline_if_unreachable,
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> None:
     threads = set_threads(config.threads)
     with errors_in_one_line(OSError, ValueError, ImportError, TrainingError):
         check_packages(config)
+        check_paths(config)
         go_offline_if_unreachable(config)
         run_dir = None
         if not config.eval_only:

@@ -404,6 +404,54 @@ def test_the_padding_token_is_the_tokenizers() -> None:
         assert two.padding_idx == words.index("[PAD]")
 
 
+def test_a_run_resumes_from_another_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Files that were moved are known by their content."""
+    save_start("gpt2", "start")
+    run("start", "--out_dir", "run", "--eval_dataset", "data.jsonl", "--quiet")
+    (tmp_path / "else [where]").mkdir()
+    monkeypatch.chdir(tmp_path / "else [where]")
+    more = ["--out_dir", "../run", "--resume", "--quiet", "--max_steps"]
+    main([*more, "4"])
+    for moved in ("start", "words.json", "data.jsonl"):
+        os.rename(tmp_path / moved, moved)
+    message = r"start does not exist; if it is elsewhere, give its place by --model"
+    with pytest.raises(SystemExit, match=message):
+        main([*more, "5"])
+    places = "--model start --tokenizer words.json --dataset data.jsonl --eval_dataset data.jsonl"
+    main([*more, "5", *places.split()])
+    main([*more, "6"])
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-6"
+
+
+@pytest.mark.parametrize("flag", ["model", "tokenizer", "dataset", "eval_dataset"])
+def test_other_content_behind_the_same_name_is_refused(flag: str) -> None:
+    save_start("gpt2", "start")
+    shutil.copy("data.jsonl", "held.jsonl")
+    run("start", "--out_dir", "run", "--eval_dataset", "held.jsonl", "--quiet")
+    before = Path("run/config.json").read_bytes()
+    if flag == "model":
+        save_start("gpt2", "start", resid_pdrop=0.5)
+    elif flag == "tokenizer":
+        Path("words.json").write_text(Path("words.json").read_text().replace("the", "teh"))
+    else:
+        path = Path("data.jsonl" if flag == "dataset" else "held.jsonl")
+        times = path.stat().st_atime, path.stat().st_mtime
+        first, rest = path.read_text().split("\n", 1)
+        path.write_text(f"{rest}\n{first}")  # the same rows in another order
+        os.utime(path, times)
+    with pytest.raises(SystemExit, match=f"^error: {flag}: this is not what the run began with; "):
+        main("--out_dir run --resume --quiet --max_steps 4".split())
+    assert Path("run/config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["model", "tokenizer", "dataset", "eval_dataset"])
+def test_pipes_are_refused(flag: str) -> None:
+    os.mkfifo("pipe.txt")
+    with pytest.raises(SystemExit, match=f"{flag}: pipe.txt is a pipe or a device"):
+        run("gpt2", "--out_dir", "run", f"--{flag}", "pipe.txt")
+    assert not Path("run").exists()
+
+
 def test_patience_stops_and_keeps_the_best(capsys: pytest.CaptureFixture[str]) -> None:
     # After some good steps, this learning rate makes the loss worse.
     flags = "--lr 0.3 --lr_schedule constant --eval_interval 1 --patience 2 --max_steps 50"
@@ -456,7 +504,8 @@ def test_real_weights_get_better_at_masked_words(flags: str) -> None:
         ("--model cache", "model in cache cannot be loaded"),
         ("--model broken", "model in broken cannot be loaded: "),
         ("--tokenizer gpt2", "gpt2 has no tokenizer; give one by --tokenizer"),
-        ("--dataset nowhere.txt", "file nowhere.txt does not exist"),
+        ("--dataset nowhere.txt", "nowhere.txt does not exist; if it is elsewhere, give its place"),
+        ("--dataset data.jsonl nowhere.jsonl", "nowhere.jsonl does not exist; if it is elsewhere"),
         (
             "--text_column body",
             "no column 'body'; choose the one with the text by --text_column: text, number",

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
+import shutil
+from array import array
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# A tokenizer needs hundreds of bytes for each character that it is given at once.
+PIECE, GROUP = 2**16, 2**20  # characters
 HELD_OUT = ("validation", "valid", "val", "dev")
 
 
@@ -55,9 +64,15 @@ def load_documents(words: list[str], max_samples: int = 0) -> tuple[Dataset, Dat
     try:
         if kind:
             options = {"keep_linebreaks": True} if kind == "text" else {}
-            rows = datasets.load_dataset(kind, data_files=words, split="train", **options)
+            files = [_stage({f"data{Path(word).suffix}": Path(word)}) for word in words]
+            rows = datasets.load_dataset(
+                kind, data_files=[str(next(file.iterdir())) for file in files], split="train",
+                **options,
+            )  # fmt: skip
             return _first(rows, max_samples), None
-        loaded = datasets.load_dataset(*words, streaming=max_samples > 0)
+        folder = Path(words[0])
+        source = str(_stage(_files_in(folder))) if folder.is_dir() else words[0]
+        loaded = datasets.load_dataset(source, *words[1:], streaming=max_samples > 0)
         train = loaded["train" if "train" in loaded else next(iter(loaded))]
         held_out = next((loaded[name] for name in HELD_OUT if name in loaded), None)
         if held_out is not None:
@@ -79,6 +94,54 @@ def load_documents(words: list[str], max_samples: int = 0) -> tuple[Dataset, Dat
             f"it: {reason}. On a machine with a network, run `hf download {words[0]} --repo-type "
             "dataset --local-dir DIR`; then give --dataset DIR"
         ) from error
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    """The files of a dataset's folder, by names in which nothing looks like a pattern or a URL."""
+    found = {}
+    for number, path in enumerate(sorted(folder.rglob("*"))):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            name = re.sub(r"[\[\]*?:]", "_", relative.as_posix())
+            if name != relative.as_posix():
+                name = f"{name.removesuffix(path.suffix)}-{number}{path.suffix}"
+            found[name] = path
+    return found
+
+
+def _stage(files: dict[str, Path]) -> Path:
+    """A folder with links to these files, by their names there; its own name is their digest.
+
+    The library takes paths for patterns and URLs, and knows a file again by its path and time. In
+    this folder of its cache, a path is a path, and another content is another path.
+    """
+    import datasets
+
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        digest.update(f"{name}\0{sha256(path)}\0".encode())
+    folder = Path(datasets.config.HF_DATASETS_CACHE).absolute() / "fastllm" / digest.hexdigest()
+    for name, path in files.items():
+        link, target = folder / name, path.absolute()
+        if link.is_symlink() and Path(os.readlink(link)) == target:
+            continue
+        link.parent.mkdir(parents=True, exist_ok=True)
+        partial_link = link.with_name(f".{os.getpid()}-{link.name}")
+        try:
+            partial_link.symlink_to(target)
+        except OSError:  # no links on this disk
+            shutil.copyfile(target, partial_link)
+        partial_link.replace(link)
+    return folder
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _first(rows: Dataset | IterableDataset, count: int) -> Dataset:
@@ -164,24 +227,82 @@ def _tokenize_batch(
     end: int | None,
     masked: bool,
     min_length: int,
-) -> dict[str, list[list[int]]]:
+) -> dict[str, list[NDArray[np.int64]]]:
     texts = [text for text in batch[text_column] if text and len(text) >= min_length]
-    if not texts:
-        return {"input_ids": []}
-    if masked and not packing:
-        ids = tokenizer(texts, truncation=True, max_length=max_seq_len)["input_ids"]
-        bare = tokenizer.num_special_tokens_to_add()
-        return {"input_ids": [row for row in ids if len(row) > max(bare, 1)]}
+    ids = _token_ids(texts, tokenizer)
+    is_sequence = masked and not packing  # each document is one, with its special tokens
     # Lines of one text are joined as they are; documents get the tokenizer's start token.
-    ids = tokenizer(texts, add_special_tokens=end is not None and not masked)["input_ids"]
+    if is_sequence or (end is not None and not masked):
+        before, after = _special_tokens(texts, tokenizer)
+        room = max(0, max_seq_len - len(before) - len(after))
+        ids = [before + (row[:room] if is_sequence else row) + after for row in ids]
+        if is_sequence:
+            bare = len(before) + len(after)
+            return {"input_ids": [np.array(row) for row in ids if len(row) > max(bare, 1)]}
     if end is not None:
-        ids = [row if row and row[-1] == end else [*row, end] for row in ids]
+        ids = [row if row and row[-1] == end else row + array("q", [end]) for row in ids]
     if not packing:
-        return {"input_ids": [row[:max_seq_len] for row in ids if len(row) > 1]}
-    before, after = [], []
+        return {"input_ids": [np.array(row[:max_seq_len]) for row in ids if len(row) > 1]}
+    first, last = [], []
     if masked and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
-        before, after = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
-    room = max_seq_len - len(before) - len(after)
-    joined = list(chain.from_iterable(ids))
-    pieces = [[*before, *joined[i : i + room], *after] for i in range(0, len(joined), room)]
-    return {"input_ids": [piece for piece in pieces if len(piece) > 1]}
+        first, last = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    room = max_seq_len - len(first) - len(last)
+    joined = np.concatenate([np.array(row) for row in ids] or [np.zeros(0, np.int64)])
+    pieces = (joined[i : i + room] for i in range(0, len(joined), room))
+    rows = [np.concatenate([first, piece, last]).astype(np.int64) for piece in pieces]
+    return {"input_ids": [row for row in rows if len(row) > 1]}
+
+
+def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[array[int]]:
+    """The tokens of each text, without special ones."""
+    ids = [array("q") for _ in texts]
+    group: list[tuple[int, str]] = []
+
+    def tokenize_group() -> None:
+        encoded = tokenizer(
+            [piece for _, piece in group],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        for (number, _), row in zip(group, encoded["input_ids"], strict=True):
+            ids[number].extend(row)
+        group.clear()
+
+    characters = 0
+    for number, text in enumerate(texts):
+        for piece in _pieces(text):
+            group.append((number, piece))
+            characters += len(piece)
+            if characters > GROUP:
+                tokenize_group()
+                characters = 0
+    if group:
+        tokenize_group()
+    return ids
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most `PIECE` characters, cut before white space if there is any."""
+    start = 0
+    while len(text) - start > PIECE:
+        end = max(text.rfind(space, start + 1, start + PIECE) for space in " \n")
+        if end < 0:
+            end = start + PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _special_tokens(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[array[int], array[int]]:
+    """The tokens that the tokenizer puts before and after a document."""
+    for text in texts:
+        bare = tokenizer(text[:100], add_special_tokens=False)["input_ids"]
+        if bare:
+            whole = tokenizer(text[:100])["input_ids"]
+            starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+            start = next(starts, 0)
+            return array("q", whole[:start]), array("q", whole[start + len(bare) :])
+    return array("q"), array("q")

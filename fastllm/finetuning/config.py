@@ -25,10 +25,9 @@ class FinetuneConfig(OptimizationSettings):
 
     of_one_command: ClassVar = ("config", "out_dir", "resume", "eval_only", "quiet")
     fixed: ClassVar = (
-        "model", "tokenizer", "task", "mlm_probability", "dataset", "eval_dataset", "text_column",
-        "max_samples", "max_eval_samples", "val_fraction", "min_length", "max_seq_len", "packing",
-        "end_token", "lora", "lora_rank", "lora_alpha", "lora_targets", "batch_size", "grad_accum",
-        "seed",
+        "task", "mlm_probability", "text_column", "max_samples", "max_eval_samples",
+        "val_fraction", "min_length", "max_seq_len", "packing", "end_token", "lora", "lora_rank",
+        "lora_alpha", "lora_targets", "batch_size", "grad_accum", "seed",
     )  # fmt: skip
 
     # Model

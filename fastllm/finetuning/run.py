@@ -7,6 +7,7 @@ import importlib.util
 import math
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,12 @@ from fastllm.device import choose_precision
 from fastllm.files import replace_file
 from fastllm.finetuning.checkpoint import complete_or_absent
 from fastllm.finetuning.config import FinetuneConfig
+from fastllm.finetuning.inputs import (
+    Inputs,
+    model_digest,
+    sequences_digest,
+    with_absolute_paths,
+)
 from fastllm.finetuning.model import choose_task, load_model
 from fastllm.integrations import hub
 from fastllm.training.evaluation import Evaluation
@@ -58,6 +65,10 @@ def prepare(config: FinetuneConfig, run_dir: Path | None, log: Log) -> FinetuneT
     from fastllm.finetuning.trainer import make_trainer
 
     silence_libraries(config.quiet)
+    inputs = Inputs(run_dir, config.resume)
+    for flag, name in (("model", config.model), ("tokenizer", config.tokenizer)):
+        if name is not None:
+            inputs.add(flag, partial(model_digest, name))
     model_config = hub.load_config(config.model)
     tokenizer = hub.load_tokenizer(config.tokenizer or config.model)
     config = resolve(config, model_config)
@@ -65,6 +76,11 @@ def prepare(config: FinetuneConfig, run_dir: Path | None, log: Log) -> FinetuneT
     if tokenizer.pad_token_id is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     train_set, val_set = load_sequences(config, tokenizer, log)
+    if config.eval_dataset:
+        inputs.add("eval_dataset", partial(sequences_digest, val_set))
+        inputs.add("dataset", partial(sequences_digest, train_set))
+    else:
+        inputs.add("dataset", partial(sequences_digest, train_set, val_set))
     model = load_model(config, model_config, tokenizer, log)
     log(f"precision   {config.precision}")
     if config.accelerate:
@@ -76,7 +92,8 @@ def prepare(config: FinetuneConfig, run_dir: Path | None, log: Log) -> FinetuneT
     if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
         with replace_file(run_dir / "config.json") as file:
-            file.write(config.to_json().encode())
+            file.write(with_absolute_paths(config).to_json().encode())
+        inputs.write()
     return make_trainer(config, model, tokenizer, train_set, val_set, run_dir)
 
 

@@ -1,6 +1,7 @@
 """From datasets to sequences of tokens."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import datasets
 import pytest
 import transformers
 
-from fastllm.data.corpus import file_format, load_documents, tokenize
+from fastllm.data.corpus import PIECE, _pieces, file_format, load_documents, tokenize
 
 WORDS = "a b c d e f g h".split()
 SPECIAL = ["<|endoftext|>", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
@@ -79,6 +80,62 @@ def test_files_of_every_format(tmp_path: Path, suffix: str) -> None:
     documents, held_out = load_documents([str(path)])
     assert documents["text"][:] == texts and held_out is None
     assert load_documents([str(path), str(path)], max_samples=3)[0]["text"][:] == [*texts, texts[0]]
+
+
+NAMES = ["a1.jsonl", "a?.jsonl", "b[1].jsonl", "b1.jsonl", "*.jsonl", "c::d.jsonl", "e:f.jsonl"]
+
+
+def test_a_path_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the names of files nor those of their folders are patterns or URLs."""
+    for place in ("B [2]", "what?", "a::b", "*"):
+        folder = tmp_path / place / "data"
+        folder.mkdir(parents=True)
+        for name in NAMES:
+            (folder / name).write_text(json.dumps({"text": f"{place} {name}"}) + "\n")
+        for name in NAMES:
+            texts = [f"{place} {name}"]
+            assert load_documents([str(folder / name)])[0]["text"][:] == texts
+            monkeypatch.chdir(tmp_path / place)
+            assert load_documents([f"data/{name}"])[0]["text"][:] == texts
+        everything = sorted(f"{place} {name}" for name in NAMES)
+        for max_samples in (0, 100):  # streamed in the second case
+            assert sorted(load_documents(["data"], max_samples)[0]["text"]) == everything
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_content_decides_what_is_read_again(tmp_path: Path, is_folder: bool) -> None:
+    path = tmp_path / "folder" / "train.jsonl"
+    path.parent.mkdir()
+    words = [str(path.parent if is_folder else path)]
+    for text in ("one", "two", "one"):
+        path.write_text(json.dumps({"text": text}))
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        assert load_documents(words)[0]["text"][:] == [text]
+
+
+def test_disks_without_links_hold_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    (tmp_path / "a.txt").write_text("b\n")
+    assert load_documents([str(tmp_path / "a.txt")])[0]["text"][:] == ["b\n"]
+
+
+def test_long_documents_are_tokenized_in_pieces(tokenizer: Any) -> None:
+    """The pieces leave no trace, and special tokens stand around the whole document."""
+    words = WORDS * (PIECE // 4)  # two characters each
+    ids = [5 + i % len(WORDS) for i in range(len(words))]
+    texts = [" ".join(words), "\n".join(words), "a"]
+    sequences = tokenize(rows(texts), tokenizer, 2**20, packing=False, end_token=False)["input_ids"]
+    assert sequences == [ids, ids]
+    result = tokenize(rows(texts), tokenizer, 2**20, packing=False, masked=True)["input_ids"]
+    assert result == [[1, *ids, 2], [1, *ids, 2], [1, 5, 2]]
+    (whole,) = tokenize(rows(texts), tokenizer, 2**20)["input_ids"]
+    assert whole == [1, *ids, 2, 1, *ids, 2, 1, 5, 2]
+    assert [len(piece) for piece in _pieces("a" * (2 * PIECE + 1))] == [PIECE, PIECE, 1]
+    text = "".join(f"{i} " for i in range(PIECE))
+    assert "".join(_pieces(text)) == text
 
 
 def test_a_folder_has_a_validation_split(tmp_path: Path) -> None:
