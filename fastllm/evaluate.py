@@ -1,6 +1,7 @@
 """Evaluate a trained model on a text: `python -m fastllm.evaluate --checkpoint DIR`."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -63,14 +64,19 @@ def main(arguments: list[str]) -> None:
         dataset = TextDataset(config.file_path, tokenizer, model.max_seq_len, overlap=1)
         with autocast(device, precision):
             result = evaluate(model, dataset, config.batch_size)
+        if not math.isfinite(result.loss):
+            raise ValueError(
+                f"the loss is {result.loss}: the weights may be damaged, or the training diverged; "
+                "evaluate another checkpoint"
+            )
     values = {
         "loss": result.loss,
-        "perplexity": result.perplexity,
+        "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
         "bits_per_character": bits_per_character(result.loss, dataset),
         "tokens": result.tokens,
     }
     if config.json_:
-        print(json.dumps(values))
+        print(json.dumps(values, allow_nan=False))
     else:
         for name, value in values.items():
             number = "unknown" if value is None else f"{value:,.4f}".removesuffix(".0000")

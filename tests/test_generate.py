@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastllm.generation import generate_text, generate_tokens
-from fastllm.training.checkpoint import find_checkpoint, load_model
+from fastllm.training.checkpoint import Progress, find_checkpoint, load_model, save_checkpoint
 from tests.commands import run_command
 from tests.conftest import MakeTrainer
 
@@ -128,3 +128,17 @@ def test_evaluate_command(run_dir: Path, text: Path) -> None:
     wrong = run("evaluate", *flags)
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: Character 'Q' not found")
+
+
+def test_evaluate_a_model_whose_scores_are_not_numbers(run_dir: Path, text: Path) -> None:
+    model, tokenizer, config = load_model(find_checkpoint(run_dir))
+    flags = ("--checkpoint", str(run_dir), "--file_path", str(text), "--json")
+    for bias, message in ((float("nan"), "error: the loss is nan: the weights may"), (4000.0, "")):
+        model.lm_head.bias.data[0] = bias  # 4000 overflows the perplexity
+        save_checkpoint(run_dir, config, tokenizer, model, [], Progress(step=4))
+        result = run("evaluate", *flags)
+        assert result.returncode == bool(message) and result.stderr.startswith(message)
+        if not message:
+            assert json.loads(result.stdout)["perplexity"] is None
+            assert json.loads(result.stdout)["loss"] > 700
+            assert "unknown" in run("evaluate", *flags[:-1]).stdout

@@ -1,5 +1,6 @@
 """Requests to `/v1/completions`: their schema, and prompts as token ids."""
 
+import codecs
 from typing import Annotated, Any
 
 from pydantic import (
@@ -112,7 +113,7 @@ class CompletionRequest(BaseModel):
 def parse_request(body: bytes) -> CompletionRequest:
     """Raises `ApiError` 400 if the body is not JSON, 422 if it does not fit the schema."""
     try:
-        return CompletionRequest.model_validate_json(body)
+        return CompletionRequest.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "json_invalid":

@@ -83,7 +83,8 @@ class TokenLogprob(NamedTuple):
 
     Attributes:
         logprob: natural logarithm; None for the first token of a prompt.
-        top: the likeliest tokens and this one, with their log probabilities.
+        top: the likeliest tokens and this one, with their log probabilities; never padding, which
+            is not predicted.
         offset: where the token's text begins, in characters of prompt and continuation.
     """
 
@@ -455,16 +456,21 @@ class Scheduler:
 
     def _logprob(self, logits: Tensor, token: int, job: Job, offset: int) -> TokenLogprob:
         logprobs = logits.log_softmax(-1).clamp_(min=MIN_LOGPROB)
-        best = logprobs.topk(min(job.logprobs or 0, len(logprobs)))
-        top: dict[str, float] = {}
-        for each, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-            with contextlib.suppress(KeyError):  # a vocabulary may have ids without a token
-                top.setdefault(self._text_of(each), logprob)
-        text, own = self._text_of(token), float(logprobs[token])
+        own, count = float(logprobs[token]), job.logprobs or 0
         if math.isnan(own):
-            raise ValueError("the logits are not numbers")
-        top.setdefault(text, own)
-        return TokenLogprob(text, own, top, offset)
+            raise ValueError(
+                "the model's scores are not numbers: its weights may be damaged, or its training "
+                "diverged; serve another checkpoint"
+            )
+        best = logprobs.topk(min(count + 1, len(logprobs)))  # one more, in case of padding
+        tokens = [each for each in best.indices.tolist() if each != self._padding_idx][:count]
+        if token != self._padding_idx:
+            tokens.append(token)
+        top: dict[str, float] = {}
+        for each in tokens:
+            with contextlib.suppress(KeyError):  # a vocabulary may have ids without a token
+                top.setdefault(self._text_of(each), float(logprobs[each]))
+        return TokenLogprob(self._text_of(token), own, top, offset)
 
     def _text_of(self, token: int) -> str:
         """What a token adds to the text: after another one, which may be a space more."""

@@ -46,11 +46,14 @@ def check_tokens(tokens: object) -> None:
 
 
 def read_text_file(path: str | os.PathLike[str]) -> str:
-    """Reads a UTF-8 file. Raises FileNotFoundError, or ValueError if it is not UTF-8."""
+    """Reads a UTF-8 file, without the byte-order mark that some editors write.
+
+    Raises FileNotFoundError, or ValueError if it is not UTF-8.
+    """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        return Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
 

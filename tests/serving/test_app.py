@@ -1,4 +1,5 @@
 import asyncio
+import codecs
 import contextlib
 import json
 import math
@@ -253,6 +254,26 @@ def test_a_request_that_fails_gets_an_error_and_the_server_continues(characters:
 
 
 # Card, curve and metrics
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_not_numbers_are_an_error(characters: Model, value: float) -> None:
+    """In OpenAI's form, whole and streamed, for prompts and for continuations."""
+    model = make_model(characters[1])
+    model.lm_head.bias.data[2] = value
+    with running_server(model, characters[1]) as server:
+        for settings in ({}, {"echo": True}, {"echo": True, "max_tokens": 0}, {"logprobs": None}):
+            body = {"prompt": "ab", "logprobs": 3, **settings}
+            status, answer = posted(server, json.dumps(body))
+            assert status == 500 and is_error(answer) and "not numbers" in str(answer)
+            with pytest.raises(openai.APIError, match="not numbers"):
+                for _ in client_of(server).completions.create(model="tiny", **body, stream=True):
+                    pass
+
+
+def test_a_body_may_begin_with_a_byte_order_mark(server: RunningServer) -> None:
+    status, answer = posted(server, codecs.BOM_UTF8 + b'{"prompt": "ab", "max_tokens": 1}')
+    assert status == 200 and answer["usage"]["total_tokens"] == 3
 
 
 def test_card_curve_and_metrics(characters: Model, tmp_path: Path) -> None:

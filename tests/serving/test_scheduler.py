@@ -307,6 +307,20 @@ def test_logits_that_are_not_numbers_fail_their_job_alone(characters: Model) -> 
         assert inbox.text(job) == alone(characters, job)
 
 
+def test_padding_is_never_an_alternative(characters: Model) -> None:
+    """Even if all others are listed, impossible tokens among them, and in a prompt."""
+    model, tokenizer = make_model(characters[1]), characters[1]
+    model.lm_head.bias.data[1:4] = -torch.inf
+    padding = tokenizer.pad_token_id
+    job = Job(prompt_of(5, padding, padding, 6), 3, logprobs=20, score_prompt=True)
+    with scheduler_of((model, tokenizer)) as (scheduler, inbox):
+        scheduler.submit([job])
+        wait_until(lambda: inbox.done(job))
+    scores = [each for delta in inbox.deltas[job] for each in delta.logprobs]
+    others = set(tokenizer.chars) - {tokenizer.pad_char}
+    assert [each.top and set(each.top) for each in scores] == [None] + 6 * [others]
+
+
 def test_an_id_without_a_token_fails_its_job_alone(characters: Model) -> None:
     tokenizer = characters[1]
 
@@ -346,7 +360,7 @@ def test_an_alternative_without_a_token_is_left_out(characters: Model) -> None:
         wait_until(lambda: inbox.done(job))
         assert scheduler.alive
     top = [each.top for delta in inbox.deltas[job] for each in delta.logprobs if each.top]
-    assert top and all(len(each) == count - 1 for each in top)
+    assert top and all(len(each) == count - 2 for each in top)  # nor is padding there
 
 
 @pytest.mark.parametrize("attached", [False, True], ids=["kernel", "modules"])

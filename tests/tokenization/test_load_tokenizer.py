@@ -1,5 +1,6 @@
 """Loading tokenizers of any kind, and surviving damaged files."""
 
+import codecs
 import json
 import random
 
@@ -141,3 +142,27 @@ def test_mutated_files_load_or_raise_with_their_name(saved, kind, times, tmp_pat
             assert all(0 <= i < tokenizer.vocab_size for i in ids)
             tokenizer.decode(ids)
     assert 0 < loaded < times / 2
+
+
+@pytest.mark.parametrize("kind", ["character", "bpe", "wordpiece"])
+def test_byte_order_marks_are_dropped(saved, kind, tmp_path):
+    """Some editors write them into every file that they save."""
+    path = tmp_path / "tokenizer.json"
+    saved[kind].save(path)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert load_tokenizer(path).fingerprint == saved[kind].fingerprint
+    path.write_bytes(codecs.BOM_UTF8 + b"\xff")
+    with pytest.raises(ValueError, match="byte 3 is not UTF-8"):
+        load_tokenizer(path)
+
+
+def test_byte_order_marks_in_gpt2s_files_are_dropped(saved, tmp_path):
+    model = json.loads(saved["bpe"].to_json())["model"]
+    merges = "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"])
+    folders = tmp_path / "plain", tmp_path / "marked"
+    for folder, encoding in zip(folders, ("utf-8", "utf-8-sig"), strict=True):
+        folder.mkdir()
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding=encoding)
+        (folder / "merges.txt").write_text(merges, encoding=encoding)
+    plain, marked = map(load_tokenizer, folders)
+    assert plain.fingerprint == marked.fingerprint
