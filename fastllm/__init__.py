@@ -1,17 +1,12 @@
 """fastllm: small language models trained, fine-tuned and run fast on the machine at hand."""
 
-from fastllm import optim
-from fastllm.core.attn.mha import MultiHeadAttention
-from fastllm.core.embedding import EmbeddingLayer
-from fastllm.core.mlp import MLP
-from fastllm.core.positional_encoding import PositionalEncoding
-from fastllm.core.transformer_block import TransformerBlock
-from fastllm.data.loader import TextDataset, create_dataloader
-from fastllm.models.decoder import DecoderModel
-from fastllm.ops import implementations
-from fastllm.ops.dispatch import use
-from fastllm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from fastllm.version import __version__
+
+if TYPE_CHECKING:
+    from fastllm.public import *
 
 __all__ = [
     "MLP",
@@ -28,3 +23,16 @@ __all__ = [
     "optim",
     "use",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports everything at the first use of anything: a command's help needs no PyTorch."""
+    public = import_module("fastllm.public")
+    globals().update({each: getattr(public, each) for each in public.__all__})
+    if name not in globals():
+        raise AttributeError(f"module 'fastllm' has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

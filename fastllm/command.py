@@ -4,65 +4,31 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    CliApp,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+
+from fastllm.flags import CommandSettings, read_flags
 
 Log = Callable[..., None]
-
-
-class CommandSettings(BaseSettings):
-    """Base of every command's settings: a field is a flag, and its docstring the flag's help.
-
-    Settings never change after they were made; what they resolve to goes into a record of its own.
-    """
-
-    model_config = SettingsConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        cli_parse_none_str="",  # the default, "None", may be meant as a text
-    )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Reads arguments and flags only: a stray environment variable must not change a run."""
-        return (init_settings,)
-
-
 AnySettings = TypeVar("AnySettings", bound=CommandSettings)
 
 
 def parse_settings(
     settings_class: type[AnySettings], arguments: list[str], **defaults: Any
 ) -> AnySettings:
-    """Settings from the command line, which overrides `defaults`; exits if they are invalid.
+    """Settings from the command line, which overrides `defaults`; exits if they are invalid."""
+    return make_settings(settings_class, {**defaults, **read_flags(settings_class, arguments)})
 
-    Flags may be written `--file_path` or `--file-path`.
-    """
+
+def make_settings(settings_class: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+    """The settings with these values; exits if they are invalid."""
     try:
-        return CliApp.run(settings_class, cli_args=underscored(arguments), **defaults)
-    except (ValidationError, SettingsError) as error:
+        return settings_class(**values)
+    except ValidationError as error:
         raise SystemExit(f"error: {describe_error(error)}") from None
 
 
@@ -148,18 +114,3 @@ def stop_on_signals(request: StopRequest) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def underscored(arguments: list[str]) -> list[str]:
-    """The arguments with flags in the spelling of the settings: `--file_path`."""
-    result = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
-            if name.startswith("--no_"):
-                name = "--no-" + name[5:]
-            if name == "--post_norm":
-                name = "--no-norm_first"
-        result.append(name + equals + value)
-    return result

@@ -1,17 +1,14 @@
 """What `--device` and `--precision` resolve to on this machine, and autocast to a precision."""
 
-from typing import Literal
-
 import torch
 
 from fastllm.command import log
+from fastllm.flags import Device, Precision
 from fastllm.ops.precision import why_not_autocast
 
 # On CPUs with bf16 dot products, training was measured to be faster in bf16 from this width on.
 MIN_BF16_WIDTH = 32
 
-Device = Literal["cpu", "cuda"]
-Precision = Literal["fp32", "bf16", "fp16", "auto"]
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,12 +34,6 @@ def choose_precision(asked: Precision, hidden_size: int, device: Device) -> Prec
         log(f"warning: {asked} was asked for, but {reason}; computing in fp32")
         return "fp32"
     return asked
-
-
-def check_quantize(quantize: str | None, precision: Precision) -> None:
-    """Raises a `ValueError` if the settings would round weights twice."""
-    if quantize and precision in TYPES:
-        raise ValueError(f"quantize and precision {precision} exclude each other: leave one out")
 
 
 def autocast(device: str, precision: str) -> torch.autocast:

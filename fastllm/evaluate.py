@@ -1,31 +1,25 @@
-"""Evaluate a trained model on a text: `python -m fastllm.evaluate --checkpoint DIR`."""
+"""Evaluate a trained model on a text: `fastllm evaluate --checkpoint DIR book.txt`."""
 
 import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastllm.command import CommandSettings, errors_in_one_line, parse_settings
-from fastllm.data.loader import TextDataset
-from fastllm.device import (
-    Device,
-    Precision,
-    autocast,
-    check_quantize,
-    choose_device,
-    choose_precision,
-)
-from fastllm.ops.decode import round_weights_to_int8
-from fastllm.threads import set_threads
-from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
-from fastllm.training.evaluation import bits_per_character, evaluate
+from fastllm.command import errors_in_one_line, parse_settings
+from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
 
 
 class EvaluateConfig(CommandSettings):
     """Loss, perplexity and bits per character of a trained model on a text file."""
+
+    positional: ClassVar = "file_path"
+    aliases: ClassVar = {"dataset": "file_path"}
+    examples: ClassVar = """
+fastllm evaluate --checkpoint runs/book other.txt
+"""
 
     checkpoint: Path
     """Folder of a run, or a checkpoint in it."""
@@ -41,7 +35,7 @@ class EvaluateConfig(CommandSettings):
     """Round the weights to 8 bits, as `generate --quantize` does, to see how much worse it gets."""
     json_: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of a table."""
-    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    threads: Threads = 0
     """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
 
     @model_validator(mode="after")
@@ -52,6 +46,14 @@ class EvaluateConfig(CommandSettings):
 
 def main(arguments: list[str]) -> None:
     config = parse_settings(EvaluateConfig, arguments)
+    # After the flags: help and their errors need not wait for PyTorch.
+    from fastllm.data.loader import TextDataset
+    from fastllm.device import autocast, choose_device, choose_precision
+    from fastllm.ops.decode import round_weights_to_int8
+    from fastllm.threads import set_threads
+    from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
+    from fastllm.training.evaluation import bits_per_character, evaluate
+
     set_threads(config.threads)
     with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
         model, tokenizer, _ = load_model(find_checkpoint(config.checkpoint))

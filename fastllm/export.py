@@ -1,31 +1,28 @@
-"""Export a trained model: `python -m fastllm.export --checkpoint DIR --format gguf`."""
+"""Export a trained model: `fastllm export --checkpoint DIR --format gguf`."""
 
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import field_validator
 
-from fastllm.command import CommandSettings, errors_in_one_line, log, parse_settings
+from fastllm.command import errors_in_one_line, log, parse_settings
 from fastllm.files import flush
-from fastllm.integrations.formats import (
-    FILES,
-    ExportError,
-    Format,
-    check_expressible,
-    check_packages,
-    write_model,
-)
-from fastllm.integrations.model_card import model_card
-from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
+from fastllm.flags import CommandSettings, Format
 
 CARD = "README.md"
 
 
 class ExportConfig(CommandSettings):
     """Write a trained model for transformers, ONNX or llama.cpp, with a model card."""
+
+    examples: ClassVar = """
+fastllm export --checkpoint runs/book --format gguf
+fastllm export --checkpoint runs/book --format hf --out book-model
+"""
 
     checkpoint: Path
     """Run folder of train, or a checkpoint in it."""
@@ -47,6 +44,10 @@ class ExportConfig(CommandSettings):
 
 def main(arguments: list[str]) -> None:
     config = parse_settings(ExportConfig, arguments)
+    # After the flags: help and their errors need not wait for PyTorch.
+    from fastllm.integrations.formats import ExportError, check_packages
+    from fastllm.training.checkpoint import CheckpointError, find_checkpoint
+
     with errors_in_one_line(CheckpointError, ExportError, OSError, ValueError, ImportError):
         check_packages(config.format)
         check_not_transformers(config.checkpoint)
@@ -64,6 +65,10 @@ def export(
     config: ExportConfig, checkpoint: Path, run_dir: Path, folder: Path, files: dict[str, Path]
 ) -> float:
     """Writes all files, or none of them; returns the largest difference of a logit."""
+    from fastllm.integrations.formats import check_expressible, write_model
+    from fastllm.integrations.model_card import model_card
+    from fastllm.training.checkpoint import load_model
+
     model, tokenizer, settings = load_model(checkpoint)
     model.eval()
     check_expressible(model, tokenizer, config.format)
@@ -108,6 +113,8 @@ def choose_files(config: ExportConfig, run_dir: Path) -> tuple[Path, dict[str, P
     Raises:
         ValueError: a file exists already, or `--out` names a file of another format.
     """
+    from fastllm.integrations.formats import FILES
+
     folder = config.out or run_dir / config.format
     names = {name: name for name in [*FILES[config.format], CARD]}
     if folder.suffix in (".onnx", ".gguf"):

@@ -1,29 +1,31 @@
-"""Fine-tune a model of transformers: `python -m fastllm.finetune --model DIR --dataset FILE`."""
+"""Fine-tune a model of transformers: `fastllm finetune --model DIR book.txt`."""
 
 import sys
 
 from fastllm.command import Log, errors_in_one_line, log, no_log, stop_on_signals
-from fastllm.finetuning.checkpoint import last_checkpoint
-from fastllm.finetuning.config import FinetuneConfig, words_as_lists
-from fastllm.finetuning.inputs import check_paths
-from fastllm.finetuning.run import (
-    check_packages,
-    go_offline_if_unreachable,
-    prepare,
-    report,
-    run_name,
-    save_model,
-    write_csv,
-)
-from fastllm.threads import set_threads
+from fastllm.finetuning.config import FinetuneConfig
 from fastllm.training.config import parse_run_settings
-from fastllm.training.loop import TrainingError
-from fastllm.training.metrics import plot_losses
-from fastllm.training.run import choose_run_dir
 
 
 def main(arguments: list[str]) -> None:
-    config = parse_run_settings(FinetuneConfig, words_as_lists(arguments))
+    config = parse_run_settings(FinetuneConfig, arguments)
+    # After the flags: help and their errors need not wait for PyTorch.
+    from fastllm.finetuning.checkpoint import last_checkpoint
+    from fastllm.finetuning.inputs import check_paths
+    from fastllm.finetuning.run import (
+        check_packages,
+        go_offline_if_unreachable,
+        prepare,
+        report,
+        run_name,
+        save_model,
+        write_csv,
+    )
+    from fastllm.threads import set_threads
+    from fastllm.training.loop import TrainingError
+    from fastllm.training.metrics import plot_losses
+    from fastllm.training.run import choose_run_dir
+
     info: Log = no_log if config.quiet else log
     threads = set_threads(config.threads)
     with errors_in_one_line(OSError, ValueError, ImportError, TrainingError):

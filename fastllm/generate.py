@@ -1,23 +1,32 @@
-"""Text from a trained model: `python -m fastllm.generate --checkpoint DIR --prompt "..."`."""
+"""Text from a trained model: `fastllm generate --checkpoint DIR --prompt "..."`."""
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastllm.command import CommandSettings, errors_in_one_line, parse_settings
-from fastllm.data.text import read_text
-from fastllm.device import Device, Precision, check_quantize
-from fastllm.generation.decoding import prepare_for_decoding
-from fastllm.generation.text_stream import generate_text, generate_texts
-from fastllm.ops.sampling import Sampling
-from fastllm.threads import set_threads
-from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
+from fastllm.command import errors_in_one_line, parse_settings
+from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
+
+if TYPE_CHECKING:
+    from fastllm.ops.sampling import Sampling
 
 
 class GenerateConfig(CommandSettings):
     """Continue a prompt with a trained model."""
+
+    examples: ClassVar = """
+fastllm generate --checkpoint runs/book --prompt "Once upon a time"
+fastllm generate --checkpoint runs/book --prompt_file lines.txt --top_p 0.9
+"""
+    groups: ClassVar = {
+        "Model and text": "checkpoint prompt prompt_file max_new_tokens stop",
+        "Sampling": "temperature top_k top_p min_p repetition_penalty seed",
+        "Machine": "threads device precision quantize",
+    }
 
     checkpoint: Path
     """A run folder, or a checkpoint inside it."""
@@ -49,11 +58,11 @@ class GenerateConfig(CommandSettings):
     """Where to compute; without CUDA, cuda falls back to the CPU."""
     quantize: Literal["int8"] | None = None
     """Round the weights to 8 bits: a quarter of the memory to read for each token."""
-    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    threads: Threads = 0
     """CPU threads; 0 uses OMP_NUM_THREADS or the physical cores available to this process."""
 
     @model_validator(mode="after")
-    def _check_together(self) -> "GenerateConfig":
+    def _check_together(self) -> GenerateConfig:
         if (self.prompt is None) == (self.prompt_file is None):
             raise ValueError("give either a prompt or a prompt_file")
         check_quantize(self.quantize, self.precision)
@@ -63,6 +72,8 @@ class GenerateConfig(CommandSettings):
 
     @property
     def sampling(self) -> Sampling:
+        from fastllm.ops.sampling import Sampling
+
         return Sampling(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
         )
@@ -70,6 +81,12 @@ class GenerateConfig(CommandSettings):
 
 def main(arguments: list[str]) -> None:
     config = parse_settings(GenerateConfig, arguments)
+    # After the flags: help and their errors need not wait for PyTorch.
+    from fastllm.generation.decoding import prepare_for_decoding
+    from fastllm.generation.text_stream import generate_text, generate_texts
+    from fastllm.threads import set_threads
+    from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
+
     set_threads(config.threads)
     with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
         model, tokenizer, _ = load_model(find_checkpoint(config.checkpoint))
@@ -117,6 +134,8 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         ValueError: the file has no nonempty line.
     """
+    from fastllm.data.text import read_text
+
     lines = [line for line in "".join(read_text(path)).split("\n") if line]
     if not lines:
         raise ValueError(f"{path} has no line to continue")

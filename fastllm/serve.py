@@ -1,4 +1,4 @@
-"""A trained model behind OpenAI's HTTP interface: `python -m fastllm.serve --checkpoint DIR`."""
+"""A trained model behind OpenAI's HTTP interface: `fastllm serve --checkpoint DIR`."""
 
 import importlib
 import os
@@ -7,14 +7,12 @@ import socket
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastllm.command import CommandSettings, errors_in_one_line, log, parse_settings
-from fastllm.device import Device, Precision, check_quantize
-from fastllm.threads import set_threads
-from fastllm.training.checkpoint import CheckpointError
+from fastllm.command import errors_in_one_line, log, parse_settings
+from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
 
 # Models with fewer parameters compute on one thread and leave the other cores to the requests. On
 # two cores, that was faster with 0.8 million parameters and slower with 3 million.
@@ -23,6 +21,16 @@ FEW_PARAMETERS = 2_000_000
 
 class ServeConfig(CommandSettings):
     """Answer OpenAI's /v1/completions with a trained model."""
+
+    examples: ClassVar = """
+fastllm serve --checkpoint runs/book
+FASTLLM_API_KEY=... fastllm serve --checkpoint runs/book --host 0.0.0.0
+"""
+    groups: ClassVar = {
+        "Model": "checkpoint",
+        "Server": "host port api_key max_active max_queue drain_seconds",
+        "Machine": "threads device precision quantize",
+    }
 
     checkpoint: Path
     """A run folder, whose newest checkpoint is served as soon as training has saved it, or one
@@ -46,7 +54,7 @@ class ServeConfig(CommandSettings):
     """Where to compute; without CUDA, cuda falls back to the CPU."""
     quantize: Literal["int8"] | None = None
     """Round the weights to 8 bits: a quarter of the memory to read for each token."""
-    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    threads: Threads = 0
     """CPU threads that compute; 0 uses OMP_NUM_THREADS or the physical cores available to this
     process, but only one thread for models of less than 2 million parameters, which leaves the
     other cores to the requests."""
@@ -61,6 +69,10 @@ class ServeConfig(CommandSettings):
 
 def main(arguments: list[str]) -> None:
     config = parse_settings(ServeConfig, arguments)
+    # After the flags: help and their errors need not wait for PyTorch.
+    from fastllm.threads import set_threads
+    from fastllm.training.checkpoint import CheckpointError
+
     # A key from a file may end with a newline, which no header can contain.
     api_key = (config.api_key or os.environ.get("FASTLLM_API_KEY", "")).strip() or None
     set_threads(config.threads)
@@ -96,6 +108,7 @@ def serve(config: ServeConfig, listener: socket.socket, api_key: str | None) -> 
     from fastllm.serving.model import load_served_model
     from fastllm.serving.renewal import keep_newest
     from fastllm.serving.server import Server
+    from fastllm.threads import set_threads
 
     load = partial(
         load_served_model,

@@ -1,15 +1,17 @@
-"""Train a model on a text file: `python -m fastllm.train --file_path book.txt`."""
+"""Train a model on a text file: `fastllm train book.txt`."""
 
 import sys
 
 from fastllm.command import errors_in_one_line
 from fastllm.training.config import TrainConfig, parse_train_config
-from fastllm.training.distributed import ProcessError, check_batch_size, is_distributed
-from fastllm.training.run import choose_run_dir, run_name, train
 
 
 def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
+    # After the flags: help and their errors need not wait for PyTorch.
+    from fastllm.training.distributed import ProcessError, is_distributed
+    from fastllm.training.run import train
+
     if config.launcher is None:
         train(config)
     elif config.launcher == "deepspeed" and is_distributed():
@@ -28,6 +30,9 @@ def launch(config: TrainConfig, arguments: list[str]) -> None:
         ProcessError: they cannot be started, or failed.
         ImportError: the launcher is not installed.
     """
+    from fastllm.training.distributed import ProcessError, check_batch_size, is_distributed
+    from fastllm.training.run import choose_run_dir, run_name
+
     count = config.num_workers
     if is_distributed():
         raise ProcessError(

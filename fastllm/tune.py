@@ -1,25 +1,43 @@
-"""Search for the best hyperparameters: `python -m fastllm.tune -- --file_path book.txt`."""
+"""Search for the best hyperparameters: `fastllm tune -- book.txt`."""
 
 import sys
 from contextlib import ExitStack
 from functools import partial
+from typing import TYPE_CHECKING
 
-from fastllm.command import StopRequest, errors_in_one_line, log, stop_on_signals
+from fastllm.command import (
+    StopRequest,
+    errors_in_one_line,
+    log,
+    parse_settings,
+    stop_on_signals,
+)
 from fastllm.training.config import RunSettings, TrainConfig
-from fastllm.training.distributed import ProcessError
-from fastllm.tuning.config import parse_tune_config
-from fastllm.tuning.results import best_trial, finished_trials, plot_study, summarize, write_results
-from fastllm.tuning.search import make_plan
-from fastllm.tuning.study import open_study, run_trials
-from fastllm.tuning.trial import StartProcess, TrialProcess
+from fastllm.tuning.config import TuneConfig
+
+if TYPE_CHECKING:
+    from fastllm.tuning.trial import StartProcess
 
 
 def main(arguments: list[str]) -> None:
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    config = parse_tune_config(arguments[:split])
+    config = parse_settings(TuneConfig, arguments[:split])
+    # After the flags: help and their errors need not wait for PyTorch.
+    from fastllm.training.distributed import ProcessError
+    from fastllm.tuning.results import (
+        best_trial,
+        finished_trials,
+        plot_study,
+        summarize,
+        write_results,
+    )
+    from fastllm.tuning.search import make_plan
+    from fastllm.tuning.study import open_study, run_trials
+    from fastllm.tuning.trial import TrialProcess
+
     request = StopRequest()
     with errors_in_one_line(OSError, ValueError, ImportError, ProcessError), ExitStack() as stack:
-        plan = make_plan(config, *settings_and_flags(config.command, arguments[split + 1 :]))
+        plan = make_plan(config, settings_of(config.command), arguments[split + 1 :])
         start: StartProcess = TrialProcess
         if config.launcher == "ray":
             from fastllm.integrations import ray
@@ -45,13 +63,13 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(1)
 
 
-def settings_and_flags(command: str, flags: list[str]) -> tuple[type[RunSettings], list[str]]:
-    """The settings class of the command, and its flags as that class reads them."""
+def settings_of(command: str) -> type[RunSettings]:
+    """The settings class of the command whose settings are searched."""
     if command == "train":
-        return TrainConfig, flags
-    from fastllm.finetuning.config import FinetuneConfig, words_as_lists
+        return TrainConfig
+    from fastllm.finetuning.config import FinetuneConfig
 
-    return FinetuneConfig, words_as_lists(flags)
+    return FinetuneConfig
 
 
 if __name__ == "__main__":

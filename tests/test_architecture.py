@@ -21,7 +21,7 @@ PACKAGE = REPOSITORY / "fastllm"
 
 # From the bottom to the top; a file imports from its own room and from lower ones.
 ROOMS = {
-    "helpers": "files version command threads",
+    "helpers": "files version flags command threads",
     "operations": "ops",
     "modules": "core optim device",
     "tokenization": "tokenization",
@@ -32,8 +32,8 @@ ROOMS = {
     "libraries": "tuning serving benchmarking",
     "integrations": "integrations",
     "fine-tuning": "finetuning",  # a library on top of what integrates transformers
-    "commands": "train evaluate generate finetune tune serve export bench",
-    "package": "__init__",  # what `import fastllm` offers: nothing in the package imports it
+    "commands": "train evaluate generate finetune tune serve export bench __main__",
+    "package": "public __init__",  # what `import fastllm` offers: nothing in the package imports it
 }
 LEVELS = {
     entry: (level, room)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import fastllm
-from fastllm import bench
-from fastllm.benchmarking import steps
+from fastllm.bench import main
+from fastllm.benchmarking import report, steps
+from fastllm.benchmarking.config import BenchConfig
 from fastllm.benchmarking.stock import StockDecoder
 from fastllm.ops import dispatch, extension
 from fastllm.ops.precision import why_not_autocast
@@ -51,7 +52,7 @@ def test_json() -> None:
 def test_chunked_needs_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
     with pytest.raises(SystemExit, match="error: compare: chunked needs torch 2.13 or later"):
-        bench.main(["--compare", "chunked"])
+        main(["--compare", "chunked"])
 
 
 @needs_extension
@@ -68,14 +69,14 @@ def test_bf16() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--config A,F", "error: config.1: Input should be 'A', 'B', 'C', 'D' or 'E' (got 'F')"),
+        ("--config A,F", "error: shape.1: Input should be 'A', 'B', 'C', 'D' or 'E' (got 'F')"),
         ("--compare jax", "error: compare.0: Input should be 'eager', 'tuned', 'chunked',"),
         ("--seconds 0", "error: seconds: Input should be greater than 0"),
     ],
 )
 def test_wrong_flags(flags: str, message: str) -> None:
     with pytest.raises(SystemExit) as error:
-        bench.main(flags.split())
+        main(flags.split())
     assert str(error.value).startswith(message)
 
 
@@ -92,9 +93,9 @@ def test_red_gate_ends_the_command_before_timing(
     monkeypatch.setattr(steps, "build_stock", build_wrong)
     monkeypatch.setattr(steps, "time_call", lambda *arguments: pytest.fail("it was timed"))
     monkeypatch.setattr(steps, "time_in_turns", lambda *arguments: pytest.fail("it was timed"))
-    monkeypatch.setattr(bench, "describe_machine", lambda *arguments: {"peak_gflops": None})
+    monkeypatch.setattr(report, "describe_machine", lambda *arguments: {"peak_gflops": None})
     with pytest.raises(SystemExit, match="error: config A, tuned: .*; nothing was timed"):
-        bench.main(["--config", "A", "--compare", "tuned", "--json"])
+        main(["--config", "A", "--compare", "tuned", "--json"])
     assert capsys.readouterr().out == ""
 
 
@@ -104,7 +105,7 @@ def test_without_the_extension(
 ) -> None:
     monkeypatch.setattr(extension, "kernels", None)
     monkeypatch.setattr(extension, "problem", "it was never built")
-    bench.main(["--config", "A", "--compare", "eager", "--seconds", "0.1"])
+    main(["--config", "A", "--compare", "eager", "--seconds", "0.1"])
     out, err = capsys.readouterr()
     assert "peak cannot be measured: it was never built" in err
     lines = out.splitlines()
@@ -137,15 +138,15 @@ def test_report_of_a_gpu(
     machine = {"gpu": "Some GPU", "peak_gflops": 100.0, "bandwidth_gbs": 10.0}
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "describe_gpu", lambda precision: machine)
+    monkeypatch.setattr(report, "describe_gpu", lambda precision: machine)
     monkeypatch.setattr(
-        bench,
+        report,
         "measure_operations",
         lambda *arguments: asked.append((*arguments, dispatch.requested())) or [OPERATION],
     )
-    monkeypatch.setattr(bench, "time_steps", lambda *arguments: {"fastllm": 2.0, "tuned": 5.0})
-    settings = bench.BenchConfig(device="cuda", config=["A"], seconds=10)
-    found = bench.show_times(settings, ["tuned"], threads=1)
+    monkeypatch.setattr(report, "time_steps", lambda *arguments: {"fastllm": 2.0, "tuned": 5.0})
+    settings = BenchConfig(device="cuda", shape=["A"], seconds=10)
+    found = report.show_times(settings, ["tuned"], threads=1)
     assert set(found) == {"configs", "machine", "operations"}
     assert found["operations"] == [OPERATION] and found["machine"] == machine
     assert [result["config"] for result in found["configs"]] == ["A"]
@@ -157,12 +158,12 @@ def test_report_of_a_gpu(
 
 def test_rows() -> None:
     """Ratios of rivals that were not measured are dashes, or left out of the default columns."""
-    result = bench.step_report("A", {"fastllm": 2.0, "tuned": 5.0}, peak_gflops=1000.0)
+    result = report.step_report("A", {"fastllm": 2.0, "tuned": 5.0}, peak_gflops=1000.0)
     assert result["ratio"] == {"eager": None, "tuned": 2.5, "compile": None}
-    assert bench.step_row(result).split() == "A 2.00 256,000.00 170.07 17.01 - 2.50 -".split()
-    row = bench.operation_row(OPERATION, {"peak_gflops": 100.0, "bandwidth_gbs": 10.0})
+    assert report.step_row(result).split() == "A 2.00 256,000.00 170.07 17.01 - 2.50 -".split()
+    row = report.operation_row(OPERATION, {"peak_gflops": 100.0, "bandwidth_gbs": 10.0})
     assert row.split() == "mlp D 0.500 40.000 20.000 3.000 - 1.500".split()
-    assert len(row) == 24 + 12 * len(bench.OPERATION_COLUMNS)
+    assert len(row) == 24 + 12 * len(report.OPERATION_COLUMNS)
 
 
 def test_without_a_gpu() -> None:

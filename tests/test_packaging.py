@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,3 +97,13 @@ def test_the_page_is_in_wheel_and_sdist(sources: Path) -> None:
         file = Path("fastllm/serving/page") / name
         assert (sources / "lib" / file).read_bytes() == (REPOSITORY / file).read_bytes()
         assert str(file) in archived
+
+
+def test_no_command_fetches_another_package_of_this_name() -> None:
+    """`pip install` of the bare name with an extra would; `'.[hf]'` takes this package."""
+    files = [REPOSITORY / "Makefile", *REPOSITORY.glob("*.md")]
+    for folder in ("fastllm", "tests", "benchmarks", "docs"):
+        files += [*(REPOSITORY / folder).rglob("*.py"), *(REPOSITORY / folder).rglob("*.md")]
+    for path in files:
+        found = re.search(r"pip3? install [^\n]*\bfastllm\[", path.read_text(encoding="utf-8"))
+        assert not found, f"{path}: {found[0]}"

@@ -1,12 +1,16 @@
 """The shapes that are measured: configurations A to E."""
 
-from typing import Literal, NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Letter = Literal["A", "B", "C", "D", "E"]
 MeasuredPrecision = Literal["fp32", "bf16"]
+# Stock PyTorch, written in several ways.
+Rival = Literal["eager", "tuned", "chunked", "autocast", "compile"]
 
 
 class StepShape(NamedTuple):
@@ -32,6 +36,8 @@ class StepShape(NamedTuple):
 
     def random_ids(self) -> Tensor:
         """A batch of uniformly random token ids [B, S]."""
+        import torch
+
         return torch.randint(self.V, (self.B, self.S))
 
 

@@ -5,13 +5,13 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastllm.benchmarking.machine import process_memory_mb
-from fastllm.benchmarking.shapes import CONFIGS, Letter, MeasuredPrecision, StepShape
+from fastllm.benchmarking.shapes import CONFIGS, Letter, MeasuredPrecision, Rival, StepShape
 from fastllm.benchmarking.stock import StockDecoder
 from fastllm.benchmarking.timing import time_call, time_in_turns
 from fastllm.command import log
@@ -20,7 +20,6 @@ from fastllm.models.decoder import DecoderModel
 from fastllm.ops import dispatch
 from fastllm.optim import Adam
 
-Rival = Literal["eager", "tuned", "chunked", "autocast", "compile"]
 Step = Callable[[Tensor], None]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -29,6 +28,26 @@ class FinetuneConfig(OptimizationSettings):
         "val_fraction", "min_length", "max_seq_len", "packing", "end_token", "lora", "lora_rank",
         "lora_alpha", "lora_targets", "batch_size", "grad_accum", "seed",
     )  # fmt: skip
+    positional: ClassVar = "dataset"
+    aliases: ClassVar = {"file_path": "dataset"}
+    examples: ClassVar = """
+fastllm finetune book.txt --model gpt2
+fastllm finetune chats.jsonl --text_column chat --model FOLDER --lora
+fastllm finetune --model gpt2 --dataset wikitext wikitext-2-raw-v1
+fastllm finetune --resume --out_dir runs/gpt2
+"""
+    groups: ClassVar = {
+        "Model": "model tokenizer task mlm_probability",
+        "Data": "dataset eval_dataset text_column val_fraction max_samples max_eval_samples "
+        "min_length max_seq_len packing end_token num_proc",
+        "LoRA": "lora lora_rank lora_alpha lora_dropout lora_targets",
+        "Length of the run": "epochs max_steps patience eval_only",
+        "Optimization": "batch_size grad_accum lr lr_schedule warmup_steps weight_decay "
+        "max_grad_norm seed",
+        "The run's folder": "out_dir resume config log_interval eval_interval save_interval "
+        "tensorboard quiet",
+        "Machine": "threads precision gradient_checkpointing accelerate",
+    }
 
     # Model
     model: str = ""
@@ -127,21 +146,3 @@ class FinetuneConfig(OptimizationSettings):
         if not self.dataset and not (self.eval_only and self.eval_dataset):
             raise ValueError("dataset: give files, a folder or a name on the hub to train on")
         return self
-
-
-def words_as_lists(arguments: list[str]) -> list[str]:
-    """`--dataset a b` as the one flag `--dataset ["a", "b"]` that the settings read."""
-    result: list[str] = []
-    words: list[str] | None = None  # of the list flag that was read last
-    for argument in arguments:
-        if words is not None and not argument.startswith("--"):
-            words.append(argument)
-            continue
-        if words is not None:
-            result.append(json.dumps(words))
-        result.append(argument)
-        is_list = argument.replace("-", "_") in ("__dataset", "__eval_dataset", "__lora_targets")
-        words = [] if is_list else None
-    if words is not None:
-        result.append(json.dumps(words))
-    return result

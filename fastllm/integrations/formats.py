@@ -2,19 +2,17 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fastllm.flags import Format
 from fastllm.integrations.gguf import check_gguf, save_gguf
 from fastllm.integrations.hf_tokenizer import CONFIG_FILE, save_hf_tokenizer, tokenizer_json
 from fastllm.integrations.onnx import check_onnx, onnx_logits, save_onnx
 from fastllm.models.decoder import DecoderModel
 from fastllm.models.gpt2 import check_gpt2, convert_to_gpt2
 from fastllm.tokenization import Tokenizer
-
-Format = Literal["hf", "onnx", "gguf"]
 
 PACKAGES: dict[Format, list[str]] = {
     "hf": ["tokenizers"],

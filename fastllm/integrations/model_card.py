@@ -5,7 +5,7 @@ from pathlib import Path
 from string import Template
 
 from fastllm.data.tokens import read_header
-from fastllm.integrations.formats import Format
+from fastllm.flags import Format
 from fastllm.models.decoder import DecoderModel
 from fastllm.training.checkpoint import read_progress
 from fastllm.training.config import TrainConfig

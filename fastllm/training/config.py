@@ -1,19 +1,22 @@
 """The settings of a training run: one definition for flags, config files, config.json and help."""
 
-import argparse
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from fastllm.command import CommandSettings, describe_error, parse_settings, underscored
-from fastllm.device import Device, Precision
-from fastllm.models.decoder import DecoderModel
+from fastllm.command import describe_error, make_settings
+from fastllm.flags import CommandSettings, Device, Precision, Threads, did_you_mean, read_flags
 from fastllm.version import __version__
+
+if TYPE_CHECKING:
+    from fastllm.models.decoder import DecoderModel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,7 +46,7 @@ class RunSettings(CommandSettings):
     """TOML file with any of these settings; flags override it."""
 
     @model_validator(mode="after")
-    def _check_resume(self) -> "RunSettings":
+    def _check_resume(self) -> RunSettings:
         if self.resume and self.out_dir is None:
             raise ValueError("resume needs out_dir, the folder of the run to continue")
         return self
@@ -96,7 +99,7 @@ class OptimizationSettings(RunSettings):
     """Print only warnings and errors."""
 
     # Machine
-    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    threads: Threads = 0
     """CPU threads; 0 for OMP_NUM_THREADS, or the physical cores that this process may use."""
     precision: Precision = "fp32"
     """Type that matrix products round their operands to; weights and sums are always fp32. bf16 is
@@ -118,6 +121,27 @@ class TrainConfig(OptimizationSettings):
         "pos_encoding", "activation", "tie_word_embeddings", "batch_size", "grad_accum",
         "optimizer", "seed",
     )  # fmt: skip
+    positional: ClassVar = "file_path"
+    aliases: ClassVar = {"dataset": "file_path"}
+    examples: ClassVar = """
+fastllm train book.txt
+fastllm train book.txt --out_dir runs/wide --hidden_size 128 --epochs 3
+fastllm train --resume --out_dir runs/wide
+torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
+"""
+    groups: ClassVar = {
+        "Data": "file_path tokenizer vocab_size max_seq_len overlap min_line_length dedup_lines "
+        "val_fraction",
+        "Model": "hidden_size num_layers num_heads dropout norm_first pos_encoding activation "
+        "tie_word_embeddings",
+        "Length of the run": "epochs max_steps max_minutes patience",
+        "Optimization": "batch_size grad_accum lr lr_schedule warmup_steps min_lr optimizer "
+        "muon_lr weight_decay beta1 beta2 max_grad_norm seed",
+        "The run's folder": "out_dir resume config log_interval eval_interval save_interval "
+        "sample_interval keep_checkpoints quiet profile",
+        "Machine": "threads device precision gradient_checkpointing num_workers impl",
+        "Several processes": "parallel launcher max_failures zero_stage offload deepspeed_config",
+    }
 
     # Data
     file_path: Path | None = None
@@ -205,7 +229,7 @@ class TrainConfig(OptimizationSettings):
     """deepspeed: a configuration file to use instead of deepspeed.json in the run's folder."""
 
     @model_validator(mode="after")
-    def _check_together(self) -> "TrainConfig":
+    def _check_together(self) -> TrainConfig:
         if self.overlap >= self.max_seq_len:
             raise ValueError(
                 f"overlap ({self.overlap}) must be less than max_seq_len ({self.max_seq_len})"
@@ -242,6 +266,8 @@ class TrainConfig(OptimizationSettings):
 
     def build_model(self, vocab_size: int, padding_idx: int | None) -> DecoderModel:
         """An untrained model with these settings."""
+        from fastllm.models.decoder import DecoderModel
+
         model = DecoderModel(
             vocab_size,
             self.hidden_size,
@@ -308,21 +334,16 @@ def parse_run_settings(settings_class: type[AnyRun], arguments: list[str]) -> An
 
     Exits with a message if they are invalid.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--out_dir", type=Path)
-    parser.add_argument("--resume", action="store_true")
-    flags, _ = parser.parse_known_args(underscored(arguments))
-    given = read_toml(flags.config) if flags.config else {}
-    run_dir = flags.out_dir or given.get("out_dir")
-    if not run_dir or not (flags.resume or given.get("resume")):
-        return parse_settings(settings_class, arguments, **given)
+    given = read_given(settings_class, arguments)
+    run_dir = given.get("out_dir")
+    if not run_dir or not given.get("resume"):
+        return make_settings(settings_class, given)
     try:
         saved = read_config(Path(run_dir) / "config.json", settings_class)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: cannot resume: {error}") from None
     kept = saved.model_dump(exclude=set(settings_class.of_one_command))
-    config = parse_settings(settings_class, arguments, **{**kept, **given})
+    config = make_settings(settings_class, {**kept, **given})
     for name in settings_class.fixed:
         old, new = getattr(saved, name), getattr(config, name)
         if old != new:
@@ -331,6 +352,16 @@ def parse_run_settings(settings_class: type[AnyRun], arguments: list[str]) -> An
                 "Leave the flag out, or start a new run in another out_dir"
             )
     return config
+
+
+def read_given(settings_class: type[RunSettings], arguments: list[str]) -> dict[str, Any]:
+    """The settings in the flags and in the file of --config; flags override the file.
+
+    Exits with a message if they cannot be read.
+    """
+    flags = read_flags(settings_class, arguments)
+    file = read_toml(Path(flags["config"]), settings_class) if "config" in flags else {}
+    return {**file, **flags}
 
 
 def read_config(path: Path, settings_class: type[AnyRun]) -> AnyRun:
@@ -354,11 +385,17 @@ def read_config(path: Path, settings_class: type[AnyRun]) -> AnyRun:
         raise ValueError(f"{path} is not a run's config.json: {error}") from None
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, settings_class: type[RunSettings]) -> dict[str, Any]:
     """The settings in a config file; exits with a message if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SystemExit(f"error: cannot read the config file {path}: {error.strerror}") from None
     except ValueError as error:
         raise SystemExit(f"error: the config file {path} is not TOML: {error}") from None
+    settings = {settings_class.aliases.get(name, name): value for name, value in found.items()}
+    for name in settings:
+        if name not in settings_class.model_fields:
+            near = did_you_mean(settings_class, name)
+            raise SystemExit(f"error: {path}: {name}: there is no such setting{near}")
+    return settings

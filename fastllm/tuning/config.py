@@ -1,17 +1,21 @@
 """Settings of the tune command."""
 
-import argparse
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fastllm.command import CommandSettings, parse_settings, underscored
+from fastllm.flags import CommandSettings
 from fastllm.training.config import Count, NonNegative, PositiveCount
 
 
 class TuneConfig(CommandSettings):
     """Search for settings with the lowest validation loss; flags after -- go to every trial."""
+
+    examples: ClassVar = """
+fastllm tune -- book.txt
+fastllm tune --search lr=1e-4:1e-2:log --trials 16 -- book.txt
+"""
 
     command: Literal["train", "finetune"] = "train"
     """The command whose settings are searched."""
@@ -31,12 +35,3 @@ class TuneConfig(CommandSettings):
     """Folder of the study; a study that is already there continues."""
     seed: Count = 0
     """Makes the search reproducible as long as trials run one at a time."""
-
-
-def parse_tune_config(arguments: list[str]) -> TuneConfig:
-    """Settings from the flags; exits with a message if they are invalid."""
-    # Parsed separately: pydantic would split `--search batch_size=8,16` at the comma.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--search", action="append", default=[])
-    found, others = first.parse_known_args(underscored(arguments))
-    return parse_settings(TuneConfig, others, search=found.search)

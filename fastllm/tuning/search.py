@@ -1,12 +1,12 @@
 """What a study searches: `--search lr=1e-5:5e-4:log` as distributions of optuna."""
 
-import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fastllm.command import parse_settings, underscored
+from fastllm.command import make_settings
 from fastllm.threads import available_cores
-from fastllm.training.config import RunSettings, read_toml
+from fastllm.training.config import RunSettings, read_given
 from fastllm.tuning.config import TuneConfig
 
 if TYPE_CHECKING:
@@ -56,20 +56,18 @@ def make_plan(config: TuneConfig, settings_class: type[RunSettings], flags: list
         ValueError: a setting is unknown, or both searched and fixed, or its range is invalid.
         ImportError: optuna is not installed.
     """
-    flags = underscored(flags)
-    from_file = _read_config_file(flags)
-    fixed_names = from_file.keys() | _flag_names(flags)
+    fixed = read_given(settings_class, flags)
     for name in ("out_dir", "resume"):
-        if name in fixed_names:
+        if name in fixed:
             raise ValueError(f"{name} cannot be fixed: every trial has a folder of its own")
-    searches = _choose_searches(config, settings_class, fixed_names)
+    searches = _choose_searches(config, settings_class, fixed.keys())
 
     # Both ends of every range and every value of a list pass through the settings, which convert
     # and validate them.
     values: dict[str, list[Any]] = {name: [] for name in searches}
     for i in range(max(len(search.values) for search in searches.values())):
         row = {name: s.values[min(i, len(s.values) - 1)] for name, s in searches.items()}
-        settings = parse_settings(settings_class, flags, **{**from_file, **row})
+        settings = make_settings(settings_class, {**fixed, **row})
         valid = settings.model_dump(mode="json")
         for name in searches:
             values[name].append(valid[name])
@@ -84,20 +82,8 @@ def make_plan(config: TuneConfig, settings_class: type[RunSettings], flags: list
     )
 
 
-def _read_config_file(flags: list[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    file = parser.parse_known_args(flags)[0].config
-    return read_toml(file) if file else {}
-
-
-def _flag_names(flags: list[str]) -> set[str]:
-    names = (flag.partition("=")[0][2:] for flag in flags if flag.startswith("--"))
-    return {name.removeprefix("no-") for name in names}
-
-
 def _choose_searches(
-    config: TuneConfig, settings_class: type[RunSettings], fixed_names: set[str]
+    config: TuneConfig, settings_class: type[RunSettings], fixed_names: Collection[str]
 ) -> dict[str, Search]:
     """The default searches that are not fixed, and those of `--search`.
 

@@ -2,17 +2,21 @@
 
 import pytest
 
-from fastllm.finetuning.config import words_as_lists
+from fastllm.finetuning.config import FinetuneConfig
+from fastllm.training.config import parse_run_settings
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--model m --lr 1", "--model m --lr 1"),
-        ("--dataset a b --lr 1", '--dataset ["a", "b"] --lr 1'),
-        ("--eval-dataset a --lora_targets x y", '--eval-dataset ["a"] --lora_targets ["x", "y"]'),
-        ("--dataset", "--dataset []"),
+        ("--dataset a b --lr 1", ["a", "b"]),
+        ("--dataset a --dataset=b", ["a", "b"]),
+        ("--file_path a b", ["a", "b"]),
+        ("--file-path=a", ["a"]),
+        ("a b --lr 1", ["a", "b"]),
+        ("--lora_targets x y --lr 1 a", ["a"]),
     ],
 )
-def test_words_after_a_list_flag_are_one_argument(flags: str, expected: str) -> None:
-    assert " ".join(words_as_lists(flags.split())) == expected
+def test_the_texts_to_train_on(flags: str, expected: list[str]) -> None:
+    config = parse_run_settings(FinetuneConfig, ["--model", "m", *flags.split()])
+    assert config.dataset == expected

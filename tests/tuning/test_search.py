@@ -5,14 +5,15 @@ from pathlib import Path
 import optuna
 import pytest
 
-from fastllm.tune import settings_and_flags
-from fastllm.tuning.config import parse_tune_config
+from fastllm.command import parse_settings
+from fastllm.tune import settings_of
+from fastllm.tuning.config import TuneConfig
 from fastllm.tuning.search import Plan, make_plan
 
 
 def plan_of(search: str, flags: str = "") -> Plan:
-    config = parse_tune_config(search.split())
-    return make_plan(config, *settings_and_flags(config.command, flags.split()))
+    config = parse_settings(TuneConfig, search.split())
+    return make_plan(config, settings_of(config.command), flags.split())
 
 
 @pytest.mark.parametrize(
