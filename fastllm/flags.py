@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import os
 import shutil
 import textwrap
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -62,6 +64,8 @@ class CommandSettings(BaseModel):
     """The setting that may be given without its flag."""
     aliases: ClassVar[Mapping[str, str]] = {}
     """Second names of settings, as other commands call them."""
+    joins_processes: ClassVar = False
+    """Whether the processes that torchrun starts do the work of the command together."""
 
 
 def check_quantize(quantize: str | None, precision: Precision) -> None:
@@ -76,6 +80,8 @@ def read_flags(settings_class: type[CommandSettings], arguments: list[str]) -> d
     Flags may be written `--file_path` or `--file-path`, and lists of numbers and of fixed words
     `1 2` or `1,2`; other texts and paths may contain commas.
     """
+    if not settings_class.joins_processes:
+        refuse_several_processes()
     parser = _Parser(settings_class)
     found, words = parser.parse_known_args(underscored(arguments))
     values = vars(found)
@@ -96,6 +102,16 @@ def read_flags(settings_class: type[CommandSettings], arguments: list[str]) -> d
             parser.error(f"{words[-1]}: there is a {name} already")
         values[name] = words if is_list else words[0]
     return values
+
+
+def refuse_several_processes() -> None:
+    """Exits if torchrun started several processes; one of each machine says why."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        raise SystemExit("error: this command works in one process; start it without torchrun")
+    time.sleep(10)  # torchrun ends this process as soon as that one has exited, but not before
+    raise SystemExit(1)
 
 
 def underscored(arguments: list[str]) -> list[str]:

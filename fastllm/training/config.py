@@ -111,6 +111,7 @@ class OptimizationSettings(RunSettings):
 class TrainConfig(OptimizationSettings):
     """Train a small language model on a text file."""
 
+    joins_processes: ClassVar = True
     of_one_command: ClassVar = (
         "config", "out_dir", "resume", "max_minutes", "profile", "quiet", "launcher",
         "max_failures", "zero_stage", "offload", "deepspeed_config",
