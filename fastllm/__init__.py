@@ -20,7 +20,9 @@ __all__ = [
     "__version__",
     "create_dataloader",
     "implementations",
+    "load_model",
     "optim",
+    "save_model",
     "use",
 ]
 

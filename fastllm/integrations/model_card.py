@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from fastllm.data.tokens import read_header
 from fastllm.flags import Format
@@ -54,7 +55,7 @@ def model_card(
     license: str,
     file_name: str,
     model: DecoderModel,
-    settings: TrainConfig,
+    settings: TrainConfig | None,
     checkpoint: Path,
     run_dir: Path,
     difference: float,
@@ -75,9 +76,7 @@ def model_card(
         if license == "unknown"
         else f"`{license}`, according to the person who exported it."
     )
-    # Paths of the machine that trained the model are private.
-    private = {"file_path"} | ({"tokenizer"} if isinstance(settings.tokenizer, Path) else set())
-    kept = settings.model_dump(mode="json", exclude={*settings.of_one_command, *private})
+    kept = model.settings if settings is None else public_settings(settings)
     library = "library_name: transformers\n" if format == "hf" else ""
     return f"""---
 license: {license}
@@ -104,7 +103,7 @@ follow instructions; what it writes is made up.
 
 {licence}
 
-## Training settings
+## {"Model" if settings is None else "Training"} settings
 
 ```json
 {json.dumps(kept, indent=2)}
@@ -112,10 +111,21 @@ follow instructions; what it writes is made up.
 """
 
 
-def model_rows(model: DecoderModel, settings: TrainConfig, difference: float) -> dict[str, str]:
+def public_settings(settings: TrainConfig) -> dict[str, Any]:
+    """A run's settings without paths of the machine that trained the model."""
+    private = {"file_path"} | ({"tokenizer"} if isinstance(settings.tokenizer, Path) else set())
+    return settings.model_dump(mode="json", exclude={*settings.of_one_command, *private})
+
+
+def model_rows(
+    model: DecoderModel, settings: TrainConfig | None, difference: float
+) -> dict[str, str]:
     """Rows of the card's table about the model."""
-    return {
-        "text": settings.file_path.name if settings.file_path else "Python's own documentation",
+    rows = {}
+    if settings is not None:
+        text = settings.file_path
+        rows["text"] = text.name if text else "Python's own documentation"
+    return rows | {
         "longest sequence": f"{model.max_seq_len:,} tokens from a vocabulary of "
         f"{model.vocab_size:,}",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",

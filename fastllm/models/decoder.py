@@ -47,6 +47,7 @@ class DecoderModel(nn.Module):
         scale_embeddings: token embeddings are multiplied by sqrt(H).
 
     Attributes:
+        settings: the arguments of the constructor, without device and dtype.
         gradient_checkpointing: save only each block's input and rerun its forward in the backward:
             less memory, a third more time. Off by default.
     """
@@ -76,7 +77,13 @@ class DecoderModel(nn.Module):
         tie_word_embeddings: bool = False,
         scale_embeddings: bool = True,
     ) -> None:
+        settings = {
+            name: argument
+            for name, argument in locals().items()
+            if name not in ("self", "__class__", "device", "dtype")
+        }
         super().__init__()
+        self.settings = settings
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.max_seq_len = max_seq_len

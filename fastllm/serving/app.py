@@ -259,7 +259,7 @@ async def card(request: Request) -> JSONResponse:
             "max_seq_len": served.max_seq_len,
             "precision": served.precision,
             "slots": service.slots,
-            "settings": served.config.model_dump(mode="json"),
+            "settings": served.settings,
             "progress": {
                 name: _finite(value) if isinstance(value, float) else value
                 for name, value in served.progress.items()

@@ -11,7 +11,6 @@ from fastllm.models.decoder import DecoderModel
 from fastllm.serving.examples import example_prompts
 from fastllm.tokenization import SimpleCharacterTokenizer, Tokenizer
 from fastllm.training.checkpoint import find_checkpoint, load_model, read_progress
-from fastllm.training.config import TrainConfig
 
 
 class ServedModel(NamedTuple):
@@ -19,6 +18,7 @@ class ServedModel(NamedTuple):
 
     Attributes:
         name: how requests refer to it.
+        settings: those of its run, or the model's own if it was saved by `save_model`.
         precision: what it decodes in.
         parameters: the number of weights.
         run_dir: the folder that may hold its metrics.jsonl.
@@ -29,7 +29,7 @@ class ServedModel(NamedTuple):
 
     name: str
     tokenizer: Tokenizer
-    config: TrainConfig
+    settings: dict[str, Any]
     precision: str
     parameters: int
     max_seq_len: int
@@ -74,7 +74,7 @@ def load_served_model(
     served = ServedModel(
         run_dir.name,
         tokenizer,
-        config,
+        model.settings if config is None else config.model_dump(mode="json"),
         decoding_precision,
         sum(parameter.numel() for parameter in model.parameters()),
         model.max_seq_len,

@@ -213,27 +213,35 @@ def has_checkpoint(run_dir: Path) -> bool:
     return bool(_checkpoints(run_dir))
 
 
-def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig]:
-    """The model on the CPU, in training mode, with its tokenizer and settings.
+def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig | None]:
+    """The model on the CPU, in training mode, with its tokenizer and the settings of its run.
+
+    There are no such settings for a model that `save_model` saved.
 
     Raises:
         CheckpointError: a file is missing, truncated, changed or foreign.
     """
     _verify(checkpoint)
-    if _is_gpt2(checkpoint / "config.json"):
+    if _read_settings(checkpoint / "config.json").get("model_type") == "gpt2":
         raise CheckpointError(
             f"{checkpoint} holds a GPT-2 in Hugging Face's format, not a run of train; load it "
             "in Python with DecoderModel.from_gpt2"
         )
+    saved, config = read_saved_settings(checkpoint), None
     try:
-        config = read_config(checkpoint / "config.json", TrainConfig)
         tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
+        # Shapes first, without memory: settings that do not match the weights must not allocate.
+        with torch.device("meta"):
+            if saved is None:
+                config = read_config(checkpoint / "config.json", TrainConfig)
+                model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
+            else:
+                model = DecoderModel(**saved)
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
+    except (TypeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint / 'config.json'} is damaged: {error}") from error
     file = checkpoint / "model.safetensors"
-    # Shapes first, without memory: settings that do not match the weights must not allocate.
-    with torch.device("meta"):
-        model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
     expected = {name: list(tensor.shape) for name, tensor in _weights(model).items()}
     found = _shapes(file)
     if found != expected:
@@ -248,12 +256,19 @@ def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig]:
     return model, tokenizer, config
 
 
-def _is_gpt2(config: Path) -> bool:
+def read_saved_settings(folder: Path) -> dict[str, Any] | None:
+    """The arguments of `DecoderModel` that `save_model` wrote; None if it wrote none here."""
+    settings = _read_settings(folder / "config.json").get("model")
+    return settings if isinstance(settings, dict) else None
+
+
+def _read_settings(config: Path) -> dict[str, Any]:
+    """The content of a config.json; empty if it is unreadable, which `read_config` reports."""
     try:
         settings = json.loads(config.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and settings.get("model_type") == "gpt2"
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _first_failure(error: Any) -> BaseException:

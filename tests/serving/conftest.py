@@ -88,7 +88,7 @@ def running_server(
     served = ServedModel(
         "tiny",
         tokenizer,
-        TrainConfig(),
+        TrainConfig().model_dump(mode="json"),
         "fp32",
         parameters,
         model.max_seq_len,

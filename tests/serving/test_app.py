@@ -20,7 +20,6 @@ from fastllm.generation.text_stream import UNFINISHED  # noqa: E402
 from fastllm.serving.app import create_app  # noqa: E402
 from fastllm.serving.guard import Limits  # noqa: E402
 from fastllm.serving.model import ServedModel  # noqa: E402
-from fastllm.training.config import TrainConfig  # noqa: E402
 from tests.serving.conftest import (  # noqa: E402
     Model,
     RunningServer,
@@ -530,7 +529,7 @@ def test_a_thousand_random_requests(characters: Model) -> None:
     """Each gets a completion or an error with a reason, and the server continues."""
     model, tokenizer = characters
     served = ServedModel(
-        "tiny", tokenizer, TrainConfig(), "fp32", 1, model.max_seq_len, Path("nowhere"), {}, 1
+        "tiny", tokenizer, {}, "fp32", 1, model.max_seq_len, Path("nowhere"), {}, 1
     )
     app = create_app(served, model, 4, 200)
     source = random.Random(11)

@@ -1,0 +1,98 @@
+"""A model and its tokenizer in a folder that generate, evaluate, serve and export can read."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fastllm.files import flush
+from fastllm.models.decoder import DecoderModel
+from fastllm.tokenization import Tokenizer
+from fastllm.training.checkpoint import find_checkpoint, read_saved_settings
+from fastllm.training.checkpoint import load_model as load_checkpoint
+from fastllm.version import __version__
+
+
+def save_model(model: DecoderModel, tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> None:
+    """Saves a model that was trained in code of your own, for the commands and `load_model`.
+
+    A model without `padding_idx` gets the tokenizer's padding, which will never be generated.
+
+    Args:
+        model: weights are saved in their own type, and loaded as float32.
+        folder: is made; an earlier saved model in it is replaced.
+
+    Raises:
+        ValueError: the model has replaced or added modules, its vocabulary is smaller than the
+            tokenizer's, or the folder holds something else.
+    """
+    folder = Path(folder)
+    settings = {**model.settings, "padding_idx": model.padding_idx}
+    if model.padding_idx is None:
+        settings["padding_idx"] = tokenizer.pad_token_id
+    _check_plain(model)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the model has {model.vocab_size} tokens and the tokenizer {tokenizer.vocab_size}; "
+            "save the tokenizer that the model was trained with"
+        )
+    if folder.exists() and read_saved_settings(folder) is None and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something else; choose another folder")
+    weights = {name: each.detach().cpu().contiguous() for name, each in model.state_dict().items()}
+    if model.tie_word_embeddings:  # safetensors refuses shared memory
+        del weights["lm_head.weight"]
+    config = {"fastllm_version": __version__, "model": settings}
+    partial, replaced = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save_file(weights, partial / "model.safetensors")
+        tokenizer.save(partial / "tokenizer.json")
+        text = json.dumps(config, indent=2) + "\n"
+        (partial / "config.json").write_text(text, encoding="utf-8")
+        for file in partial.iterdir():
+            flush(file)
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def load_model(folder: str | os.PathLike[str]) -> tuple[DecoderModel, Tokenizer]:
+    """The model, on the CPU and in evaluation mode, and the tokenizer of a folder.
+
+    Args:
+        folder: of `save_model`, of a run, or a checkpoint in a run.
+
+    Raises:
+        CheckpointError: there is no model, or a file is missing or damaged.
+    """
+    model, tokenizer, _ = load_checkpoint(find_checkpoint(folder))
+    return model.eval(), tokenizer
+
+
+def _check_plain(model: DecoderModel) -> None:
+    """Raises a `ValueError` unless the constructor makes a model of the same modules."""
+    if not isinstance(model.settings["mlp_activation"], str):
+        raise ValueError("only activations with a name can be saved; give mlp_activation its name")
+    with torch.device("meta"):
+        again = DecoderModel(**model.settings)
+    own, expected = ({n: type(m) for n, m in each.named_modules()} for each in (model, again))
+    for name in {**expected, **own}:
+        if own.get(name) is not expected.get(name):
+            found = own[name].__name__ if name in own else "nothing"
+            place = f"'{name}'" if name else "the model"
+            raise ValueError(
+                f"{place} is {found}, not what DecoderModel was built with; put the original "
+                "module back before saving, or save its state_dict with torch.save"
+            )
+    shapes, wanted = ({n: p.shape for n, p in each.state_dict().items()} for each in (model, again))
+    if shapes != wanted:
+        name = min(n for n in {*shapes, *wanted} if shapes.get(n) != wanted.get(n))
+        raise ValueError(f"'{name}' does not have the shape that DecoderModel gives it")
