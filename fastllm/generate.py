@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastllm.command import errors_in_one_line, parse_settings
+from fastllm.command import errors_in_one_line, log, parse_settings
 from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ fastllm generate --checkpoint runs/book --prompt_file lines.txt --top_p 0.9
     checkpoint: Path
     """A run folder, or a checkpoint inside it."""
     prompt: str | None = None
-    """Text to continue."""
+    """Text to continue. Without it, a prompt is asked for again and again, or the whole of standard
+    input is continued if that is a pipe or a file."""
     prompt_file: Path | None = None
     """UTF-8 file with a prompt on each line; empty lines are skipped, and several prompts are
     continued at a time."""
@@ -49,7 +52,7 @@ fastllm generate --checkpoint runs/book --prompt_file lines.txt --top_p 0.9
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Above 1, tokens that have already appeared become less likely."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    """The same seed gives the same text; each further line of a prompt file uses the next one."""
+    """The same seed gives the same text; each further prompt uses the next one."""
     stop: str | None = None
     """End before this text."""
     precision: Precision = "fp32"
@@ -63,7 +66,7 @@ fastllm generate --checkpoint runs/book --prompt_file lines.txt --top_p 0.9
 
     @model_validator(mode="after")
     def _check_together(self) -> GenerateConfig:
-        if (self.prompt is None) == (self.prompt_file is None):
+        if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("give either a prompt or a prompt_file")
         check_quantize(self.quantize, self.precision)
         if self.stop == "":
@@ -109,23 +112,78 @@ def main(arguments: list[str]) -> None:
                     print("---")
                 print(text, flush=True)
             return
-        pieces = generate_text(
-            model,
-            tokenizer,
-            config.prompt or "",
-            config.max_new_tokens,
-            config.stop,
-            echo=True,
-            **config.sampling._asdict(),
-            seed=config.seed,
-            precision=precision,
-        )
-        first = next(pieces, "")  # raises any error before anything is printed
-        sys.stdout.write(first)
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    sys.stdout.write("\n")
+
+        def write(prompt: str, seed: int) -> None:
+            pieces = generate_text(
+                model,
+                tokenizer,
+                prompt,
+                config.max_new_tokens,
+                config.stop,
+                echo=True,
+                **config.sampling._asdict(),
+                seed=seed,
+                precision=precision,
+            )
+            for piece in pieces:  # any error comes before the first piece
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+
+        if config.prompt is not None:
+            write(config.prompt, config.seed)
+        elif sys.stdin is not None and sys.stdin.isatty():
+            ask_for_prompts(write, config.seed)
+        else:
+            write(read_standard_input(), config.seed)
+
+
+def ask_for_prompts(write: Callable[[str, int], None], seed: int) -> None:
+    """Continues what is typed, line by line, until the input ends.
+
+    Ctrl-C stops a text, and ends the loop where a prompt is typed.
+
+    Args:
+        write: prints the text that continues a prompt, drawn with a seed.
+        seed: of the first prompt; each further one has the next.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - arrow keys and history; Windows has its own
+    log("Type the beginning of a text and press Enter; Ctrl-C stops a text, Ctrl-D ends.")
+    while True:
+        try:
+            prompt = input("> " if sys.stdout.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            sys.stdout.write("\n")
+            return
+        if not prompt:
+            continue
+        try:
+            write(prompt, seed)
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+        except (KeyError, ValueError) as error:  # such as a character that the tokenizer lacks
+            log(f"error: {error.args[0]}")
+        seed += 1
+
+
+def read_standard_input() -> str:
+    """All of standard input but its last line end.
+
+    Raises:
+        ValueError: it is closed, empty or not UTF-8.
+    """
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"standard input is not UTF-8: {error.reason}, byte {error.start}"
+        ) from None
+    text = text.replace("\r\n", "\n").removesuffix("\n")
+    if not text:
+        raise ValueError("there is no prompt on standard input; give --prompt or --prompt_file")
+    return text
 
 
 def read_lines(path: Path) -> list[str]:

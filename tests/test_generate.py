@@ -1,5 +1,9 @@
+import codecs
+import io
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +112,92 @@ def test_the_prompt_and_its_continuation_read_as_one_text(
         stop = whole[len(line) : len(line) + 2]
         stopped = run("generate", *flags, "--prompt", line, "--stop", stop).stdout
         assert stopped == whole[: whole.index(stop, len(line.rstrip()))] + "\n"
+
+
+def typed(data: bytes, at_terminal: bool) -> io.TextIOWrapper:
+    stdin = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+    stdin.isatty = lambda: at_terminal  # type: ignore[method-assign]
+    return stdin
+
+
+def test_without_a_prompt_standard_input_is_continued(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = f"--checkpoint {run_dir} --max_new_tokens 20".split()
+    for data, prompt in (
+        (b"the quick", "the quick"),
+        (b"the quick\nbrown\n", "the quick\nbrown"),
+        (codecs.BOM_UTF8 + b"the\r\nfox\r\n", "the\nfox"),
+    ):
+        monkeypatch.setattr(sys, "stdin", typed(data, at_terminal=False))
+        result = run("generate", *flags)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == run("generate", *flags, "--prompt", prompt).stdout
+    for stdin, message in (
+        (typed(b"", False), "there is no prompt on standard input; give --prompt"),
+        (typed(b"\n", False), "there is no prompt on standard input"),
+        (typed(b"the \xff", False), "standard input is not UTF-8: invalid start byte, byte 4"),
+        (typed(b"the Q", False), "Character 'Q' not found"),
+        (None, "there is no prompt on standard input"),
+    ):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        result = run("generate", *flags)
+        assert result.returncode == 1 and result.stdout == ""
+        assert result.stderr.startswith(f"error: {message}")
+
+
+def test_without_a_prompt_a_terminal_is_asked_for_some(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Empty lines are skipped, and a prompt with an error does not end the loop."""
+    flags = f"--checkpoint {run_dir} --max_new_tokens 20".split()
+    monkeypatch.setattr(sys, "stdin", typed(b"the\n\nQ\nfox", at_terminal=True))
+    result = run("generate", *flags, "--seed", "4")
+    assert result.returncode == 0
+    assert "error: Character 'Q' not found" in result.stderr
+    texts = [
+        run("generate", *flags, "--prompt", prompt, "--seed", seed).stdout
+        for prompt, seed in (("the", "4"), ("fox", "6"))
+    ]
+    assert result.stdout == "".join(texts) + "\n"
+
+
+@pytest.mark.subprocess
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals like these")
+def test_the_prompt_loop_in_a_terminal(run_dir: Path) -> None:
+    """Ctrl-C stops a text and keeps the loop; Ctrl-D ends it."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = [sys.executable, "-m", "fastllm.generate", "--checkpoint", str(run_dir)]
+        os.execv(sys.executable, [*command, "--threads", "1", "--max_new_tokens", "10000000"])
+    try:
+        shown = ""
+
+        def wait_for(part: str) -> None:
+            nonlocal shown
+            while part not in shown:
+                assert select.select([terminal], [], [], 100)[0], shown
+                shown += os.read(terminal, 4096).decode(errors="replace")
+            shown = shown.partition(part)[2]
+
+        wait_for("> ")
+        for _ in range(2):
+            os.write(terminal, b"the quick\n")
+            wait_for("the quick")  # the terminal's echo
+            wait_for("the quick")
+            os.write(terminal, b"\x03")
+            wait_for("\n> ")
+        os.write(terminal, b"\x04")
+        _, status = os.waitpid(pid, 0)
+        pid = 0
+        assert os.waitstatus_to_exitcode(status) == 0
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(terminal)
 
 
 def test_evaluate_command(run_dir: Path, text: Path) -> None:
