@@ -113,6 +113,7 @@ def test_subword_tokenizers(tmp_path: Path, text: Path, tokenizer: str) -> None:
         (b"", "", "error: text.txt has no text to learn from"),
         (b"a", "", "error: text.txt has no text to learn from"),
         (b"caf\xe9 au lait", "", "error: text.txt is not UTF-8: bad byte 0xe9 at offset 3"),
+        (b"ACGT" * 99, "--tokenizer wordpiece", "100% of the tokens of text.txt stand for unknown"),
         (b"short\n" * 9, "--min_line_length 100", "error: text.txt has no text to learn from"),
         (b"ab" * 99, "--val_fraction 0.999", "leaves 0 for training"),
         (b"ab" * 99, "--tokenizer bpe --vocab_size 9", "byte-level BPE needs at least 257"),

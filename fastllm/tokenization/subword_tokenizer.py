@@ -7,7 +7,9 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 PAD_NAMES = (PAD, "[PAD]", "<pad>")
 WORDPIECE_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Characters of a word, at most, while a vocabulary is learnt: every merge looks at whole words, and
+# a line without spaces is one. WordPiece encodes longer words as unknown.
+LONGEST_WORD = 100
 # Characters per segment. The library encodes a batch's segments in parallel; one of this length
 # occupies a thread for some milliseconds, and its tokens need little memory.
 SEGMENT = 1 << 15
@@ -52,10 +57,28 @@ def _damage_as_value_error(path: object) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # A panic derives from BaseException, and its class cannot be imported.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        if isinstance(error, Exception) or _is_from_library(error):
             raise ValueError(f"{path} is not a usable tokenizer: {error}") from error
         raise
+
+
+def _is_from_library(error: BaseException) -> bool:
+    """Whether it is an error without a type, or a Rust panic, which has no class to import."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
+def _run_interruptibly(call: Callable[[], None]) -> None:
+    """Runs `call` in a thread: Ctrl-C ends the wait for it, as the library ignores signals."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    outcome.result()
 
 
 class SubwordTokenizer:
@@ -71,6 +94,7 @@ class SubwordTokenizer:
         pad_token_id: the id of "<PAD>", "[PAD]" or "<pad>"; "<PAD>" is added if
             all are missing.
         token_dtype: the smallest integer type that holds every id.
+        unknown_token_id: the id of what the vocabulary cannot spell, if it has one.
         is_lossless: whether decoding restores texts, white space included.
         may_be_cut: whether a text cut between words encodes to the same ids, piece by piece.
 
@@ -103,6 +127,8 @@ class SubwordTokenizer:
                 f"token id {self.vocab_size - 1} in a vocabulary of {len(vocabulary)} tokens"
             )
         self.token_dtype = smallest_token_dtype(self.vocab_size)
+        unknown = getattr(tokenizer.model, "unk_token", None)
+        self.unknown_token_id: int | None = vocabulary.get(unknown)
         # Some models mark the first word of every input, so their texts must stay whole.
         self.may_be_cut = all(
             self._encode_batch([a + b]) == self._encode_batch([a, b])
@@ -113,18 +139,26 @@ class SubwordTokenizer:
 
     @classmethod
     def train(
-        cls, pieces: Iterable[str], model: Literal["bpe", "wordpiece"], vocab_size: int
+        cls,
+        pieces: Iterable[str],
+        model: Literal["bpe", "wordpiece"],
+        vocab_size: int,
+        show_progress: bool = False,
     ) -> SubwordTokenizer:
         """Learns a vocabulary of at most `vocab_size` tokens, padding included.
 
         "bpe" is GPT-2's kind: it works on bytes and starts from all 256 of them, so no text is
-        unknown. "wordpiece" is BERT's kind, with case preserved and BERT's special tokens.
+        unknown. "wordpiece" is BERT's kind, with case preserved and BERT's special tokens; words of
+        more than `LONGEST_WORD` characters are unknown to it.
 
         Args:
             pieces: the text; each piece is released before the next one is requested.
+            show_progress: draw progress bars on a terminal.
 
         Raises:
-            ValueError: `model` is unknown, or `vocab_size` is too small for the single characters.
+            ValueError: `model` is unknown, `vocab_size` is too small for the single characters, or
+                the library fails.
+            KeyboardInterrupt: Ctrl-C; the library may go on in the background.
         """
         library = _library()
         models, decoders = library.models, library.decoders
@@ -137,26 +171,44 @@ class SubwordTokenizer:
                     "256 bytes and padding"
                 )
             tokenizer = library.Tokenizer(models.BPE())
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            words = pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.decoder = decoders.ByteLevel()
             trainer = trainers.BpeTrainer(
                 vocab_size=vocab_size,
                 special_tokens=[PAD],
                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                show_progress=False,
+                show_progress=show_progress,
             )
         elif model == "wordpiece":
             tokenizer = library.Tokenizer(models.WordPiece(unk_token="[UNK]"))
             tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=False)
-            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            words = pre_tokenizers.BertPreTokenizer()
             tokenizer.decoder = decoders.WordPiece()
             trainer = trainers.WordPieceTrainer(
-                vocab_size=vocab_size, special_tokens=WORDPIECE_SPECIALS, show_progress=False
+                vocab_size=vocab_size,
+                special_tokens=WORDPIECE_SPECIALS,
+                show_progress=show_progress,
             )
         else:
             raise ValueError(f'model must be "bpe" or "wordpiece", not {model!r}')
-        segments = (part for piece in pieces for part in _segments(piece))
-        tokenizer.train_from_iterator(segments, trainer)
+        short_words = pre_tokenizers.Split(library.Regex(f".{{1,{LONGEST_WORD}}}"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, short_words])
+        interrupted = threading.Event()
+
+        def segments() -> Iterator[str]:
+            for piece in pieces:
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+                yield from _segments(piece)
+
+        try:
+            _run_interruptibly(lambda: tokenizer.train_from_iterator(segments(), trainer))
+        except BaseException as error:
+            interrupted.set()
+            if _is_from_library(error):
+                raise ValueError(f"a {model} tokenizer cannot be learnt: {error}") from error
+            raise
+        tokenizer.pre_tokenizer = words
         trained = cls(tokenizer)
         if trained.vocab_size > vocab_size:
             raise ValueError(

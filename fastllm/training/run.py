@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,7 +199,7 @@ def prepare(
             model.gradient_checkpointing = run.config.gradient_checkpointing
         text = run.config.file_path or demo_text(run.run_dir, log)
         if tokenizer is None:
-            tokenizer = run_tokenizer(run, text, group)
+            tokenizer = run_tokenizer(run, text, group, log)
         train_set, val_set = read_data(run, text, tokenizer, log)
         with torch.device("meta"):
             sketch = run.config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
@@ -229,7 +230,7 @@ def demo_text(run_dir: Path, log: Log) -> Path:
     return path
 
 
-def run_tokenizer(run: ResolvedRun, text: Path, group: ProcessGroup) -> Tokenizer:
+def run_tokenizer(run: ResolvedRun, text: Path, group: ProcessGroup, log: Log) -> Tokenizer:
     """The tokenizer of a new run: rank 0 makes or loads it, the other ranks read rank 0's file."""
     config = run.config
     if not group.is_main:
@@ -239,7 +240,9 @@ def run_tokenizer(run: ResolvedRun, text: Path, group: ProcessGroup) -> Tokenize
     pieces = clean_lines(read_text(text), config.min_line_length, config.dedup_lines)
     if config.tokenizer == "char":
         return SimpleCharacterTokenizer.from_pieces(pieces)
-    return SubwordTokenizer.train(pieces, config.tokenizer, config.vocab_size)
+    log(f"tokenizer   {config.tokenizer}: learning {config.vocab_size:,} tokens from the text")
+    show_progress = not config.quiet and sys.stderr.isatty()
+    return SubwordTokenizer.train(pieces, config.tokenizer, config.vocab_size, show_progress)
 
 
 def read_data(
@@ -261,6 +264,12 @@ def read_data(
         dedup_lines=config.dedup_lines,
         token_file=run.run_dir / "tokens.bin",
     )
+    unknown = unknown_fraction(dataset, tokenizer)
+    if unknown > 0.5:
+        raise ValueError(
+            f"{unknown:.0%} of the tokens of {text} stand for unknown words: they are too long, as "
+            "in texts without spaces, or the tokenizer lacks their characters; try --tokenizer bpe"
+        )
     if len(dataset.tokens) < 2:
         raise ValueError(f"{text} has no text to learn from, after cleaning")
     train_set, val_set = (
@@ -271,6 +280,14 @@ def read_data(
         f"kinds, {len(train_set):,} training sequences"
     )
     return train_set, val_set
+
+
+def unknown_fraction(dataset: TextDataset, tokenizer: Tokenizer) -> float:
+    """The fraction of unknown tokens at the text's beginning."""
+    if not isinstance(tokenizer, SubwordTokenizer) or tokenizer.unknown_token_id is None:
+        return 0.0
+    beginning = dataset.tokens[: 1 << 20]
+    return float((beginning == tokenizer.unknown_token_id).mean()) if len(beginning) else 0.0
 
 
 def new_model(config: TrainConfig, tokenizer: Tokenizer) -> DecoderModel:

@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import random
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +82,50 @@ def test_errors_of_the_text_propagate_through_training():
         raise ValueError("bad byte")
 
     with pytest.raises(ValueError, match="bad byte"):
+        SubwordTokenizer.train(pieces(), "bpe", 300)
+
+
+@pytest.mark.parametrize("model", ["bpe", "wordpiece"])
+def test_training_cuts_long_words_only(model):
+    """Merges within a line without spaces would take time in proportion to its square."""
+    longest = module.LONGEST_WORD
+    trained = SubwordTokenizer.train([5_000 * "a" + " " + TEXT], model, 400)
+    tokens = trained._tokenizer.get_vocab()
+    assert max(len(token.removeprefix("##")) for token in tokens) <= longest
+
+
+def test_words_of_usual_length_are_learnt_as_the_library_learns_them():
+    length = module.LONGEST_WORD - 1  # and a space
+    text = " ".join("".join(random.Random(i).choices("acgt", k=length)) for i in range(50))
+    trained = SubwordTokenizer.train([text], "bpe", 400)
+    library = tokenizers.Tokenizer.from_str(trained.to_json())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<PAD>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator([text], trainer)
+    assert library.get_vocab() == trained._tokenizer.get_vocab()
+
+
+def test_control_c_ends_the_wait_for_the_library():
+    done, main = threading.Event(), threading.main_thread().ident
+    threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            module._run_interruptibly(lambda: done.wait(30))
+    finally:
+        done.set()
+
+
+@pytest.mark.parametrize("kind", [Exception, type("PanicException", (BaseException,), {})])
+def test_errors_of_the_library_in_training_are_value_errors(kind):
+    def pieces():
+        yield TEXT
+        raise kind("too much")
+
+    with pytest.raises(ValueError, match="a bpe tokenizer cannot be learnt: too much"):
         SubwordTokenizer.train(pieces(), "bpe", 300)
 
 
