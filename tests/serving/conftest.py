@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer
 from fastllm.generation.text_stream import Prompt, generate_text
-from fastllm.serving.app import create_app
+from fastllm.serving.app import Service, create_app
 from fastllm.serving.guard import Limits
 from fastllm.serving.model import ServedModel
 from fastllm.serving.scheduler import Scheduler
@@ -70,8 +70,15 @@ def alone(model: Model, prompt: str, max_tokens: int, seed: int, **sampling: Any
 class RunningServer(NamedTuple):
     url: str
     port: int
-    scheduler: Scheduler
-    served: ServedModel
+    service: Service
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.service.scheduler
+
+    @property
+    def served(self) -> ServedModel:
+        return self.service.served
 
 
 @contextmanager
@@ -95,16 +102,16 @@ def running_server(
         run_dir,
         {"step": 7},
         123,
+        ["ab cd"],
     )
     app = create_app(served, model, slots, max_queue, api_key, limits)
-    with running_app(app, served, limits) as server:
+    with running_app(app, limits) as server:
         yield server
 
 
 @contextmanager
 def running_app(
     app: FastAPI,
-    served: ServedModel,
     limits: Limits = Limits(),  # noqa: B008 - immutable
     renewal: Any = None,
 ) -> Iterator[RunningServer]:
@@ -115,7 +122,7 @@ def running_app(
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield RunningServer(f"http://127.0.0.1:{port}", port, app.state.service.scheduler, served)
+        yield RunningServer(f"http://127.0.0.1:{port}", port, app.state.service)
     finally:
         server.drain()
         thread.join()

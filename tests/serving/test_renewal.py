@@ -81,7 +81,7 @@ def test_newer_checkpoints_are_served(
     served, model = load(run)
     app = create_app(served, model, slots=2, max_queue=9)
     service = app.state.service
-    with running_app(app, served, renewal=partial(keep_newest, service, run, load)) as server:
+    with running_app(app, renewal=partial(keep_newest, service, run, load)) as server:
         assert answer_of(events_of(server, max_tokens=40, seed=5)) == (expected(older), {"step-2"})
 
         # What runs finishes with the weights it began with; what comes later gets the newer ones.
@@ -129,7 +129,7 @@ def test_a_checkpoint_stays_the_one_that_was_asked_for(
     looks = []
     look = renewal._newest_step
     monkeypatch.setattr(renewal, "_newest_step", lambda run: looks.append(run) or look(run))
-    with running_app(app, served, renewal=partial(keep_newest, app.state.service, chosen, load)):
+    with running_app(app, renewal=partial(keep_newest, app.state.service, chosen, load)):
         save(run, 4, keep=2)
         seen = len(looks)
         wait_until(lambda: len(looks) > seen + 3)

@@ -14,6 +14,13 @@ function element(tag, text, className) {
 const counted = (number) => number.toLocaleString("en");
 const loss = (number) => (number == null ? "–" : number.toFixed(3));
 const percent = (p) => (p >= 0.001 || p === 0 ? `${(100 * p).toFixed(1)}%` : "<0.1%");
+const stepOf = (fingerprint) => fingerprint?.replace("step-", "step ");
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : ".");
+
+// For screen readers.
+function announce(text) {
+  byId("announcement").textContent = text;
+}
 
 // The server
 
@@ -22,6 +29,7 @@ class ApiError extends Error {
     super(error.message);
     this.status = status;
     this.param = error.param;
+    this.code = error.code;
   }
 }
 
@@ -89,30 +97,117 @@ byId("key").addEventListener("submit", (event) => {
 const NUMBERS = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed"];
 const ESCAPES = { "\\n": "\n", "\\t": "\t", "\\\\": "\\" };
 
-// The body of a request. The server checks the values, so that its rules are written once.
 function requestBody() {
   const body = { prompt: form.prompt.value, stream: true, logprobs: 5 };
   for (const name of NUMBERS) {
-    const field = form[name];
-    if (field.validity.badInput) throw new ApiError(0, { message: `${name} must be a number`, param: name });
-    if (field.value !== "") body[name] = Number(field.value);
+    if (form[name].value !== "") body[name] = Number(form[name].value);
   }
   // Chosen here, so that the same continuation can be requested again.
   body.seed ??= crypto.getRandomValues(new Uint32Array(1))[0];
-  if (!Number.isSafeInteger(body.seed)) {
-    throw new ApiError(0, { message: "seed must be a whole number of at most 15 digits", param: "seed" });
-  }
   if (form.stop.value) body.stop = form.stop.value.replace(/\\[nt\\]/g, (each) => ESCAPES[each]);
   return body;
 }
 
-function showProblem(error) {
-  const field = error.param && form.elements[error.param];
-  byId("problem-text").textContent = { 429: "The server is busy: ", 401: "" }[error.status] ?? "";
-  byId("problem-text").append(error.message);
-  byId("retry").hidden = !(error instanceof Unreachable || error.status === 429 || error.status >= 500);
-  byId("problem").hidden = error.status === 401;
-  byId("problem").scrollIntoView({ block: "center" }); // it may have scrolled out of sight
+// Problems: what is wrong, in the user's words, and a button that mends it
+
+class Problem extends Error {
+  // field: the one at fault. remedy: the button's label, and what it does before trying again.
+  constructor(message, field, remedy) {
+    super(message);
+    this.field = field;
+    this.remedy = remedy;
+  }
+}
+
+const TRY_AGAIN = ["Try again", () => {}];
+const nameOf = (field) => field.labels[0].firstChild.data.trim();
+
+function reset(field) {
+  const name = nameOf(field).toLowerCase();
+  const label = field.defaultValue ? `Set ${name} to ${field.defaultValue}` : `Clear ${name}`;
+  return [label, () => { field.value = field.defaultValue; }];
+}
+
+function keepHalf(field) {
+  return ["Keep the last half of the prompt", () => {
+    const characters = Array.from(field.value);
+    field.value = characters.slice(characters.length >> 1).join("");
+  }];
+}
+
+// What phones and word processors write instead of the characters on the keys.
+const LOOKALIKES = { "‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..." };
+
+function checkPrompt(field) {
+  if (!field.value) {
+    const example = model?.examples[0];
+    const remedy = example && [`Start from “${example}”`, () => { field.value = example; }];
+    throw new Problem("Type a beginning for the model to continue.", field, remedy);
+  }
+  if (!model?.characters) return; // it knows them all
+  const known = new Set(model.characters);
+  const unknown = [...new Set(field.value)].filter((each) => !known.has(each));
+  if (!unknown.length) return;
+  const nearest = new Map(
+    unknown.map((each) => {
+      const choices = [LOOKALIKES[each], each.toLowerCase(), each.toUpperCase()];
+      return [each, choices.find((text) => text && Array.from(text).every((c) => known.has(c))) ?? ""];
+    }),
+  );
+  const listed = unknown.slice(0, 8).map(readable).join(", ") + (unknown.length > 8 ? " and others" : "");
+  throw new Problem(
+    `The model cannot read ${listed}: its training text had no such character.`,
+    field,
+    [
+      [...nearest.values()].some(Boolean) ? "Replace or remove" : "Remove",
+      () => { field.value = Array.from(field.value, (each) => nearest.get(each) ?? each).join(""); },
+    ],
+  );
+}
+
+// The ranges are those of the page's fields; what they cannot say, the server checks.
+function checkNumber(field) {
+  const { badInput, rangeUnderflow, rangeOverflow } = field.validity;
+  const whole = field.step === "1";
+  const fraction = whole && field.value !== "" && !Number.isSafeInteger(Number(field.value));
+  if (!(badInput || rangeUnderflow || rangeOverflow || fraction)) return;
+  const range = field.max ? ` from ${field.min} to ${field.max}` : field.min && ` of at least ${field.min}`;
+  const kind = whole ? "a whole number" : "a number";
+  throw new Problem(`${nameOf(field)} must be ${kind}${range || " of at most 15 digits"}.`, field, reset(field));
+}
+
+function problemOf(error) {
+  if (error instanceof Problem) return error;
+  if (error instanceof Unreachable) return new Problem(error.message, null, TRY_AGAIN);
+  if (!(error instanceof ApiError)) throw error;
+  const { status, param, code, message } = error;
+  if (status === 429) return new Problem("The server is busy with other requests.", null, TRY_AGAIN);
+  if (status >= 500) {
+    const remedy = "If trying again does not help, start the server again.";
+    return new Problem(`${sentence(message)} ${remedy}`, null, TRY_AGAIN);
+  }
+  const { prompt, max_tokens: length } = form;
+  if (code === "context_length_exceeded") {
+    const most = `Prompt and continuation may have ${counted(model.max_seq_len)} tokens together.`;
+    const long = Number(length.value) > Number(length.defaultValue);
+    return long ? new Problem(most, length, reset(length)) : new Problem(most, prompt, keepHalf(prompt));
+  }
+  if (status === 413) return new Problem("The prompt is too long for the server.", prompt, keepHalf(prompt));
+  const field = param && form.elements[param];
+  if (!field) return new Problem(sentence(message), null, null);
+  const words = message.replace(`${param}: `, "").replace(/^Input should/, "must");
+  if (field === prompt) return new Problem(sentence(words), prompt, null);
+  return new Problem(sentence(`${nameOf(field)} ${words}`), field, reset(field));
+}
+
+let mend = null; // what the problem's button does
+
+function showProblem({ message, field, remedy }) {
+  byId("problem-text").textContent = message;
+  byId("mend").hidden = !remedy;
+  if (remedy) [byId("mend").textContent, mend] = remedy;
+  byId("problem").hidden = false;
+  byId("problem").scrollIntoView({ block: "nearest" }); // it may have scrolled out of sight
   if (!field) return;
   if (byId("sampling").contains(field)) byId("sampling").open = true;
   field.setAttribute("aria-invalid", "true");
@@ -136,7 +231,8 @@ let hovered = null;
 let following = true; // keep the end in sight until the user scrolls away
 
 class Answer {
-  constructor(prompt, started) {
+  constructor(prompt, seed, started) {
+    this.seed = seed;
     this.characters = Array.from(prompt).length; // code points, as the server counts
     this.tokens = 0;
     this.started = started;
@@ -145,11 +241,14 @@ class Answer {
     this.spokenAt = performance.now();
     this.pending = []; // tokens that form one character together
     this.finish = null;
-    answer.replaceChildren(element("i", prompt));
+    this.text = "";
+    this.fingerprint = null;
+    showText(prompt);
   }
 
   take(event) {
     if (event.error) throw new ApiError(500, event.error);
+    this.fingerprint = event.system_fingerprint;
     for (const choice of event.choices) {
       this.add(choice.text, choice.logprobs);
       this.finish ??= choice.finish_reason;
@@ -157,7 +256,8 @@ class Answer {
     const now = performance.now();
     if (now - this.shown > 150) {
       this.shown = now;
-      byId("state").textContent = this.progress();
+      // As it will be at the end, so that nothing moves then.
+      byId("state").textContent = stateText([this.progress()], this.fingerprint) + this.seed;
     }
     if (now - this.spokenAt > 5000) this.speak();
     if (following && !document.hidden) byId("answer-end").scrollIntoView({ block: "nearest" });
@@ -183,6 +283,7 @@ class Answer {
     });
     answer.append(parts);
     this.characters = end;
+    this.text += text;
     this.spoken += text;
     entry ??= answer.querySelector("b");
     if (entry) entry.tabIndex = 0;
@@ -201,9 +302,28 @@ class Answer {
   }
 }
 
+// Replaces the text; earlier text, without its tokens, comes from the history.
+function showText(prompt, text = "") {
+  byId("start").hidden = true;
+  byId("reading").hidden = false;
+  byId("stale").hidden = true;
+  answer.classList.remove("stale");
+  answer.replaceChildren(element("i", prompt));
+  if (text) answer.append(text);
+  entry = null;
+}
+
+// After an error, the text that is there belongs to another request.
+function markStale() {
+  if (!answer.firstChild) return;
+  byId("state").textContent = "";
+  byId("stale").hidden = false;
+  answer.classList.add("stale");
+}
+
 function tokenElement(text, parts) {
   const p = Math.exp(parts.reduce((sum, part) => sum + part.logprob, 0));
-  const made = element("b", text, p > 0.5 ? "p1" : p > 0.2 ? "p2" : p > 0.05 ? "p3" : "p4");
+  const made = element("b", text, p > 0.05 ? "p1" : p > 0.01 ? "p2" : "p3");
   if (text.startsWith("\n")) made.classList.add("break");
   made.tabIndex = -1;
   scores.set(made, parts);
@@ -216,11 +336,15 @@ async function complete() {
   hideToken();
   let body;
   try {
+    checkPrompt(form.prompt);
+    for (const name of NUMBERS) checkNumber(form[name]);
     body = requestBody();
   } catch (error) {
-    showProblem(error);
+    markStale();
+    showProblem(problemOf(error));
     return;
   }
+  const fields = { ...Object.fromEntries(new FormData(form)), seed: String(body.seed) };
   const abort = (running = new AbortController());
   const sendHadFocus = document.activeElement === byId("send");
   byId("send").hidden = true;
@@ -228,7 +352,6 @@ async function complete() {
   if (sendHadFocus) byId("abort").focus();
   byId("spoken").replaceChildren(element("p", "The model is writing."));
   byId("state").textContent = "";
-  entry = null;
   following = true;
   const started = performance.now();
   let reply = null;
@@ -240,15 +363,15 @@ async function complete() {
       body: JSON.stringify(body),
       signal: abort.signal,
     });
-    reply = new Answer(body.prompt, started);
+    reply = new Answer(body.prompt, fields.seed, started);
     answer.setAttribute("aria-busy", "true");
-    byId("legend").hidden = false;
     for await (const event of readEvents(response)) reply.take(event);
     end = reply.finish === "stop" ? "reached the stop text" : "";
   } catch (error) {
     if (error.name !== "AbortError") {
       end = "interrupted";
-      showProblem(error);
+      if (!reply) markStale();
+      if (error.status !== 401) showProblem(problemOf(error)); // it asks for the key instead
     }
   }
   abort.abort(); // after an error, ignore the rest
@@ -263,25 +386,35 @@ async function complete() {
     return;
   }
   reply.shown = performance.now();
-  byId("state").textContent = [reply.progress(), end, "seed "].filter(Boolean).join(" · ");
-  const seed = element("button", body.seed, "link");
+  showState([reply.progress(), end], reply.fingerprint, fields.seed);
+  reply.speak();
+  byId("spoken").append(element("p", `${reply.tokens} tokens${end ? `, ${end}` : ""}.`));
+  remember({ time: Date.now(), fingerprint: reply.fingerprint, fields, text: reply.text });
+}
+
+const stateText = (words, fingerprint) =>
+  [...words, stepOf(fingerprint), "seed "].filter(Boolean).join(" · ");
+
+function showState(words, fingerprint, seedValue) {
+  byId("state").textContent = stateText(words, fingerprint);
+  const seed = element("button", seedValue, "link");
   seed.type = "button";
   seed.title = "Use this seed again";
   seed.addEventListener("click", () => {
-    form.seed.value = body.seed;
+    form.seed.value = seedValue;
     byId("sampling").open = true;
     showSamplingSummary();
   });
   byId("state").append(seed);
-  reply.speak();
-  byId("spoken").append(element("p", `${reply.tokens} tokens${end ? `, ${end}` : ""}.`));
 }
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   complete();
 });
-byId("retry").addEventListener("click", () => {
+byId("mend").addEventListener("click", () => {
+  mend();
+  showSamplingSummary();
   byId("send").focus();
   complete();
 });
@@ -309,8 +442,104 @@ function showSamplingSummary() {
   const words = set.map((field) => `${field.parentElement.firstChild.data.toLowerCase()} ${field.value}`);
   byId("sampling-summary").textContent = byId("sampling").open ? "" : `: ${words.join(", ")}`;
 }
-byId("sampling").addEventListener("toggle", showSamplingSummary);
-if (innerWidth < 600) byId("sampling").open = false;
+for (const type of ["toggle", "input"]) byId("sampling").addEventListener(type, showSamplingSummary);
+
+// Examples
+
+function showExamples() {
+  byId("examples").replaceChildren(
+    ...model.examples.map((text) => {
+      const button = element("button", text);
+      button.type = "button";
+      button.addEventListener("click", () => {
+        form.prompt.value = text;
+        byId("send").focus();
+        complete();
+      });
+      const item = element("li");
+      item.append(button);
+      return item;
+    }),
+  );
+  byId("start").hidden = !model.examples.length || answer.firstChild !== null;
+}
+
+// The history: prompts, settings and texts, in this browser's storage
+
+const REMEMBERED = 50;
+const WHEN = { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
+
+function readHistory() {
+  try {
+    return JSON.parse(localStorage.getItem("history")) ?? [];
+  } catch {
+    return []; // the browser refuses storage
+  }
+}
+
+function writeHistory(items) {
+  try {
+    localStorage.setItem("history", JSON.stringify(items));
+  } catch {} // refused or full: the page works without
+  showHistory(items);
+}
+
+function remember(item) {
+  writeHistory([item, ...readHistory()].slice(0, REMEMBERED));
+}
+
+function showHistory(items) {
+  byId("history").hidden = !items.length && !byId("history").open;
+  byId("history-count").textContent = ` (${items.length})`;
+  byId("history-list").replaceChildren(
+    ...items.map((item) => {
+      const { time, fingerprint, fields, text } = item;
+      const button = element("button");
+      button.type = "button";
+      const origin = [new Date(time).toLocaleString("en", WHEN), stepOf(fingerprint), `seed ${fields.seed}`];
+      button.append(
+        element("span", (fields.prompt + text).slice(0, 200)),
+        element("span", origin.filter(Boolean).join(" · "), "muted"),
+      );
+      button.addEventListener("click", () => recall(item));
+      const line = element("li");
+      line.append(button);
+      return line;
+    }),
+  );
+}
+
+function recall({ fingerprint, fields, text }) {
+  if (running) return;
+  clearProblem();
+  hideToken();
+  for (const [name, value] of Object.entries(fields)) form.elements[name].value = value;
+  showSamplingSummary();
+  showText(fields.prompt, text);
+  showState(["from the history"], fingerprint, fields.seed);
+  byId("prompt").focus();
+}
+
+byId("clear-history").addEventListener("click", () => {
+  byId("history").open = false;
+  writeHistory([]);
+  announce("The history is empty.");
+  byId("prompt").focus();
+});
+
+byId("copy").addEventListener("click", async () => {
+  let copied = true;
+  try {
+    await navigator.clipboard.writeText(answer.textContent);
+  } catch {
+    // Only secure addresses have a clipboard: https, and this computer's.
+    getSelection().selectAllChildren(answer);
+    copied = document.execCommand("copy");
+  }
+  byId("copy").textContent = copied ? "Copied" : "Press Ctrl C";
+  announce(byId("copy").textContent);
+  setTimeout(() => { byId("copy").textContent = "Copy"; }, 2000);
+});
 
 // One token's probabilities
 
@@ -337,20 +566,23 @@ function showToken(target) {
   }
   box.append(element("p", "Before temperature and filters"));
   box.hidden = false;
+  // Below the token, or above it if there is no room: never over it, on however many lines it is.
   const sheet = box.offsetParent.getBoundingClientRect();
-  const rect = target.getClientRects()[0];
-  const fits = rect.bottom + box.offsetHeight + 12 < innerHeight || rect.top < box.offsetHeight + 70;
-  const left = Math.min(rect.left - sheet.left - 12, sheet.width - box.offsetWidth);
-  box.style.left = `${Math.max(0, left)}px`;
-  box.style.top = `${fits ? rect.bottom - sheet.top + 6 : rect.top - sheet.top - box.offsetHeight - 6}px`;
+  const { left, top, bottom } = target.getBoundingClientRect();
+  const above = top - box.offsetHeight - 8;
+  const bar = document.querySelector(".actions").getBoundingClientRect().bottom;
+  const fitsAbove = above >= Math.max(0, bar) && bottom + box.offsetHeight + 8 > innerHeight;
+  box.style.top = `${(fitsAbove ? above : bottom + 8) - sheet.top}px`;
+  box.style.left = `${Math.max(0, Math.min(left - sheet.left - 12, sheet.width - box.offsetWidth))}px`;
 }
 
 function hideToken() {
   byId("token").hidden = true;
 }
 
-answer.addEventListener("pointerover", (event) => {
-  if (event.pointerType !== "mouse" || !scores.has(event.target)) return;
+// Not pointerover, which also comes when new text moves under a pointer at rest.
+answer.addEventListener("pointermove", (event) => {
+  if (event.pointerType !== "mouse" || event.target === hovered || !scores.has(event.target)) return;
   hovered = event.target;
   showToken(hovered);
 });
@@ -426,9 +658,15 @@ async function poll() {
   if (polling || document.hidden) return;
   polling = true;
   try {
-    if (!model) showModel(await (await request("api/card")).json());
     const first = lastStep < 0;
     const curve = await (await request(`api/curve?after=${lastStep}`)).json();
+    // A newer checkpoint of a training in progress, which the server loads by itself.
+    const renewed = curve.served_step !== (model?.progress.step ?? null);
+    if (!model || renewed) {
+      const again = model !== null;
+      showModel(await (await request("api/card")).json());
+      if (again) announce(`The server has loaded step ${counted(curve.served_step)}.`);
+    }
     byId("offline").hidden = true;
     byId("key").hidden = true;
     lastStep = curve.last_step;
@@ -436,8 +674,8 @@ async function poll() {
       points.push(...curve.points);
       // A page left open for days keeps no more points than can be seen.
       if (points.length > 8000) points = points.filter((p, i) => i % 2 === 0 || p.val_loss !== null);
-      drawCurve();
     }
+    if (curve.points.length || renewed) drawCurve();
     delay = curve.points.length ? 3000 : Math.min(30000, delay * 1.5);
     if (curve.points.length && !first) byId("in-progress").hidden = false;
     else if (delay > 20000) byId("in-progress").hidden = true;
@@ -475,14 +713,17 @@ function showModel(card) {
   const { progress, settings } = card;
   document.title = `${card.name} · fastllm`;
   byId("name").textContent = card.name;
-  const trained = progress.tokens ? `, trained on ${counted(progress.tokens)} tokens` : "";
-  byId("summary").textContent = `${counted(card.parameters)} parameters${trained}`;
+  byId("summary").textContent = [
+    `${counted(card.parameters)} parameters`,
+    progress.step && `step ${counted(progress.step)}`,
+  ].filter(Boolean).join(" · ");
   if (form.max_tokens.value === form.max_tokens.defaultValue) {
     form.max_tokens.value = form.max_tokens.defaultValue = Math.min(256, card.max_seq_len >> 1);
   }
   const best = progress.best_val_loss;
   fillList(byId("card"), [
-    ["Steps", progress.step && counted(progress.step)],
+    ["Step", progress.step && counted(progress.step)],
+    ["Trained on", progress.tokens && `${counted(progress.tokens)} tokens`],
     ["Validation loss", progress.val_loss && `${loss(progress.val_loss)} nats per token`],
     ["Best", best && progress.best_step !== progress.step ? `${loss(best)} at step ${counted(progress.best_step)}` : null],
     ["Shape", `${settings.num_layers} layers, ${settings.num_heads} heads, width ${settings.hidden_size}`],
@@ -496,6 +737,7 @@ function showModel(card) {
     Object.entries(settings).map(([name, value]) => [name, value === "" ? "none" : value]),
   );
   showSamplingSummary();
+  showExamples();
 }
 
 const LEFT = 26, RIGHT = 334, TOP = 6, BOTTOM = 166;
@@ -552,7 +794,7 @@ function drawCurve() {
     const x = xOf(served).toFixed(1);
     parts.push(svg("path", { class: "served", d: `M${x} ${TOP}V${BOTTOM}` }));
     const side = x > (LEFT + RIGHT) / 2 ? { x: x - 5, "text-anchor": "end" } : { x: Number(x) + 5 };
-    parts.push(svg("text", { ...side, y: TOP + 8 }, "served checkpoint"));
+    parts.push(svg("text", { ...side, y: TOP + 8 }, `served: step ${counted(served)}`));
   }
   byId("curve").replaceChildren(...parts);
   mark(marked);
@@ -611,4 +853,5 @@ byId("curve").addEventListener("keydown", (event) => {
   mark(Math.max(0, Math.min(last, to)));
 });
 
+showHistory(readHistory());
 poll();
