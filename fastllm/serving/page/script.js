@@ -128,22 +128,26 @@ function reset(field) {
   return [label, () => { field.value = field.defaultValue; }];
 }
 
-function keepHalf(field) {
-  return ["Keep the last half of the prompt", () => {
+// As many characters as there is room for tokens, which are seldom shorter than a character.
+function keepEnd(field) {
+  const room = model.max_seq_len - (Number(form.max_tokens.value) || 16);
+  return ["Keep the end of the prompt", () => {
     const characters = Array.from(field.value);
-    field.value = characters.slice(characters.length >> 1).join("");
+    field.value = characters.slice(-Math.min(room, characters.length >> 1)).join("");
   }];
+}
+
+function useExample(field) {
+  const example = model?.examples[0];
+  return example && [`Start from “${example}”`, () => { field.value = example; }];
 }
 
 // What phones and word processors write instead of the characters on the keys.
 const LOOKALIKES = { "‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..." };
 
 function checkPrompt(field) {
-  if (!field.value) {
-    const example = model?.examples[0];
-    const remedy = example && [`Start from “${example}”`, () => { field.value = example; }];
-    throw new Problem("Type a beginning for the model to continue.", field, remedy);
-  }
+  const empty = "Type a beginning for the model to continue.";
+  if (!field.value) throw new Problem(empty, field, useExample(field));
   if (!model?.characters) return; // it knows them all
   const known = new Set(model.characters);
   const unknown = [...new Set(field.value)].filter((each) => !known.has(each));
@@ -183,20 +187,20 @@ function problemOf(error) {
   const { status, param, code, message } = error;
   if (status === 429) return new Problem("The server is busy with other requests.", null, TRY_AGAIN);
   if (status >= 500) {
-    const remedy = "If trying again does not help, start the server again.";
-    return new Problem(`${sentence(message)} ${remedy}`, null, TRY_AGAIN);
+    const advice = "If trying again does not help, start the server again.";
+    return new Problem(`${sentence(message)} ${advice}`, null, TRY_AGAIN);
   }
   const { prompt, max_tokens: length } = form;
   if (code === "context_length_exceeded") {
     const most = `Prompt and continuation may have ${counted(model.max_seq_len)} tokens together.`;
     const long = Number(length.value) > Number(length.defaultValue);
-    return long ? new Problem(most, length, reset(length)) : new Problem(most, prompt, keepHalf(prompt));
+    return long ? new Problem(most, length, reset(length)) : new Problem(most, prompt, keepEnd(prompt));
   }
-  if (status === 413) return new Problem("The prompt is too long for the server.", prompt, keepHalf(prompt));
+  if (status === 413) return new Problem("The prompt is too long for the server.", prompt, keepEnd(prompt));
   const field = param && form.elements[param];
-  if (!field) return new Problem(sentence(message), null, null);
+  if (!field) return new Problem(sentence(message));
   const words = message.replace(`${param}: `, "").replace(/^Input should/, "must");
-  if (field === prompt) return new Problem(sentence(words), prompt, null);
+  if (field === prompt) return new Problem(sentence(words), prompt, useExample(prompt));
   return new Problem(sentence(`${nameOf(field)} ${words}`), field, reset(field));
 }
 
@@ -389,7 +393,8 @@ async function complete() {
   showState([reply.progress(), end], reply.fingerprint, fields.seed);
   reply.speak();
   byId("spoken").append(element("p", `${reply.tokens} tokens${end ? `, ${end}` : ""}.`));
-  remember({ time: Date.now(), fingerprint: reply.fingerprint, fields, text: reply.text });
+  const { fingerprint, text } = reply;
+  remember({ time: Date.now(), model: model?.name, fingerprint, fields, text });
 }
 
 const stateText = (words, fingerprint) =>
@@ -493,10 +498,11 @@ function showHistory(items) {
   byId("history-count").textContent = ` (${items.length})`;
   byId("history-list").replaceChildren(
     ...items.map((item) => {
-      const { time, fingerprint, fields, text } = item;
+      const { time, model, fingerprint, fields, text } = item;
       const button = element("button");
       button.type = "button";
-      const origin = [new Date(time).toLocaleString("en", WHEN), stepOf(fingerprint), `seed ${fields.seed}`];
+      const when = new Date(time).toLocaleString("en", WHEN);
+      const origin = [when, model, stepOf(fingerprint), `seed ${fields.seed}`];
       button.append(
         element("span", (fields.prompt + text).slice(0, 200)),
         element("span", origin.filter(Boolean).join(" · "), "muted"),
@@ -658,14 +664,15 @@ async function poll() {
   if (polling || document.hidden) return;
   polling = true;
   try {
-    const first = lastStep < 0;
+    const begun = lastStep >= 0;
     const curve = await (await request(`api/curve?after=${lastStep}`)).json();
     // A newer checkpoint of a training in progress, which the server loads by itself.
     const renewed = curve.served_step !== (model?.progress.step ?? null);
     if (!model || renewed) {
-      const again = model !== null;
+      const first = !model;
       showModel(await (await request("api/card")).json());
-      if (again) announce(`The server has loaded step ${counted(curve.served_step)}.`);
+      if (first) showExamples();
+      else announce(`The server has loaded step ${counted(model.progress.step)}.`);
     }
     byId("offline").hidden = true;
     byId("key").hidden = true;
@@ -677,7 +684,7 @@ async function poll() {
     }
     if (curve.points.length || renewed) drawCurve();
     delay = curve.points.length ? 3000 : Math.min(30000, delay * 1.5);
-    if (curve.points.length && !first) byId("in-progress").hidden = false;
+    if (curve.points.length && begun) byId("in-progress").hidden = false;
     else if (delay > 20000) byId("in-progress").hidden = true;
   } catch (error) {
     if (error instanceof ApiError && error.status === 401) return; // submitting the key polls again
@@ -737,7 +744,6 @@ function showModel(card) {
     Object.entries(settings).map(([name, value]) => [name, value === "" ? "none" : value]),
   );
   showSamplingSummary();
-  showExamples();
 }
 
 const LEFT = 26, RIGHT = 334, TOP = 6, BOTTOM = 166;
