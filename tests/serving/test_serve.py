@@ -1,6 +1,7 @@
 import asyncio
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,15 @@ from fastllm.command import no_log  # noqa: E402
 from fastllm.generation.text_stream import generate_text  # noqa: E402
 from fastllm.serve import main  # noqa: E402
 from fastllm.serving.server import listen  # noqa: E402
-from fastllm.training.checkpoint import find_checkpoint, load_model  # noqa: E402
+from fastllm.training.checkpoint import (  # noqa: E402
+    Progress,
+    find_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 from fastllm.training.run import prepare, resolve  # noqa: E402
 from tests.conftest import WORDS, make_config  # noqa: E402
+from tests.serving.conftest import wait_until  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +91,23 @@ def test_a_process_serves_and_finishes_its_requests_after_sigterm(run_dir: Path)
         assert process.wait(60) == 0
         assert process.stderr is not None
         assert "stopping after the remaining sequences" in process.stderr.read()
+
+
+@pytest.mark.subprocess
+def test_a_process_serves_a_checkpoint_that_is_saved_later(run_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "book"
+    shutil.copytree(run_dir, run, symlinks=True)
+    model, tokenizer, config = load_model(find_checkpoint(run))
+    with serving(run) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
+        save_checkpoint(run, config, tokenizer, model, [], Progress(step=9))
+
+        def step() -> int:
+            return client.get(f"{url}/api/card", cast_to=object)["progress"]["step"]
+
+        wait_until(lambda: step() == 9)
+        answer = client.completions.create(model="book", prompt="the", max_tokens=1)
+        assert answer.system_fingerprint == "step-9"
 
 
 @pytest.mark.slow

@@ -502,7 +502,7 @@ function showHistory(items) {
       const button = element("button");
       button.type = "button";
       const when = new Date(time).toLocaleString("en", WHEN);
-      const origin = [when, model, stepOf(fingerprint), `seed ${fields.seed}`];
+      const origin = [when, model, stepOf(fingerprint)];
       button.append(
         element("span", (fields.prompt + text).slice(0, 200)),
         element("span", origin.filter(Boolean).join(" · "), "muted"),
