@@ -12,6 +12,12 @@ import sys
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+# A field may be folded away, where Playwright cannot type.
+SET = """(field, value) => {
+    field.value = value;
+    field.dispatchEvent(new Event("input", {bubbles: true}));
+}"""
+
 
 def main(run: str, picture: str) -> None:
     command = [sys.executable, "-m", "fastllm.serve", "--checkpoint", run, "--port", "0"]
@@ -32,11 +38,11 @@ def take(address: str) -> bytes:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        page = browser.new_page(viewport={"width": 1200, "height": 840})
+        page = browser.new_page(viewport={"width": 1200, "height": 700})
         page.goto(address)
         page.fill("#prompt", "ROMEO:\nWhat light")
         for name, value in {"temperature": "0.6", "max_tokens": "110", "seed": "3"}.items():
-            page.locator(f"[name={name}]").evaluate("(field, value) => field.value = value", value)
+            page.locator(f"[name={name}]").evaluate(SET, value)
         page.press("#prompt", "Control+Enter")
         page.locator("#state button").wait_for()  # the seed, shown at the end
         page.hover("#answer b >> nth=20")
