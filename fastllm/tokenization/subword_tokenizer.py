@@ -73,9 +73,11 @@ def _run_interruptibly(call: Callable[[], None]) -> None:
 
     def run() -> None:
         try:
-            outcome.set_result(call())
+            call()
         except BaseException as error:
             outcome.set_exception(error)
+        else:
+            outcome.set_result(None)
 
     threading.Thread(target=run, daemon=True).start()
     outcome.result()
@@ -128,7 +130,7 @@ class SubwordTokenizer:
             )
         self.token_dtype = smallest_token_dtype(self.vocab_size)
         unknown = getattr(tokenizer.model, "unk_token", None)
-        self.unknown_token_id: int | None = vocabulary.get(unknown)
+        self.unknown_token_id = None if unknown is None else vocabulary.get(unknown)
         # Some models mark the first word of every input, so their texts must stay whole.
         self.may_be_cut = all(
             self._encode_batch([a + b]) == self._encode_batch([a, b])
