@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from fastllm.finetune import main
 from fastllm.finetuning.checkpoint import last_checkpoint
 from fastllm.training.metrics import read_metrics
+from tests.commands import run_command
 from tests.conftest import WORDS
 
 KEYS = {
@@ -452,6 +453,52 @@ def test_pipes_are_refused(flag: str) -> None:
     assert not Path("run").exists()
 
 
+def test_positions_that_the_configuration_promises() -> None:
+    """RoBERTa's first two are not used; XLNet's configuration has -1 of them, for any number."""
+    tokenizer = json.loads(Path("words.json").read_text())
+    words = [VOCABULARY[0], "[PAD]", *VOCABULARY[1:]]
+    tokenizer["model"]["vocab"] = {word: i for i, word in enumerate(words)}
+    Path("words.json").write_text(json.dumps(tokenizer))
+    settings = json.loads(Path("bert/config.json").read_text()) | {"vocab_size": len(words)}
+    Path("bert/config.json").write_text(json.dumps({**settings, "model_type": "roberta"}))
+    with pytest.raises(SystemExit, match="max_seq_len 64: the model takes at most 62, fewer than"):
+        run("bert", "--out_dir", "run", "--max_seq_len", "64", "--quiet")
+    run("bert", "--out_dir", "run", "--max_seq_len", "62", "--quiet")
+    Path("gpt2/config.json").write_text(json.dumps({"model_type": "xlnet"}))
+    with pytest.raises(SystemExit, match="xlnet predicts tokens in a random order"):
+        run("gpt2", "--out_dir", "run2")
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
+             "trainer_state.json"]
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_named(file: str) -> None:
+    run("gpt2", "--out_dir", "run", "--quiet")
+    Path("run/checkpoints/checkpoint-3", file).write_bytes(b"nonsense")
+    with pytest.raises(SystemExit, match="^error: run/checkpoints/checkpoint-3 cannot be read: "):
+        main("--out_dir run --resume --quiet --max_steps 4".split())
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_models_that_fastllm_trained(tokenizer: str) -> None:
+    flags = f"--tokenizer {tokenizer} --vocab_size 300 --max_steps 2 --out_dir run --quiet"
+    assert run_command("train", "--file_path", "data.jsonl", *flags.split()).returncode == 0
+    for format in ("hf", "gguf"):
+        exported = run_command("export", "--checkpoint", "run", "--format", format, "--out", format)
+        assert exported.returncode == 0
+    more = "--dataset data.jsonl --no-end_token --max_seq_len 16 --max_steps 2 --quiet".split()
+    advice = r"; give the folder that `python -m fastllm\.export --format hf` writes"
+    with pytest.raises(SystemExit, match=f"run is a run of fastllm{advice}"):
+        main(["--model", "run", *more])
+    with pytest.raises(SystemExit, match=f"gguf/model.gguf is a GPT-2 of a length .*{advice}"):
+        main(["--model", "gguf/model.gguf", *more])
+    main(["--model", "hf", "--out_dir", "tuned", *more])
+    with pytest.raises(SystemExit, match="tuned is a run of fastllm; give its model, tuned/model"):
+        main(["--model", "tuned", *more])
+    main(["--model", "tuned/model", "--eval_only", *more])
+
+
 def test_patience_stops_and_keeps_the_best(capsys: pytest.CaptureFixture[str]) -> None:
     # After some good steps, this learning rate makes the loss worse.
     flags = "--lr 0.3 --lr_schedule constant --eval_interval 1 --patience 2 --max_steps 50"
@@ -503,6 +550,9 @@ def test_real_weights_get_better_at_masked_words(flags: str) -> None:
         ("--model ./nowhere", "./nowhere does not exist"),
         ("--model cache", "model in cache cannot be loaded"),
         ("--model broken", "model in broken cannot be loaded: "),
+        ("--model list", "model in list cannot be loaded: "),
+        ("--tokenizer elsewhere.json", "tokenizer in elsewhere.json cannot be loaded: "),
+        ("--model nonsense.gguf", "model in nonsense.gguf cannot be loaded: "),
         ("--tokenizer gpt2", "gpt2 has no tokenizer; give one by --tokenizer"),
         ("--dataset nowhere.txt", "nowhere.txt does not exist; if it is elsewhere, give its place"),
         ("--dataset data.jsonl nowhere.jsonl", "nowhere.jsonl does not exist; if it is elsewhere"),
@@ -529,6 +579,10 @@ def test_errors_name_the_bad_input(flags: str, message: str) -> None:
     Path("cache").mkdir(exist_ok=True)
     shutil.copytree("gpt2", "broken")
     Path("broken/model.safetensors").write_bytes(b"no weights")
+    Path("nonsense.gguf").write_bytes(b"nonsense")
+    Path("list").mkdir()
+    Path("list/config.json").write_text("[]")
+    Path("elsewhere.json").write_text("[]")
     tokenizer = json.loads(Path("words.json").read_text())
     del tokenizer["model"]["vocab"]["[MASK]"]
     Path("plain.json").write_text(json.dumps(tokenizer))

@@ -55,6 +55,18 @@ def remove_checkpoints(checkpoints: Path, keep: set[int]) -> None:
 
 
 @contextmanager
+def reading(checkpoint: str | None) -> Iterator[None]:
+    """Turns what libraries raise for a damaged checkpoint into an `OSError` in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(
+            f"{checkpoint} cannot be read: {str(error).strip().splitlines()[0]}. Delete it to "
+            "continue from the one before, or start the run again"
+        ) from error
+
+
+@contextmanager
 def complete_or_absent(final: Path) -> Iterator[Path]:
     """A folder to write, which becomes `final`, or replaces it, if the block raises no error.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fastllm import command
@@ -26,6 +28,8 @@ def choose_task(model_config: Any, asked: str | None) -> Task:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     config_class, name = type(model_config), model_config.model_type
+    if name == "xlnet":
+        raise ValueError("xlnet predicts tokens in a random order, which is not supported")
     if getattr(model_config, "is_encoder_decoder", False):
         raise ValueError(f"{name} has an encoder and a decoder; only one of them can be trained")
     # Every masked model can also be built as a decoder; its weights were not trained for that.
@@ -57,6 +61,7 @@ def load_model(
     if missing and not config.resume:
         names = ", ".join(sorted(missing))
         command.log(f"warning: not in the model's files and therefore random: {names}")
+    check_length(model, config.max_seq_len)
     rows = model.get_input_embeddings().weight.size(0)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
@@ -71,6 +76,29 @@ def load_model(
     # Nothing reads the row of the padding.
     added = [row for row in range(rows, len(tokenizer)) if row != tokenizer.pad_token_id]
     return add_lora(config, model, missing or set(), added, log)
+
+
+def check_length(model: Any, length: int) -> None:
+    """Raises a `ValueError` if the model has fewer positions than its configuration says."""
+
+    @torch.no_grad()
+    def fits(length: int) -> bool:
+        # RoBERTa gives padding no position.
+        ids = torch.full((1, length), 0 if model.config.pad_token_id != 0 else 1)
+        try:
+            model.base_model(input_ids=ids)
+        except (IndexError, RuntimeError):
+            return False
+        return True
+
+    model.eval()
+    if fits(length) or not fits(1):  # not even one: not for want of positions
+        return
+    longest = bisect.bisect_left(range(1, length), True, key=lambda n: not fits(n))
+    raise ValueError(
+        f"max_seq_len {length}: the model takes at most {longest}, fewer than its "
+        "configuration says"
+    )
 
 
 def set_padding(model: Any, pad_token_id: int) -> None:

@@ -122,6 +122,8 @@ def check_limits(
 ) -> None:
     """Raises a `ValueError` if model or tokenizer cannot do what the settings ask for."""
     longest = getattr(model_config, "max_position_embeddings", None) or math.inf
+    if longest < 1:  # -1 for no limit
+        longest = math.inf
     if config.max_seq_len > longest:
         raise ValueError(f"max_seq_len {config.max_seq_len}: the model takes at most {longest}")
     if config.task == "mlm" and tokenizer.mask_token_id is None:

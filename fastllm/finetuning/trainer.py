@@ -17,14 +17,17 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
 from fastllm.command import StopRequest, log
 from fastllm.device import autocast
 from fastllm.finetuning.checkpoint import (
+    STATE,
     checkpoint_folder,
     complete_or_absent,
+    reading,
     remove_checkpoints,
 )
 from fastllm.finetuning.config import FinetuneConfig
@@ -272,6 +275,15 @@ class FinetuneTrainer(Trainer):
             self.state.best_model_checkpoint = str(checkpoint_folder(checkpoints, best))
         remove_checkpoints(checkpoints, keep)
 
+    def _load_from_checkpoint(self, checkpoint: str, *arguments: Any, **others: Any) -> None:
+        with reading(checkpoint):
+            TrainerState.load_from_json(str(Path(checkpoint, STATE)))
+            super()._load_from_checkpoint(checkpoint, *arguments, **others)
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Loads what a checkpoint counted; the settings are those of this command."""
         optimizer: Any = self.optimizer
@@ -281,7 +293,8 @@ class FinetuneTrainer(Trainer):
             for group in optimizer.param_groups
         ]
         base_lrs = scheduler.base_lrs
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         before = self._get_learning_rate()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from fastllm.command import log
 
@@ -63,8 +62,39 @@ def load_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
+    refuse_our_own(Path(name))
     location, options = _location(name)
     return _load("model", name, AutoConfig.from_pretrained, location, **options)
+
+
+def refuse_our_own(path: Path) -> None:
+    """Raises a `ValueError` for files that fastllm writes and transformers does not read."""
+    advice = "give the folder that `python -m fastllm.export --format hf` writes"
+    if (path / "config.json").is_file():
+        settings = (path / "config.json").read_text(encoding="utf-8", errors="replace")
+        if "fastllm_version" in settings:
+            if (path / "model").is_dir():
+                advice = f"give its model, {path / 'model'}"
+            raise ValueError(f"{path} is a run of fastllm; {advice}")
+    if path.suffix == ".gguf" and path.is_file():
+        from gguf import GGUFReader
+
+        reader = _load("model", str(path), GGUFReader, path)
+
+        def value(name: str) -> Any:
+            field = reader.get_field(name)
+            return field and field.contents()
+
+        # transformers leaves these at the values of OpenAI's models.
+        is_read = value("general.architecture") != "gpt2" or (
+            value("gpt2.context_length") == 1024
+            and value("gpt2.feed_forward_length") == 4 * value("gpt2.embedding_length")
+        )
+        if not is_read:
+            raise ValueError(
+                f"{path} is a GPT-2 of a length or width that transformers does not read from "
+                f"GGUF; {advice}"
+            )
 
 
 def load_weights(name: str, model_config: Any, auto_class: Any) -> tuple[Any, set[str] | None]:
@@ -111,12 +141,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     location, options = _location(name)
     path = Path(name)
     if path.suffix == ".json" and path.name != "config.json":
-        return _tokenizer_from_file(path)
+        return _load("tokenizer", name, _tokenizer_from_file, path)
     folder = path.parent if path.suffix == ".json" else path
     if folder.is_dir():
         location, files = str(folder), {each.name for each in folder.iterdir()}
         if "tokenizer.json" in files and "tokenizer_config.json" not in files:
-            return _tokenizer_from_file(folder / "tokenizer.json")
+            return _load("tokenizer", name, _tokenizer_from_file, folder / "tokenizer.json")
         if not files & {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model"}:
             raise ValueError(f"{folder} has no tokenizer; give one by --tokenizer")
         if "vocab.json" in files and not files & {"tokenizer_config.json", "config.json"}:
@@ -150,8 +180,14 @@ def _load(kind: str, name: str, load: Callable[..., Any], *args: Any, **kwargs: 
     """`load(...)`, with errors that say what was looked for, why it failed and what to do."""
     try:
         return load(*args, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except BaseException as error:
+        # Files that are not what they should be raise whatever the libraries stumble over; panics
+        # of those written in Rust are BaseExceptions.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "ignore_mismatched_sizes" in reason:  # it points to a report that is not printed
+            reason = "its weights have other shapes than its configuration says"
         if is_local(name):
             raise ValueError(f"the {kind} in {name} cannot be loaded: {reason}") from error
         raise ValueError(
