@@ -275,12 +275,12 @@ class FinetuneTrainer(Trainer):
             self.state.best_model_checkpoint = str(checkpoint_folder(checkpoints, best))
         remove_checkpoints(checkpoints, keep)
 
-    def _load_from_checkpoint(self, checkpoint: str, *arguments: Any, **others: Any) -> None:
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:  # type: ignore[override]
         with reading(checkpoint):
             TrainerState.load_from_json(str(Path(checkpoint, STATE)))
-            super()._load_from_checkpoint(checkpoint, *arguments, **others)
+            super()._load_from_checkpoint(checkpoint, model)
 
-    def _load_rng_state(self, checkpoint: str) -> None:
+    def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(checkpoint):
             super()._load_rng_state(checkpoint)
 
