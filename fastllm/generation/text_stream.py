@@ -147,6 +147,7 @@ class TextStream:
 
     Attributes:
         length: characters of the tokens so far, held back or not.
+        start: characters before the text of the last token.
         shown: characters handed out or left out as overlap.
         overlapped: characters left out as overlap.
         stopped: whether one of `stops` has appeared.
@@ -164,11 +165,12 @@ class TextStream:
         # a token's text is the difference that it makes to that of a short window.
         self._window = prompt.tokens[-SHORTEST_WINDOW - 3 :]
         self._certain = 0  # characters of the window's text already taken
+        self._unfinished = False  # whether the window's text ends within a character
         self._held = ""  # may be the start of a stop text
         # The prompt's own end does not stop the text.
         self._given = len(prompt.overlap)
         self._overlap = "" if echo else prompt.overlap
-        self.length = self.shown = self.overlapped = 0
+        self.length = self.start = self.shown = self.overlapped = 0
         self.stopped = False
         if self._window:
             self._shorten_window()
@@ -179,6 +181,9 @@ class TextStream:
         text = self._tokenizer.decode(self._window)
         end = len(text) - text.endswith(UNFINISHED)  # only the last can become a character
         new = text[self._certain : end]
+        # If the character before stays unfinished, the token begins after it.
+        self.start = self.length + (self._unfinished and new.startswith(UNFINISHED))
+        self._unfinished = end < len(text)
         self._certain = max(self._certain, end)
         full = len(self._window) >= LONGEST_WINDOW
         if full or (end == len(text) and len(self._window) >= LONGEST_WINDOW // 2):
@@ -200,7 +205,8 @@ class TextStream:
             text = self._tokenizer.decode(window)
             if UNFINISHED not in text:
                 break
-        self._window, self._certain = window, len(text) - text.endswith(UNFINISHED)
+        self._unfinished = text.endswith(UNFINISHED)
+        self._window, self._certain = window, len(text) - self._unfinished
 
     def _take(self, new: str) -> str:
         self.length += len(new)

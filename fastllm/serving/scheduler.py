@@ -370,8 +370,8 @@ class Scheduler:
             running.prompt_stream.push(tokens[0])
         targets = tokens[start + 1 : running.scored + 1]  # a row predicts the token after its own
         for row, token in zip(logits, targets, strict=False):
-            logprobs.append(self._logprob(row, token, job, running.prompt_stream.length))
             running.prompt_stream.push(token)
+            logprobs.append(self._logprob(row, token, job, running.prompt_stream.start))
         self._deltas.append((job, Delta(logprobs=logprobs)))
         if running.scored < len(tokens):
             return
@@ -425,12 +425,12 @@ class Scheduler:
     def _advance(self, running: RunningJob, token: int, logits: Tensor) -> bool:
         """Adds a drawn token to its job; returns whether that was the last one."""
         job, stream = running.job, running.stream
-        if job.logprobs is not None:
-            running.held_logprobs.append(self._logprob(logits, token, job, stream.length))
         if running.seen is not None:
             running.seen[token] = True
         running.drawn += 1
         text, finish_reason = stream.push(token), None
+        if job.logprobs is not None:
+            running.held_logprobs.append(self._logprob(logits, token, job, stream.start))
         if not stream.stopped and running.drawn == job.max_tokens:
             text += stream.end()
             finish_reason = "length"
