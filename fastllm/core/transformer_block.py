@@ -92,9 +92,9 @@ class TransformerBlock(nn.Module):
         extra = {} if cache is None else {"cache": cache}
         x = hidden_states
         if self.norm_first:
-            x = x + self.self_attn(self.norm1(x), attn_mask, is_causal, **extra)
+            x = x + self.self_attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal, **extra)
             return x + self.mlp(self.norm2(x))
-        x = self.norm1(x + self.self_attn(x, attn_mask, is_causal, **extra))
+        x = self.norm1(x + self.self_attn(x, attn_mask=attn_mask, is_causal=is_causal, **extra))
         return self.norm2(x + self.mlp(x))
 
     def record(

@@ -58,3 +58,23 @@ def test_a_module_in_place_of_ours_is_used() -> None:
     block.self_attn = Zero()
     x = torch.randn(1, 4, 16)
     assert torch.allclose(block(x), x + block.mlp(block.norm2(x)))
+
+
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
+def test_attention_is_called_with_keywords(
+    norm_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code that replaces `forward` may take the mask and the causality by name only."""
+    block = TransformerBlock(16, 2, attn_dropout_p=0.0, mlp_dropout_p=0.0, norm_first=norm_first)
+    x, mask = torch.randn(2, 5, 16), torch.rand(5, 5) > 0.9
+    mask.fill_diagonal_(False)
+    expected = block(x, mask, True)
+    forward, seen = block.self_attn.forward, []
+
+    def replaced(x: torch.Tensor, /, **settings: object) -> torch.Tensor:
+        seen.append(settings)
+        return forward(x, **settings)
+
+    monkeypatch.setattr(block.self_attn, "forward", replaced)
+    assert torch.allclose(block(x, mask, True), expected, atol=1e-6)
+    assert seen == [{"attn_mask": mask, "is_causal": True}]
