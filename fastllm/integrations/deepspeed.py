@@ -135,7 +135,7 @@ def read_settings(config: TrainConfig, file: Path) -> dict[str, Any]:
         OSError: there is no such file.
     """
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8-sig"))
         zero = settings.get("zero_optimization", {})
         stage, offload = zero.get("stage"), zero.get("offload_optimizer", {}).get("device")
     except (ValueError, AttributeError) as error:

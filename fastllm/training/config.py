@@ -373,7 +373,7 @@ def read_config(path: Path, settings_class: type[AnyRun]) -> AnyRun:
         ValueError: its content is not a run's settings; the message names the file and the problem.
     """
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(settings, dict):
             raise ValueError("expected a JSON object")
         settings.pop("fastllm_version", None)
@@ -389,7 +389,7 @@ def read_config(path: Path, settings_class: type[AnyRun]) -> AnyRun:
 def read_toml(path: Path, settings_class: type[RunSettings]) -> dict[str, Any]:
     """The settings in a config file; exits with a message if it cannot be read."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SystemExit(f"error: cannot read the config file {path}: {error.strerror}") from None
     except ValueError as error:

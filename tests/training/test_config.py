@@ -165,3 +165,13 @@ def test_mutated_configs_load_or_fail_with_a_clear_message(tmp_path: Path) -> No
             assert str(error).startswith("error: ")
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 50
+
+
+def test_byte_order_marks_in_settings_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_bytes(b"\xef\xbb\xbfhidden_size = 32\n")
+    config = parse_train_config(["--config", str(file)])
+    assert config.hidden_size == 32
+    saved = tmp_path / "config.json"
+    saved.write_bytes(b"\xef\xbb\xbf" + config.to_json().encode())
+    assert read_config(saved, TrainConfig).hidden_size == 32
