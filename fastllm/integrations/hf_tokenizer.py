@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllm.tokenization import SimpleCharacterTokenizer, Tokenizer
-from fastllm.tokenization.base import PAD
+from fastllm.tokenization.base import CHARACTER, PAD
 
 CONFIG_FILE = "tokenizer_config.json"
 
@@ -66,7 +66,7 @@ def _character_tokenizer_json(tokenizer: SimpleCharacterTokenizer) -> str:
 
     # Without a token for unknown characters, a character without an id raises an error.
     result = LibraryTokenizer(models.WordLevel(tokenizer.stoi))
-    result.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    result.pre_tokenizer = pre_tokenizers.Split(Regex(CHARACTER), "isolated")
     result.decoder = decoders.Fuse()
     result.add_special_tokens([AddedToken(PAD, special=True, normalized=False)])
     return result.to_str()

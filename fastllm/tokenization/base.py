@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 PAD = "<PAD>"
+# Any character, as the tokenizers library cuts the texts of an exported character tokenizer.
+CHARACTER = r"[\s\S]"
 
 # Cutting a text at the end of a match does not change its tokens. A match ends between "\n" and a
 # non-space, or between a non-space and " x", where byte-level BPE (GPT-2's pattern and GPT-4's) and
@@ -46,14 +48,16 @@ def check_tokens(tokens: object) -> None:
 
 
 def read_text_file(path: str | os.PathLike[str]) -> str:
-    """Reads a UTF-8 file, without the byte-order mark that some editors write.
+    """Reads a UTF-8 file without its byte-order mark.
 
-    Raises FileNotFoundError, or ValueError if it is not UTF-8.
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not UTF-8.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        return Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
 

@@ -289,7 +289,8 @@ class SubwordTokenizer:
 
         Raises:
             TypeError: `text` is not a string.
-            ValueError: `text` has a lone surrogate, which is not a valid character.
+            ValueError: `text` has a lone surrogate, which is not a valid character, or the library
+                cannot encode it.
         """
         check_text(text)
         segments = _segments(text) if self.may_be_cut else [text]
@@ -302,7 +303,12 @@ class SubwordTokenizer:
             ) from error
 
     def _encode_batch(self, texts: list[str]) -> list[int]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:
+            if _is_from_library(error):
+                raise ValueError(f"the tokenizer cannot encode the text: {error}") from error
+            raise
         return [i for encoding in encodings for i in encoding.ids]
 
     def encode_array(self, text: str) -> npt.NDArray[Any]:

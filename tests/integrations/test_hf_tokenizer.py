@@ -8,7 +8,7 @@ import pytest
 
 from fastllm import SimpleCharacterTokenizer
 from fastllm.integrations.hf_tokenizer import save_hf_tokenizer, tokenizer_json
-from fastllm.tokenization import SubwordTokenizer, Tokenizer
+from fastllm.tokenization import SubwordTokenizer, Tokenizer, load_tokenizer
 from tests.integrations.samples import CHARACTERS, TEXT
 
 for module in ("tokenizers", "transformers"):
@@ -37,6 +37,15 @@ def test_characters_in_transformers(tmp_path: Path) -> None:
         theirs("z")
     batch = theirs(["a", "abc"], padding=True).input_ids
     assert batch[0][1:] == [ours.pad_token_id] * 2
+
+
+def test_exported_characters_load_as_characters_again(tmp_path: Path) -> None:
+    ours = SimpleCharacterTokenizer([CHARACTERS])
+    auto_tokenizer(ours, tmp_path).save_pretrained(tmp_path / "again")
+    for folder in (tmp_path, tmp_path / "again"):
+        loaded = load_tokenizer(folder)
+        assert isinstance(loaded, SimpleCharacterTokenizer)
+        assert loaded.fingerprint == ours.fingerprint
 
 
 @pytest.mark.parametrize("model", ["bpe", "wordpiece"])

@@ -8,7 +8,7 @@ import pytest
 
 from fastllm.tokenization import SimpleCharacterTokenizer, SubwordTokenizer, load_tokenizer
 
-pytest.importorskip("tokenizers", reason="needs the tokenizers library ([hf])")
+tokenizers = pytest.importorskip("tokenizers", reason="needs the tokenizers library ([hf])")
 
 TEXT = "the cat sat on the mat, and then the other cat sat there.\n" * 20
 
@@ -89,6 +89,12 @@ def word_level(tmp_path, vocabulary):
 def test_unusable_vocabulary(tmp_path, vocabulary, wrong):
     with pytest.raises(ValueError, match=wrong):
         load_tokenizer(word_level(tmp_path, vocabulary))
+
+
+def test_text_that_the_library_cannot_encode():
+    model = tokenizers.models.WordLevel({"[PAD]": 0, "a": 1})
+    with pytest.raises(ValueError, match="cannot encode the text: .*UNK"):
+        SubwordTokenizer(tokenizers.Tokenizer(model)).encode("b")
 
 
 def test_unused_ids_are_allowed(tmp_path):
