@@ -653,7 +653,6 @@ def test_nothing_moves_while_text_streams(
     open_page: Open, server: RunningServer, width: int, height: int
 ) -> None:
     page = open_page(server, viewport={"width": width, "height": height})
-    ask(page, "abc", max_tokens=3)
     places = """() => {
       const shown = ["prompt", "abort", "copy", "history", "answer"];
       return shown.map((id) => document.getElementById(id).getBoundingClientRect())

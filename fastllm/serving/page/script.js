@@ -310,6 +310,7 @@ class Answer {
 function showText(prompt, text = "") {
   byId("start").hidden = true;
   byId("reading").hidden = false;
+  byId("history").hidden = false; // before its first entry, so that nothing moves then
   byId("stale").hidden = true;
   answer.classList.remove("stale");
   answer.replaceChildren(element("i", prompt));
@@ -494,7 +495,7 @@ function remember(item) {
 }
 
 function showHistory(items) {
-  byId("history").hidden = !items.length && !byId("history").open;
+  byId("history").hidden = !items.length;
   byId("history-count").textContent = ` (${items.length})`;
   byId("history-list").replaceChildren(
     ...items.map((item) => {
