@@ -44,15 +44,15 @@ def main(arguments: list[str]) -> None:
     optimizer = torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True
     )
-    loader = trainer._loader()
     start = time.perf_counter()
-    for step in range(trainer.total_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * trainer.learning_rate_factor(step)
-        stock(next(loader)["input_ids"]).backward()
-        torch.nn.utils.clip_grad_norm_(stock.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+    with trainer._loader() as loader:
+        for step in range(trainer.total_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * trainer.learning_rate_factor(step)
+            stock(next(loader)).backward()
+            torch.nn.utils.clip_grad_norm_(stock.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
     seconds = time.perf_counter() - start
     with torch.no_grad():
         for ours_parameter, parameter in theirs.items():

@@ -3,9 +3,10 @@
 import sys
 
 from fastllm.benchmarking.config import BenchConfig
-from fastllm.command import parse_settings
+from fastllm.command import command, parse_settings
 
 
+@command
 def main(arguments: list[str]) -> None:
     settings = parse_settings(BenchConfig, arguments)
     # After the flags: help and their errors need not wait for PyTorch.

@@ -1,11 +1,13 @@
 """Shared by the commands: settings from flags, errors in one line, logging and signals."""
 
+import functools
+import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -57,7 +59,7 @@ def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:  # the reader of our output is gone: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_results()
         raise SystemExit(1) from None
     except types as error:
         # str() of a KeyError would wrap its message in quotes.
@@ -65,6 +67,63 @@ def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
         raise SystemExit(f"error: {message}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something, or else the error's type."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """Decorates the `main` of a command: its output may vanish, and Ctrl-C needs no traceback."""
+
+    @functools.wraps(main)
+    def run(arguments: list[str]) -> None:
+        prepare_streams()
+        with errors_in_one_line(OSError):
+            try:
+                main(arguments)
+                sys.stdout.flush()  # a full disk, for example, is noticed here
+            except OSError:
+                _discard_results()
+                raise
+
+    return run
+
+
+def _discard_results() -> None:
+    """What is left in the buffer of stdout would fail again at the exit."""
+    with suppress(io.UnsupportedOperation):  # not the output of a process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Expendable(io.FileIO):
+    """A file that forgets what cannot be written."""
+
+    def write(self, data: Any) -> int:
+        with suppress(OSError):  # the reader or the terminal is gone, the disk is full
+            super().write(data)
+        return len(data)
+
+
+def prepare_streams() -> None:
+    """Writing messages never fails, and characters that an output cannot encode are replaced.
+
+    Results on stdout do fail if nobody can read them.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    stderr = sys.__stderr__
+    if stderr is not None and sys.stderr is stderr:
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(_Expendable(stderr.fileno(), "w", closefd=False)),
+            encoding=stderr.encoding,
+            errors="backslashreplace",
+            line_buffering=True,
+        )
 
 
 def log(*parts: Any) -> None:
@@ -97,7 +156,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(request: StopRequest) -> Iterator[None]:
-    """The first SIGINT or SIGTERM sets `request`, which the run polls; a second SIGINT exits."""
+    """The first signal to stop sets `request`, which the run polls; a second SIGINT exits.
+
+    These are SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
@@ -108,7 +170,10 @@ def stop_on_signals(request: StopRequest) -> Iterator[None]:
             os._exit(128 + number)
         request.set_by_signal(number)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastllm.command import errors_in_one_line, parse_settings
+from fastllm.command import command, errors_in_one_line, parse_settings
 from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
 
 
@@ -44,6 +44,7 @@ fastllm evaluate --checkpoint runs/book other.txt
         return self
 
 
+@command
 def main(arguments: list[str]) -> None:
     config = parse_settings(EvaluateConfig, arguments)
     # After the flags: help and their errors need not wait for PyTorch.

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
-from fastllm.command import errors_in_one_line, log, parse_settings
+from fastllm.command import command, errors_in_one_line, log, parse_settings
 from fastllm.files import flush
 from fastllm.flags import CommandSettings, Format
 
@@ -42,6 +42,7 @@ fastllm export --checkpoint runs/book --format hf --out book-model
         return license
 
 
+@command
 def main(arguments: list[str]) -> None:
     config = parse_settings(ExportConfig, arguments)
     # After the flags: help and their errors need not wait for PyTorch.

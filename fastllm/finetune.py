@@ -2,11 +2,12 @@
 
 import sys
 
-from fastllm.command import Log, errors_in_one_line, log, no_log, stop_on_signals
+from fastllm.command import Log, command, errors_in_one_line, log, no_log, stop_on_signals
 from fastllm.finetuning.config import FinetuneConfig
 from fastllm.training.config import parse_run_settings
 
 
+@command
 def main(arguments: list[str]) -> None:
     config = parse_run_settings(FinetuneConfig, arguments)
     # After the flags: help and their errors need not wait for PyTorch.

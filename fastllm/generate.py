@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastllm.command import errors_in_one_line, log, parse_settings
+from fastllm.command import command, errors_in_one_line, log, parse_settings
 from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ fastllm generate --checkpoint runs/book --prompt_file lines.txt --top_p 0.9
         )
 
 
+@command
 def main(arguments: list[str]) -> None:
     config = parse_settings(GenerateConfig, arguments)
     # After the flags: help and their errors need not wait for PyTorch.

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastllm.command import errors_in_one_line, log, parse_settings
+from fastllm.command import command, errors_in_one_line, log, parse_settings
 from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
 
 # Models with fewer parameters compute on one thread and leave the other cores to the requests. On
@@ -67,6 +67,7 @@ FASTLLM_API_KEY=... fastllm serve --checkpoint runs/book --host 0.0.0.0
         return self
 
 
+@command
 def main(arguments: list[str]) -> None:
     config = parse_settings(ServeConfig, arguments)
     # After the flags: help and their errors need not wait for PyTorch.

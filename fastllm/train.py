@@ -2,10 +2,11 @@
 
 import sys
 
-from fastllm.command import errors_in_one_line
+from fastllm.command import command, errors_in_one_line
 from fastllm.training.config import TrainConfig, parse_train_config
 
 
+@command
 def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
     # After the flags: help and their errors need not wait for PyTorch.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastllm.command import (
     StopRequest,
+    command,
     errors_in_one_line,
     log,
     parse_settings,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fastllm.tuning.trial import StartProcess
 
 
+@command
 def main(arguments: list[str]) -> None:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     config = parse_settings(TuneConfig, arguments[:split])

@@ -1,17 +1,20 @@
-"""Signals that ask a run to stop."""
+"""Signals that ask a run to stop, and outputs that vanish."""
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from fastllm.command import StopRequest, stop_on_signals
+from fastllm.command import StopRequest, first_line, stop_on_signals
 from fastllm.flags import refuse_several_processes
 from fastllm.training.config import parse_train_config
 from tests.commands import run_command
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_handler_sets_a_flag_and_poll_prints_one_line(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,3 +52,86 @@ def test_one_process_of_a_machine_refuses_torchrun(monkeypatch: pytest.MonkeyPat
         refuse_several_processes()
     assert error.value.code == 1 and waited == [10]
     assert parse_train_config([]).max_steps == 0  # train works in several processes
+
+
+def test_hangups_that_are_ignored_stay_ignored() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        request = StopRequest()
+        with stop_on_signals(request):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert request.stopped_by is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("a\nb"), "a"), (ValueError(), "ValueError"), (OSError("\n \nc"), "c")],
+)
+def test_first_lines(error: Exception, line: str) -> None:
+    assert first_line(error) == line
+
+
+# A command that says something, computes, and prints its result.
+COMMAND = """
+import sys
+from fastllm.command import command, log
+
+@command
+def main(arguments):
+    log("caf\u00e9", "a" * 100_000)
+    log("still here")
+    open(arguments[0], "w").close()
+    print("caf\u00e9")
+
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    ("redirections", "status"),
+    [
+        ("2> >(true)", 0),  # the reader of the messages is gone
+        ("2> /dev/full", 0),
+        ("2>&-", 0),
+        (">&- 2>&-", 0),
+        ("> /dev/full", 1),
+        ("> >(true)", 1),
+    ],
+)
+def test_an_output_that_is_gone_never_ends_the_work(
+    tmp_path: Path, redirections: str, status: int
+) -> None:
+    done = tmp_path / "done"
+    # A reader that has ended before anything is written.
+    wait = "exec 4> >(exec true); sleep 0.3; " if ">(true)" in redirections else ""
+    ended = subprocess.run(
+        [
+            *("bash", "-c"),
+            f"{wait}exec 5>&1; "
+            f'"{sys.executable}" -c "$0" "$1" {redirections.replace("> >(true)", ">&4")}; '
+            "echo status $? >&5",
+            *(COMMAND, done),
+        ],
+        capture_output=True,
+        timeout=100,
+    )
+    assert done.exists()
+    assert ended.stdout.decode().splitlines()[-1] == f"status {status}"
+    assert b"Traceback" not in ended.stderr and b"ignored" not in ended.stderr
+
+
+@pytest.mark.subprocess
+def test_characters_that_an_output_cannot_encode_are_replaced(
+    tmp_path: Path,
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", COMMAND, tmp_path / "done"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        timeout=100,
+    )
+    assert ended.returncode == 0 and ended.stdout == b"caf?\n", ended.stderr

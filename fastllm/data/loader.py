@@ -24,6 +24,9 @@ from fastllm.data.tokens import (
 
 Sample = dict[str, Tensor]
 
+# A batch takes milliseconds: a worker process that takes this long does not answer any more.
+WORKER_TIMEOUT_S = 60
+
 
 class Chunks(Sequence[list[int]]):
     """The unpadded chunks of a token array: lists of ints, made on access."""
@@ -276,6 +279,16 @@ def collate(samples: Sequence[Sample]) -> Sample:
     return batch
 
 
+def collate_ids(samples: Any) -> npt.NDArray[np.int64]:
+    """The token ids of a `Batch`, [B, S], as an array.
+
+    Worker processes send it through a pipe; a tensor would go through shared memory, of which
+    containers have little.
+    """
+    ids: npt.NDArray[np.int64] = samples.input_ids.numpy()
+    return ids
+
+
 def create_dataloader(
     dataset: TextDataset,
     batch_size: int,
@@ -284,6 +297,8 @@ def create_dataloader(
     pin_memory: bool = False,
 ) -> DataLoader[Sample]:
     """A DataLoader of batches {"input_ids", "labels"}, long tensors [batch_size, max_seq_len].
+
+    A worker process that sends nothing for `WORKER_TIMEOUT_S` seconds raises a `RuntimeError`.
 
     Raises:
         TypeError: `dataset` is not a TextDataset.
@@ -303,4 +318,5 @@ def create_dataloader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=collate,
+        timeout=WORKER_TIMEOUT_S if num_workers else 0,
     )

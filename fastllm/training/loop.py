@@ -8,10 +8,12 @@ step, and validating or sampling on the way changes nothing.
 import contextlib
 import hashlib
 import math
+import multiprocessing
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastllm.command import StopRequest, stop_on_signals
-from fastllm.data.loader import TextDataset, collate
+from fastllm.command import StopRequest, first_line, stop_on_signals
+from fastllm.data.loader import WORKER_TIMEOUT_S, TextDataset, collate_ids
 from fastllm.device import autocast
 from fastllm.generation.decoding import generate_tokens
 from fastllm.optim import local
 from fastllm.tokenization import Tokenizer
-from fastllm.training.checkpoint import Progress, save_checkpoint
+from fastllm.training.checkpoint import CheckpointError, Progress, save_checkpoint
 from fastllm.training.config import ResolvedRun
 from fastllm.training.distributed import SINGLE, ProcessGroup
 from fastllm.training.engine import Engine
@@ -37,6 +39,14 @@ from fastllm.training.metrics import MetricsLog, resident_mb
 
 class TrainingError(Exception):
     """Training cannot continue; the message says why and what to try."""
+
+
+class LoaderError(Exception):
+    """The processes that load data have failed; the message says why and what to try."""
+
+
+# The stop request is looked at this often while a batch is awaited.
+POLL_S = 1
 
 
 class StepResult(NamedTuple):
@@ -124,6 +134,7 @@ class Trainer:
         self.stopped_by: signal.Signals | None = None
         self._stop_request = StopRequest()  # of this process; ranks agree on it in every step
         self._saved_step = self.progress.step if checkpoint is not None else -1
+        self._is_updating = False  # weights and progress are of different steps
 
     def _load(self, checkpoint: Path) -> None:
         self.progress = self.engine.load(checkpoint)
@@ -136,21 +147,23 @@ class Trainer:
             self.engine.scaler.load_state_dict(self.progress.loss_scale)
 
     def train(self) -> None:
-        """Runs to the end, or until a signal or a limit; saves a checkpoint in every case.
+        """Runs to the end, or until a signal, a limit or an error; saves a checkpoint first.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss is not finite; nothing is saved.
             CheckpointError: a checkpoint cannot be written.
+            LoaderError: a data worker has failed.
         """
         config, progress = self.config, self.progress
         start, elapsed_before = time.monotonic(), progress.elapsed_s
         deadline = start + 60 * self.max_minutes if self.max_minutes else math.inf
-        loader = self._loader()
         self.model.train()
         with (
             stop_on_signals(self._stop_request),
+            self._loader() as loader,
             self._profiler() as profiler,
             contextlib.closing(_Recorder(self)) as recorder,
+            self._saving_on_error(),
         ):
             is_finished = progress.step >= self.total_steps
             while not is_finished and not self.stopped_by:
@@ -175,6 +188,20 @@ class Trainer:
                 self.save()
             self._check_stop_request()
 
+    @contextlib.contextmanager
+    def _saving_on_error(self) -> Iterator[None]:
+        """Saves the last whole step before an exception ends the run."""
+        try:
+            yield
+        except (TrainingError, CheckpointError):
+            raise  # there is nothing good to save, or nowhere to
+        except BaseException:
+            # Saving is a collective operation, and the other ranks do not know of the error.
+            alone = self.group.size == 1
+            if alone and not self._is_updating and 0 < self.progress.step != self._saved_step:
+                self.save()
+            raise
+
     def stop(self, number: signal.Signals) -> None:
         """Has `train` save and stop after the current step, as this signal would."""
         self._stop_request.stopped_by = number
@@ -194,7 +221,7 @@ class Trainer:
         interval = 0 if self.config.quiet else self.config.sample_interval
         return bool(interval) and self.progress.step % interval == 0
 
-    def _step(self, loader: Iterator[dict[str, Tensor]], deadline: float) -> StepResult | None:
+    def _step(self, loader: Iterator[Tensor | None], deadline: float) -> StepResult | None:
         """One optimizer step; None if a signal interrupted it before it changed anything."""
         config, progress, engine = self.config, self.progress, self.engine
         start = time.monotonic()
@@ -204,7 +231,13 @@ class Trainer:
         torch.default_generator.manual_seed(derive_seed(config.seed, "step", progress.step, *rank))
         in_epoch = progress.step % self.steps_per_epoch
         count = min(config.grad_accum, self.batches_per_epoch - in_epoch * config.grad_accum)
-        step_batches = [next(loader)["input_ids"].to(engine.device) for _ in range(count)]
+        step_batches = []
+        for _ in range(count):
+            ids = next(loader)
+            if ids is None:
+                self.stopped_by = self._stop_request.poll()
+                return None
+            step_batches.append(ids.to(engine.device))
         predicted = [int((self.model.targets(ids) != -100).sum()) for ids in step_batches]
         all_predicted, all_tokens = engine.data_group.all_reduce(
             sum(predicted), sum(ids.numel() for ids in step_batches)
@@ -227,9 +260,11 @@ class Trainer:
         self._check_finite("loss", loss)
         factor = self.learning_rate_factor(progress.step)
         engine.set_learning_rates(factor)
+        self._is_updating = True
         grad_norm = engine.update() if all_predicted else 0.0
         progress.step += 1
         progress.tokens += int(all_tokens)
+        self._is_updating = False
         progress.training_s += time.monotonic() - start
         return StepResult(loss, grad_norm, factor * config.lr, late_ranks > 0)
 
@@ -257,7 +292,9 @@ class Trainer:
             return floor + (1 - floor) * (1 - done)
         return 1.0
 
-    def _loader(self) -> Iterator[dict[str, Tensor]]:
+    @contextlib.contextmanager
+    def _loader(self) -> Iterator[Iterator[Tensor | None]]:
+        """The batches of token ids from this step on; None when a signal came before a batch."""
         epoch, step_in_epoch = divmod(self.progress.step, self.steps_per_epoch)
         order = batches(
             len(self.train_set),
@@ -267,15 +304,43 @@ class Trainer:
             step_in_epoch * self.config.grad_accum,
             self.engine.data_group,
         )
-        return iter(
-            DataLoader(
-                self.train_set,
-                batch_sampler=order,
-                num_workers=self.run.data_workers,
-                collate_fn=collate,
-                worker_init_fn=_ignore_signals,
-            )
+        count = self.run.data_workers
+        loader = DataLoader(
+            self.train_set,
+            batch_sampler=order,
+            num_workers=count,
+            collate_fn=collate_ids,
+            worker_init_fn=_prepare_worker,
+            timeout=POLL_S if count else 0,
         )
+        others = multiprocessing.active_children()
+        try:
+            with _errors_of_workers(count), _child_signals_unchanged():
+                arrays = iter(loader)
+            with contextlib.closing(self._batches(arrays, count)) as each:
+                del arrays
+                yield each
+        finally:  # the iterator has ended its workers, except those that do not react
+            for worker in multiprocessing.active_children():
+                if worker not in others:
+                    worker.kill()
+                    worker.join(POLL_S)
+
+    def _batches(self, arrays: Iterator[Any], workers: int) -> Generator[Tensor | None, None, None]:
+        deadline = time.monotonic() + WORKER_TIMEOUT_S
+        while True:
+            try:
+                with _errors_of_workers(workers):
+                    array = next(arrays)
+            except LoaderError as error:
+                if self.group.size == 1 and self._stop_request.stopped_by:
+                    yield None
+                # PyTorch has no class of its own for a timeout.
+                elif "timed out" not in str(error) or time.monotonic() >= deadline:
+                    raise
+                continue
+            yield torch.from_numpy(array)
+            deadline = time.monotonic() + WORKER_TIMEOUT_S
 
     def _validate(self, val_set: TextDataset) -> float:
         progress = self.progress
@@ -414,8 +479,39 @@ def why_not_finite(name: str, parameter: Tensor) -> str | None:
     return None
 
 
-def _ignore_signals(worker: int) -> None:
-    # Ctrl-C, or a service manager's stop, reaches every process of the group. The training process
-    # still needs its data workers, and they end with it.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def _errors_of_workers(workers: int) -> Iterator[None]:
+    """Turns errors of loading data in so many processes into one line with a remedy.
+
+    Raises:
+        LoaderError: a process cannot be started, has failed or does not answer.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not workers:
+            raise
+        raise LoaderError(
+            f"loading data in {workers} processes has failed: {first_line(error)}. "
+            "Resume with --num_workers 0, which loads it in the training process"
+        ) from error
+
+
+@contextlib.contextmanager
+def _child_signals_unchanged() -> Iterator[None]:
+    """Undoes what PyTorch does to SIGCHLD: an exception anywhere in a step when a worker dies.
+
+    Whoever waits for a batch of that worker notices as well.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def _prepare_worker(worker: int) -> None:
+    # Ctrl-C reaches every process of the group, and the training process still needs its workers.
+    # Other signals end them, as PyTorch's own SIGTERM at the end does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -35,7 +35,7 @@ from fastllm.training.config import ResolvedRun, RunSettings, TrainConfig
 from fastllm.training.distributed import SINGLE, ProcessError, ProcessGroup, process_group
 from fastllm.training.engine import Engine, choose_engine
 from fastllm.training.evaluation import bits_per_character
-from fastllm.training.loop import Trainer, TrainingError, derive_seed
+from fastllm.training.loop import LoaderError, Trainer, TrainingError, derive_seed
 from fastllm.training.memory import check_memory
 from fastllm.training.metrics import plot_losses, resident_mb
 
@@ -82,7 +82,9 @@ def train(
             log(f"threads     {run.threads}{' in each process' if group.size > 1 else ''}")
             log(f"operations  {operations(trainer)}{trainer.engine.caveat}")
             on_start(trainer)
-        with errors_in_one_line(CheckpointError, TrainingError, ImplementationError, OSError):
+        with errors_in_one_line(
+            CheckpointError, TrainingError, LoaderError, ImplementationError, OSError
+        ):
             trainer.train()
             if group.is_main:
                 plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")

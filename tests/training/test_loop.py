@@ -3,10 +3,13 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +17,12 @@ import torch
 
 import fastllm
 from fastllm.command import no_log
+from fastllm.training import loop
 from fastllm.training.checkpoint import find_checkpoint, load_model, load_training_state
 from fastllm.training.config import parse_train_config
 from fastllm.training.engine import make_optimizers
 from fastllm.training.evaluation import evaluate
-from fastllm.training.loop import Trainer, TrainingError, batches
+from fastllm.training.loop import LoaderError, Trainer, TrainingError, batches
 from fastllm.training.metrics import read_metrics
 from fastllm.training.run import prepare, resolve
 from tests.commands import run_command
@@ -391,9 +395,12 @@ def run_to(run_dir: Path, text: Path, step: int) -> Trainer:
     return trainer
 
 
+STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
 @pytest.mark.kill
 @pytest.mark.parametrize("workers", [0, 1], ids=["alone", "worker"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", STOPPING, ids=[number.name for number in STOPPING])
 def test_signals_save_and_exit_with_a_clear_line(
     tmp_path: Path, text: Path, number: signal.Signals, workers: int
 ) -> None:
@@ -414,6 +421,98 @@ def test_signals_save_and_exit_with_a_clear_line(
     assert f"stopped by {number.name} at step" in errors and "--resume" in errors
     state = json.loads((tmp_path / "run/training_state/progress.json").read_text())
     assert state["step"] == list(read_metrics(metrics))[-1]["step"]
+
+
+@pytest.mark.kill
+def test_a_run_without_a_terminal_goes_on_and_saves_on_sigterm(tmp_path: Path, text: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "fastllm.train", "--file_path", str(text)),
+        *("--out_dir", str(tmp_path / "run"), "--epochs", "100000", "--log_interval", "1"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()  # as `| head -n 1` does
+    metrics = tmp_path / "run/metrics.jsonl"
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    state = json.loads((tmp_path / "run/training_state/progress.json").read_text())
+    assert state["step"] == list(read_metrics(metrics))[-1]["step"]
+
+
+def test_any_exception_saves_first(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer("run", "--max_steps", "9")
+
+    def record(*arguments: object) -> None:
+        if trainer.progress.step == 4:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(loop._Recorder, "record", record)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert find_checkpoint(trainer.run_dir).name == "step-00000004"
+
+
+def train_with_worker(run_dir: Path, text: Path, prepare_worker: Callable[[int], None]) -> Trainer:
+    """A run whose data worker begins with `prepare_worker`."""
+    config = make_config(run_dir, text, "--num_workers", "1", "--max_steps", "4")
+    trainer = prepare(resolve(config, run_dir), no_log)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_prepare_worker", prepare_worker)
+        trainer.train()
+    return trainer
+
+
+def allow_no_files(worker: int) -> None:
+    """Shared memory is a file that cannot grow, as when /dev/shm is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def end_at_once(worker: int) -> None:
+    os._exit(3)
+
+
+def never_answer(worker: int) -> None:
+    time.sleep(1000)
+
+
+@pytest.mark.processes
+def test_data_workers_need_no_shared_memory(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "WORKER_TIMEOUT_S", 10)
+    assert train_with_worker(tmp_path / "run", text, allow_no_files).progress.step == 4
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("prepare_worker", [end_at_once, never_answer])
+def test_data_workers_that_fail_end_the_run_in_one_line(
+    tmp_path: Path,
+    text: Path,
+    prepare_worker: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker that is deaf takes 5 s: PyTorch waits that long for its end."""
+    monkeypatch.setattr(loop, "WORKER_TIMEOUT_S", 2)
+    with pytest.raises(LoaderError, match="1 processes has failed: .*--num_workers 0") as caught:
+        train_with_worker(tmp_path / "run", text, prepare_worker)
+    assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.processes
+def test_a_signal_ends_the_wait_for_a_data_worker(tmp_path: Path, text: Path) -> None:
+    """It takes 5 s: PyTorch waits that long for a deaf worker's end."""
+    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    trainer = train_with_worker(tmp_path / "run", text, never_answer)
+    timer.join()
+    assert (trainer.stopped_by, trainer.progress.step) == (signal.SIGTERM, 0)
 
 
 def test_muon_takes_the_blocks_matrices() -> None:
