@@ -1,6 +1,7 @@
 """Fine-tune a model of transformers: `fastllm finetune --model DIR book.txt`."""
 
 import sys
+from contextlib import ExitStack
 
 from fastllm.command import Log, command, errors_in_one_line, log, no_log, stop_on_signals
 from fastllm.finetuning.config import FinetuneConfig
@@ -25,17 +26,18 @@ def main(arguments: list[str]) -> None:
     from fastllm.threads import set_threads
     from fastllm.training.loop import TrainingError
     from fastllm.training.metrics import plot_losses
-    from fastllm.training.run import choose_run_dir
+    from fastllm.training.run import run_folder
 
     info: Log = no_log if config.quiet else log
     threads = set_threads(config.threads)
-    with errors_in_one_line(OSError, ValueError, ImportError, TrainingError):
+    errors = (OSError, ValueError, ImportError, TrainingError)
+    with errors_in_one_line(*errors), ExitStack() as stack:
         check_packages(config)
         check_paths(config)
         go_offline_if_unreachable(config)
         run_dir = None
         if not config.eval_only:
-            run_dir = choose_run_dir(config, run_name(config.model))
+            run_dir = stack.enter_context(run_folder(config, run_name(config.model)))
         trainer = prepare(config, run_dir, info)
         info(f"threads     {threads}")
         if run_dir is None:

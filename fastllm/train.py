@@ -47,7 +47,7 @@ def launch(config: TrainConfig, arguments: list[str]) -> None:
         check_batch_size(config.batch_size, count)
     if config.file_path:
         config.file_path.open("rb").close()  # a wrong path fails here, not in every process
-    run_dir = choose_run_dir(config, run_name(config))
+    run_dir, _ = choose_run_dir(config, run_name(config))
     if config.launcher == "ray":
         from fastllm.integrations import ray
 
@@ -55,7 +55,8 @@ def launch(config: TrainConfig, arguments: list[str]) -> None:
     else:
         from fastllm.integrations import deepspeed
 
-        deepspeed.launch(count, arguments)
+        # Its processes must not choose a folder again.
+        deepspeed.launch(count, [*arguments, "--out_dir", str(run_dir)])
 
 
 if __name__ == "__main__":

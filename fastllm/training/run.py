@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from fastllm.command import Log, errors_in_one_line, no_log
 from fastllm.data.loader import TextDataset
 from fastllm.data.text import clean_lines, read_text
 from fastllm.device import Device, autocast, choose_device, choose_precision
-from fastllm.files import replace_file
+from fastllm.files import locked, replace_file
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import implementation_line
 from fastllm.ops.dispatch import ImplementationError, use
@@ -74,7 +75,7 @@ def train(
                     "and this is one; torchrun or --launcher ray start several"
                 )
             implementation_line(device)  # refuses an implementation before any file is written
-            run_dir, resume = group.broadcast(lambda: start_or_restart(config))
+            run_dir, resume = group.broadcast(lambda: stack.enter_context(start_or_restart(config)))
             run = resolve(config, run_dir, device, resume)
             group.check_agreement({"precision": run.precision})
             trainer = prepare(run, log, group, engine_class)
@@ -103,8 +104,9 @@ def operations(trainer: Trainer) -> str:
     return implementation_line(run.device, {"decoder_loss": reason} if reason else None)
 
 
-def start_or_restart(config: TrainConfig) -> tuple[Path, bool]:
-    """The run's folder, and whether the run in it is resumed.
+@contextlib.contextmanager
+def start_or_restart(config: TrainConfig) -> Iterator[tuple[Path, bool]]:
+    """The run's folder, locked, and whether the run in it is resumed.
 
     Processes that torchrun restarts resume from the last checkpoint. A note in the run's folder
     names the launch of torchrun that started the run.
@@ -114,7 +116,9 @@ def start_or_restart(config: TrainConfig) -> tuple[Path, bool]:
     """
     launch = torchrun_launch()
     if launch is None:
-        return choose_run_dir(config, run_name(config)), config.resume
+        with run_folder(config, run_name(config)) as run_dir:
+            yield run_dir, config.resume
+        return
     if config.out_dir is None:
         raise ValueError("torchrun's --max_restarts needs --out_dir, where a restart finds the run")
     note = config.out_dir / "torchrun.txt"
@@ -123,11 +127,12 @@ def start_or_restart(config: TrainConfig) -> tuple[Path, bool]:
         if not config.quiet:
             where = "from the last checkpoint" if found else "from the beginning"
             command.log(f"torchrun has restarted this run {where}")
-        return config.out_dir, found
-    run_dir = choose_run_dir(config, "")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    note.write_text(launch, encoding="utf-8")
-    return run_dir, config.resume
+        with in_use(config.out_dir):
+            yield config.out_dir, found
+        return
+    with run_folder(config, "") as run_dir:
+        note.write_text(launch, encoding="utf-8")
+        yield run_dir, config.resume
 
 
 def torchrun_launch() -> str | None:
@@ -143,24 +148,74 @@ def run_name(config: TrainConfig) -> str:
     return config.file_path.stem if config.file_path else "demo"
 
 
-def choose_run_dir(config: RunSettings, name: str) -> Path:
-    """The folder of the run: the one given, or a new one, runs/NAME or runs/NAME-2 and so on.
+@contextlib.contextmanager
+def run_folder(config: RunSettings, name: str) -> Iterator[Path]:
+    """The folder of the run, as `choose_run_dir` chooses it, locked until the block ends.
+
+    A new folder is removed if the block ends by an exception before it has logged anything.
+
+    Raises:
+        ValueError: the folder already holds a run, which is not to be resumed, or is in use.
+    """
+    run_dir, is_new = choose_run_dir(config, name)
+    try:
+        with in_use(run_dir):
+            refuse_second_run(config, run_dir)
+            yield run_dir
+    except BaseException:
+        if is_new and not (run_dir / "metrics.jsonl").exists():
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def in_use(run_dir: Path) -> Iterator[None]:
+    """Locks the folder of a run; raises a `ValueError` if another process has locked it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(run_dir))
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is using {run_dir}; wait for its end, or give another --out_dir"
+            ) from None
+        yield
+
+
+def choose_run_dir(config: RunSettings, name: str) -> tuple[Path, bool]:
+    """Makes the folder of the run: the one given, or else runs/NAME or runs/NAME-2 and so on.
+
+    Returns:
+        The folder, and whether it is new.
 
     Raises:
         ValueError: the folder already holds a run, which is not to be resumed.
     """
     if config.out_dir is not None:
-        # Checkpoints of any command, but not one that was still being written.
-        if any(config.out_dir.glob("checkpoints/[!w]*")) and not config.resume:
-            raise ValueError(
-                f"{config.out_dir} holds a run already; --resume continues it, another --out_dir "
-                "keeps it"
-            )
-        return config.out_dir
+        refuse_second_run(config, config.out_dir)
+        is_new = not config.out_dir.exists()
+        if not config.resume:
+            config.out_dir.mkdir(parents=True, exist_ok=True)
+        return config.out_dir, is_new
     number = 1
-    while (run_dir := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return run_dir
+    while True:
+        run_dir = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir, True
+        except FileExistsError:  # perhaps of a run that has begun just now
+            if Path("runs").is_dir():
+                number += 1
+            else:
+                raise
+
+
+def refuse_second_run(config: RunSettings, run_dir: Path) -> None:
+    """Raises a `ValueError` if the folder holds a run, which is not to be resumed."""
+    # Checkpoints of any command, but not one that was still being written.
+    if any(run_dir.glob("checkpoints/[!w]*")) and not config.resume:
+        raise ValueError(
+            f"{run_dir} holds a run already; --resume continues it, another --out_dir keeps it"
+        )
 
 
 def resolve(

@@ -1,6 +1,7 @@
 """Token arrays: in memory, in files, reused or rewritten."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -254,7 +255,8 @@ def test_kill_leaves_the_old_file(text_file, tokenizer, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert token_file.read_bytes() == before
-    assert len(list(tmp_path.glob("*.partial"))) == 1
+    (leftover,) = tmp_path.glob("*.partial")
+    os.utime(leftover, (0, 0))
     map_file(text_file, tokenizer, token_file, dedup_lines=True)
     assert list(tmp_path.glob("*.partial")) == []
 

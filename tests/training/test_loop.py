@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 import fastllm
 from fastllm.command import no_log
+from fastllm.files import locked
 from fastllm.training import loop
 from fastllm.training.checkpoint import find_checkpoint, load_model, load_training_state
 from fastllm.training.config import parse_train_config
@@ -24,7 +26,7 @@ from fastllm.training.engine import make_optimizers
 from fastllm.training.evaluation import evaluate
 from fastllm.training.loop import LoaderError, Trainer, TrainingError, batches
 from fastllm.training.metrics import read_metrics
-from fastllm.training.run import prepare, resolve
+from fastllm.training.run import prepare, resolve, run_folder
 from tests.commands import run_command
 from tests.conftest import MakeTrainer, make_config
 
@@ -208,6 +210,46 @@ def test_a_new_run_does_not_overwrite_one(tmp_path: Path, text: Path) -> None:
         result = run_command("train", *flags)
         assert result.returncode == expected, result.stderr
     assert "holds a run already; --resume continues it" in result.stderr
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path, text: Path) -> None:
+    config = parse_train_config(["--file_path", str(text)])
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.chdir(tmp_path)
+        first, second = (stack.enter_context(run_folder(config, "text")) for _ in range(2))
+        assert (str(first), str(second)) == ("runs/text", "runs/text-2")
+        for flags in ([], ["--resume"]):
+            again = config.model_copy(update={"out_dir": first, "resume": bool(flags)})
+            with pytest.raises(ValueError, match="another run is using runs/text; wait"):
+                stack.enter_context(run_folder(again, ""))
+    assert sorted(tmp_path.glob("runs/*")) == [tmp_path / "runs/text", tmp_path / "runs/text-2"]
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ab")
+    out = tmp_path / "out"
+    for flags in ([], ["--out_dir", str(out)]):
+        result = run_command("train", "--file_path", str(text), *flags, folder=tmp_path)
+        assert result.returncode == 1 and "use a longer text" in result.stderr
+    assert not out.exists() and not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.processes
+def test_a_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+    try:
+        is_free = False
+        limit = time.monotonic() + 10
+        while not is_free and time.monotonic() < limit:  # it may not have come to that yet
+            with suppress(BlockingIOError), locked(tmp_path):
+                is_free = True
+        assert is_free and child.is_alive()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_every_sequence_once_an_epoch_in_a_new_order() -> None:
