@@ -131,6 +131,12 @@ def log(*parts: Any) -> None:
     print(*parts, file=sys.stderr, flush=True)
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning, the same one only once in a process."""
+    log(f"warning: {message}")
+
+
 def no_log(*parts: Any) -> None:
     """Discards the message: the log of quiet runs, and of all ranks but 0."""
 

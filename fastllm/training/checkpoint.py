@@ -1,6 +1,7 @@
 """Checkpoints: directories that are complete or absent, in safetensors and JSON, never pickled.
 
-A run's folder holds its newest checkpoints, and links to the newest one's parts::
+A run's folder holds its newest checkpoints, and links to the newest one's parts (where the file
+system has no links, latest.txt names the newest one instead)::
 
     config.json          every setting
     tokenizer.json       the vocabulary
@@ -26,6 +27,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastllm.command import warn_once
 from fastllm.files import flush
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import Tokenizer, load_tokenizer
@@ -108,9 +111,12 @@ def save_checkpoint(
         text = json.dumps(asdict(progress), indent=2)
         (partial / _PROGRESS).write_text(text + "\n", encoding="utf-8")
         _publish(partial, final)
+
+    def tidy() -> None:
+        _link_newest(final)
         for old in _checkpoints(run_dir)[:-keep_newest]:
             if _step_of(old) not in keep:
-                _remove(old)
+                remove_checkpoint(old)
 
     try:
         group.broadcast(start)
@@ -125,6 +131,7 @@ def save_checkpoint(
             f"cannot save a checkpoint in {checkpoints}: {error}. Free some space or make the "
             f"folder writable, then {again}"
         ) from error
+    group.broadcast(tidy)
     return final
 
 
@@ -136,14 +143,14 @@ def _tidy(checkpoints: Path) -> None:
     for replaced in checkpoints.glob("replaced-*"):
         final = replaced.with_name(replaced.name.removeprefix("replaced-"))
         if final.exists():
-            _remove(replaced)
+            remove_checkpoint(replaced)
         else:
             replaced.rename(final)
 
 
 def _publish(partial: Path, final: Path) -> None:
     """Flushes a complete checkpoint to the disk, then gives it its name."""
-    checkpoints, run_dir = final.parent, final.parent.parent
+    checkpoints = final.parent
     sums = {str(file.relative_to(partial)): _sha256(file) for file in _files(partial)}
     (partial / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
     for path in [*_files(partial), partial / "training_state", partial]:
@@ -155,10 +162,7 @@ def _publish(partial: Path, final: Path) -> None:
     partial.rename(final)
     flush(checkpoints)
     if replaced.exists():
-        _remove(replaced)
-    for name in ("model.safetensors", "training_state"):
-        _link(run_dir / name, Path("checkpoints") / final.name / name)
-    flush(run_dir)
+        remove_checkpoint(replaced)
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], file: Path, group: ProcessGroup) -> None:
@@ -459,6 +463,21 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def _link_newest(checkpoint: Path) -> None:
+    run_dir = checkpoint.parent.parent
+    try:
+        for name in ("model.safetensors", "training_state"):
+            _link(run_dir / name, Path("checkpoints") / checkpoint.name / name)
+        flush(run_dir)
+    except OSError as error:
+        warn_once(
+            f"{run_dir} cannot hold links to the newest checkpoint ({error.strerror}); "
+            "latest.txt names it"
+        )
+        with suppress(OSError):
+            (run_dir / "latest.txt").write_text(f"checkpoints/{checkpoint.name}\n")
+
+
 def _link(link: Path, target: Path) -> None:
     partial = link.with_name(f"writing-{link.name}")
     partial.unlink(missing_ok=True)
@@ -466,9 +485,16 @@ def _link(link: Path, target: Path) -> None:
     partial.replace(link)
 
 
-def _remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Removes an old checkpoint; one that cannot be removed is left, with a warning."""
     # Renamed first: a checkpoint half removed must not look whole.
     doomed = checkpoint.with_name(f"removing-{checkpoint.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    try:
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        warn_once(
+            f"old checkpoints in {checkpoint.parent} cannot be removed ({error.strerror}); "
+            "training goes on"
+        )
