@@ -212,9 +212,9 @@ class DeepSpeed(DDP):
 
     def update(self) -> float | None:
         self._zero.step()
-        if self._zero.optimizer.overflow:
+        if self._zero.optimizer.overflow or not self.config.max_grad_norm:
             return None
-        return float(self._zero.get_global_grad_norm()) if self.config.max_grad_norm else 0.0
+        return float(self._zero.get_global_grad_norm())
 
     def whole_model(self) -> DecoderModel | None:
         model = self._whole_model()

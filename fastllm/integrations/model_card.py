@@ -147,6 +147,7 @@ def run_rows(checkpoint: Path, run_dir: Path) -> dict[str, str]:
     rows["training"] = f"{progress.step:,} steps, over {progress.tokens:,} tokens"
     lines = read_metrics(run_dir / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line["step"] <= progress.step]
+    losses = [loss for loss in losses if loss is not None]
     if losses:
         rows["training loss"] = f"{losses[-1]:.4f} nats per token in the last recorded step"
     if progress.val_loss is not None:

@@ -94,10 +94,10 @@ class Engine:
         """Updates the parameters, unless a gradient overflowed in fp16.
 
         Returns:
-            The norm of the gradients before clipping, 0 if they are not clipped; None if one
+            The norm of the gradients before clipping; None if they are not clipped or one
             overflowed.
         """
-        norm, scale = 0.0, self.scaler.get_scale()
+        norm, scale = None, self.scaler.get_scale()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         if self.config.max_grad_norm and not (

@@ -52,11 +52,12 @@ POLL_S = 1
 class StepResult(NamedTuple):
     """A finished step: mean loss, gradient norm and learning rate.
 
-    The norm is None if a gradient overflowed, and 0 if gradients are not clipped.
+    The loss is None if the step had nothing to predict, and the norm also if gradients are not
+    clipped or one overflowed.
     `is_late` says that the time limit of the command has passed.
     """
 
-    loss: float
+    loss: float | None
     grad_norm: float | None
     lr: float
     is_late: bool
@@ -261,12 +262,14 @@ class Trainer:
         factor = self.learning_rate_factor(progress.step)
         engine.set_learning_rates(factor)
         self._is_updating = True
-        grad_norm = engine.update() if all_predicted else 0.0
+        grad_norm = engine.update() if all_predicted else None
         progress.step += 1
         progress.tokens += int(all_tokens)
         self._is_updating = False
         progress.training_s += time.monotonic() - start
-        return StepResult(loss, grad_norm, factor * config.lr, late_ranks > 0)
+        return StepResult(
+            loss if all_predicted else None, grad_norm, factor * config.lr, late_ranks > 0
+        )
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
@@ -453,8 +456,9 @@ class _Recorder:
                 elapsed_s=round(progress.elapsed_s, 3),
                 rss_mb=round(memory, 1),
             )
+            loss = "none" if result.loss is None else f"{result.loss:.3f}"
             self._bar.set_postfix_str(
-                f"loss {result.loss:.3f}, {speed:,.0f} tokens/s, {memory:,.0f} MiB", refresh=False
+                f"loss {loss}, {speed:,.0f} tokens/s, {memory:,.0f} MiB", refresh=False
             )
         self._bar.update()
 

@@ -332,6 +332,18 @@ def test_metrics_lines(make_trainer: MakeTrainer) -> None:
     assert lines[0]["grad_norm"] > 0 and lines[0]["tokens_per_second"] > 0
 
 
+def test_what_was_not_computed_is_null(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """The last of 65 training tokens is alone in its sequence, with nothing to predict."""
+    text = tmp_path / "short.txt"
+    text.write_text("ab" * 34)
+    flags = "--max_seq_len 32 --batch_size 1 --val_fraction 0.03 --log_interval 1 --max_grad_norm 0"
+    trainer = make_trainer("run", "--file_path", str(text), *flags.split())
+    trainer.train()
+    lines = list(read_metrics(trainer.run_dir / "metrics.jsonl"))
+    assert sum(line["loss"] is None for line in lines) == 1
+    assert all(line["loss"] != 0 and line["grad_norm"] is None for line in lines)
+
+
 def test_weight_decay_spares_vectors_and_embeddings(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("run", "--weight_decay", "0.1", "--optimizer", "adamw")
     names = {id(p): name for name, p in trainer.model.named_parameters()}
