@@ -1,9 +1,13 @@
 """The number of threads to compute with."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def set_threads(requested: int = 0) -> int:
@@ -49,25 +53,33 @@ def _core_of(cpu: int) -> str:
         return str(cpu)
 
 
-def _cgroup_quota(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> float | None:
+def _cgroup_quota(root: Path = CGROUPS, membership: Path = CGROUP_MEMBERSHIP) -> float | None:
     """The CPU quota of this process's cgroups, in cores; None without a limit."""
+    quotas = [_quota_of(cgroup) for cgroup in cgroups("cpu", root, membership)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def cgroups(
+    controller: str, root: Path = CGROUPS, membership: Path = CGROUP_MEMBERSHIP
+) -> Iterator[Path]:
+    """The folders of this process's cgroups of a controller (version 1, or 2) and of those above.
+
+    The limit of a cgroup also holds for those below it. A folder need not exist.
+    """
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not on Linux: no cgroups
         lines = []
-    quotas = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        top = root / "cpu" if "cpu" in controllers.split(",") else root  # version 1, or 2
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = root / controller if controllers else root
         folder = top / path.lstrip("/")
-        # The limit of a cgroup also holds for those below it.
         for each in (folder, *folder.parents):
-            quotas.append(_quota_of(each))
+            yield each
             if each == top:
                 break
-    return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def _quota_of(cgroup: Path) -> float | None:

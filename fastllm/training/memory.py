@@ -2,6 +2,8 @@
 
 import math
 import os
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -9,6 +11,7 @@ from fastllm.command import Log
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import decoder_loss, dispatch, extension
 from fastllm.ops.memory import LARGE
+from fastllm.threads import CGROUP_MEMBERSHIP, CGROUPS, cgroups
 from fastllm.training.config import ResolvedRun, TrainConfig
 from fastllm.training.distributed import ProcessGroup
 
@@ -35,13 +38,24 @@ def check_memory(
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed = processes_here * (resident_mb + estimate_memory_mb(model, own, run.threads))
     log(f"memory      about {needed:,.0f} MiB at its peak")
-    total = psutil.virtual_memory().total / 2**20
+    total, owner = available_mb()
     if needed > total:
         raise ValueError(
-            f"training needs about {needed:,.0f} MiB of memory and this machine has "
-            f"{total:,.0f}; choose a smaller model, batch_size or max_seq_len, or "
-            "gradient_checkpointing"
+            f"training needs about {needed:,.0f} MiB of memory and {owner} has {total:,.0f}; "
+            "choose a smaller model, batch_size or max_seq_len, or gradient_checkpointing"
         )
+
+
+def available_mb(root: Path = CGROUPS, membership: Path = CGROUP_MEMBERSHIP) -> tuple[float, str]:
+    """MiB of memory that this process may use at most, and what sets that limit."""
+    total, owner = psutil.virtual_memory().total, "this machine"
+    for cgroup in cgroups("memory", root, membership):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # of version 2, and 1
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                limit = int((cgroup / name).read_text())
+                if 0 < limit < total:
+                    total, owner = limit, f"the container or cgroup ({cgroup / name})"
+    return total / 2**20, owner
 
 
 def estimate_memory_mb(model: DecoderModel, config: TrainConfig, threads: int) -> float:

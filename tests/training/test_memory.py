@@ -1,11 +1,14 @@
 """The memory estimate of training."""
 
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 
 from fastllm.ops import decoder_loss
 from fastllm.training.config import parse_train_config
-from fastllm.training.memory import estimate_memory_mb
+from fastllm.training.memory import available_mb, estimate_memory_mb
 from tests.conftest import needs_extension
 
 
@@ -20,3 +23,26 @@ def test_threads_without_a_group_of_sequences_take_no_memory() -> None:
     assert estimates[0] < estimates[1] < estimates[2]
     assert estimates[2] == estimates[3] == estimates[4]
     assert estimates[1] - estimates[0] == pytest.approx((estimates[2] - estimates[0]) * 3 / 7)
+
+
+@pytest.mark.parametrize(
+    ("membership", "file"),
+    [
+        ("0::/user/service", "user/service/memory.max"),
+        ("0::/user/service", "user/memory.max"),
+        ("0::/", "memory.max"),
+        ("5:memory:/job/part\n4:cpu:/", "memory/job/part/memory.limit_in_bytes"),
+        ("5:memory:/job/part\n4:cpu:/", "memory/job/memory.limit_in_bytes"),
+        ("5:hugetlb,memory:/elsewhere", "memory/memory.limit_in_bytes"),
+    ],
+)
+def test_the_limit_of_a_container_counts(tmp_path: Path, membership: str, file: str) -> None:
+    of_process, limit = tmp_path / "membership", tmp_path / file
+    of_process.write_text(membership + "\n")
+    limit.parent.mkdir(parents=True, exist_ok=True)
+    machine = psutil.virtual_memory().total / 2**20, "this machine"
+    for text in ("max", "9223372036854771712", "0", ""):
+        limit.write_text(text)
+        assert available_mb(tmp_path, of_process) == machine
+    limit.write_text(f"{64 * 2**20}\n")
+    assert available_mb(tmp_path, of_process) == (64, f"the container or cgroup ({limit})")
