@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from fastllm.training.checkpoint import find_checkpoint, read_saved_settings
 from fastllm.training.checkpoint import load_model as load_checkpoint
 from fastllm.version import __version__
 
+FILES = ("config.json", "tokenizer.json", "model.safetensors")
+
 
 def save_model(model: DecoderModel, tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> None:
     """Saves a model that was trained in code of your own, for the commands and `load_model`.
@@ -23,11 +25,11 @@ def save_model(model: DecoderModel, tokenizer: Tokenizer, folder: str | os.PathL
 
     Args:
         model: weights are saved in their own type, and loaded as float32.
-        folder: is made; an earlier saved model in it is replaced.
+        folder: is made; an earlier saved model in it is replaced, other files in it stay.
 
     Raises:
         ValueError: the model has replaced or added modules, its vocabulary is smaller than the
-            tokenizer's, or the folder holds something else.
+            tokenizer's, or the folder holds another model.
     """
     folder = Path(folder)
     settings = {**model.settings, "padding_idx": model.padding_idx}
@@ -39,29 +41,25 @@ def save_model(model: DecoderModel, tokenizer: Tokenizer, folder: str | os.PathL
             f"the model has {model.vocab_size} tokens and the tokenizer {tokenizer.vocab_size}; "
             "save the tokenizer that the model was trained with"
         )
-    if folder.exists() and read_saved_settings(folder) is None and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else; choose another folder")
+    taken = [name for name in (*FILES, "checkpoints") if (folder / name).exists()]
+    if taken and read_saved_settings(folder) is None:
+        raise ValueError(f"{folder} holds the {taken[0]} of another model; choose another folder")
     weights = {name: each.detach().cpu().contiguous() for name, each in model.state_dict().items()}
     if model.tie_word_embeddings:  # safetensors refuses shared memory
         del weights["lm_head.weight"]
     config = {"fastllm_version": __version__, "model": settings}
-    partial, replaced = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_file(weights, partial / "model.safetensors")
-        tokenizer.save(partial / "tokenizer.json")
-        text = json.dumps(config, indent=2) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
-        for file in partial.iterdir():
-            flush(file)
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The files get their final names only after all of them are written.
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as path:
+        aside = Path(path)
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(aside / "tokenizer.json")
+        save_file(weights, aside / "model.safetensors")
+        for name in FILES:
+            flush(aside / name)
+        for name in FILES:
+            os.replace(aside / name, folder / name)
+        flush(folder)
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[DecoderModel, Tokenizer]:

@@ -99,18 +99,21 @@ def test_padding_of_the_tokenizer_is_never_generated(text: Path, tmp_path: Path)
 def test_saving_again_replaces_only_a_saved_model(text: Path, tmp_path: Path) -> None:
     model, tokenizer = trained(text)
     folder = tmp_path / "mine"
-    (tmp_path / "empty").mkdir()
-    fastllm.save_model(model, tokenizer, tmp_path / "empty")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
     for bias in (1.0, 2.0):
         model.lm_head.bias.data[0] = bias
         fastllm.save_model(model, tokenizer, folder)
         assert fastllm.load_model(folder)[0].lm_head.bias[0] == bias
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine", "text.txt"]
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/letter.txt").write_text("Dear")
-    with pytest.raises(ValueError, match="holds something else; choose another folder"):
-        fastllm.save_model(model, tokenizer, tmp_path / "other")
-    assert [path.name for path in (tmp_path / "other").iterdir()] == ["letter.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "model.safetensors", "notes.txt", "tokenizer.json",
+    ]  # fmt: skip
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "checkpoints"):
+        (tmp_path / f"other-{name}").mkdir()
+        (tmp_path / f"other-{name}" / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"holds the {name} of another model; choose another"):
+            fastllm.save_model(model, tokenizer, tmp_path / f"other-{name}")
+        assert [path.name for path in (tmp_path / f"other-{name}").iterdir()] == [name]
 
 
 def test_models_that_could_not_be_built_again_are_refused(text: Path, tmp_path: Path) -> None:
