@@ -183,6 +183,7 @@ class Scheduler:
         self._queue: deque[Job] = deque()
         self._running: dict[int, RunningJob] = {}  # by slot
         self._deltas: list[tuple[Job, Delta]] = []
+        self._texts: dict[int, str] = {}  # of single tokens, which many alternatives repeat
         self._draining = self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
@@ -474,9 +475,13 @@ class Scheduler:
 
     def _text_of(self, token: int) -> str:
         """What a token adds to the text: after another one, which may be a space more."""
-        padding = self.tokenizer.pad_token_id
-        before = self.tokenizer.decode([padding])
-        return self.tokenizer.decode([padding, token]).removeprefix(before)
+        text = self._texts.get(token)
+        if text is None:
+            padding = self.tokenizer.pad_token_id
+            before = self.tokenizer.decode([padding])
+            text = self.tokenizer.decode([padding, token]).removeprefix(before)
+            self._texts[token] = text
+        return text
 
 
 def _describe(error: Exception) -> str:
