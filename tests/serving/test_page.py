@@ -654,7 +654,7 @@ def test_nothing_moves_while_text_streams(
 ) -> None:
     page = open_page(server, viewport={"width": width, "height": height})
     places = """() => {
-      const shown = ["prompt", "abort", "copy", "history", "answer"];
+      const shown = ["prompt", "state", "copy", "history", "answer"];
       return shown.map((id) => document.getElementById(id).getBoundingClientRect())
         .map(({ x, y }) => [x, y + scrollY]);
     }"""
