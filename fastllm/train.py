@@ -46,7 +46,9 @@ def launch(config: TrainConfig, arguments: list[str]) -> None:
     if config.parallel != "pipeline":
         check_batch_size(config.batch_size, count)
     if config.file_path:
-        config.file_path.open("rb").close()  # a wrong path fails here, not in every process
+        from fastllm.data.sources import find_files
+
+        find_files(config.file_path)  # a wrong path fails here, not in every process
     run_dir, _ = choose_run_dir(config, run_name(config))
     if config.launcher == "ray":
         from fastllm.integrations import ray

@@ -12,6 +12,7 @@ import torch
 
 from fastllm import integrations
 from fastllm.ops.precision import why_not_autocast
+from fastllm.tokenization import SimpleCharacterTokenizer
 from fastllm.train import main
 from fastllm.training.metrics import read_metrics
 from tests.commands import run_command
@@ -104,6 +105,41 @@ def test_subword_tokenizers(tmp_path: Path, text: Path, tokenizer: str) -> None:
     again = train(tmp_path, *flags[:2], "--tokenizer", "run/tokenizer.json", "--out_dir", "second")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "second/tokenizer.json").exists()
+
+
+def test_texts_of_several_files_resumed_from_another_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "B [2]"
+    (folder / "texts").mkdir(parents=True)
+    (folder / "texts/a.txt").write_text("ab" * 99)
+    (folder / "texts/b.jsonl").write_text('{"body": "%s"}' % ("ba" * 99))
+    flags = "--out_dir", "run"
+    first = train(folder, "--file_path", "texts", "--text_column", "body", *flags)
+    assert first.returncode == 0, first.stderr
+    assert "398 tokens" in first.stderr  # 99 * 2 and a line end, twice
+    again = train(tmp_path, "--resume", "--out_dir", str(folder / "run"), "--max_steps", "5")
+    assert again.returncode == 0, again.stderr
+    (folder / "texts/c.txt").write_text("ab")
+    changed = train(tmp_path, "--resume", "--out_dir", str(folder / "run"), "--max_steps", "6")
+    assert "error: what --file_path names is not the text that this run began" in changed.stderr
+
+
+def test_a_run_is_resumed_from_another_folder_with_its_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("ab" * 99)
+    SimpleCharacterTokenizer(["abc"]).save(tmp_path / "t.json")
+    flags = "--file_path", "text.txt", "--tokenizer", "t.json", "--out_dir", "run"
+    assert train(tmp_path, *flags).returncode == 0
+    (tmp_path / "other").mkdir()
+    for again in ((), ("--tokenizer", "../t.json", "--file_path", "../text.txt")):
+        result = train(tmp_path / "other", "--resume", "--out_dir", "../run", *again)
+        assert result.returncode == 0, result.stderr
+
+
+def test_a_pipe_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    result = train(tmp_path, "--file_path", "pipe", "--tokenizer", "bpe")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: pipe is a pipe or a device")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastllm.data.tokens import (
+    TextFiles,
     TextTokenizer,
     TokenHeader,
     Tokens,
@@ -89,7 +90,8 @@ class TextDataset(Dataset[Sample]):
     predicted once per pass; with 0 the first token of each chunk is never predicted.
 
     Args:
-        file_path: a UTF-8 text file.
+        file_path: a UTF-8 text, or .jsonl, .csv or .parquet, each also compressed (.gz, .xz, .zst);
+            a folder with such files; a pattern; or several of these.
         tokenizer: one from fastllm.tokenization, or any object with `encode(text) -> list[int]` and
             `pad_token_id` (and `vocab_size`, which makes the array compact).
         max_seq_len: tokens in a chunk.
@@ -100,28 +102,29 @@ class TextDataset(Dataset[Sample]):
         token_file: write the tokens to this file and map it instead of holding them in memory, for
             texts larger than memory. The file is reused as long as text, cleaning and tokenizer
             stay the same.
+        text_column: the column of .jsonl, .csv and .parquet files that holds the text.
 
     Attributes:
         tokens: the token ids, an integer array [count].
-        text_sha256: the text file's digest, from the token file; None without one.
+        text_sha256: the text's digest, from the token file; None without one.
 
     Raises:
-        FileNotFoundError: the text file does not exist.
-        ValueError: an argument is out of range, or the file is not UTF-8.
+        FileNotFoundError: a file does not exist.
+        ValueError: an argument is out of range, or a file holds no text; the message says why.
         KeyError: the tokenizer lacks a character of the text.
         OSError: the token file cannot be written.
     """
 
     tokens: Tokens
     text_sha256: str | None
-    file_path: str | os.PathLike[str] | None
+    file_path: TextFiles | None
     # The mapped token file, and the index in it of this dataset's first token.
     _mapped: tuple[str, TokenHeader] | None
     _first: int
 
     def __init__(
         self,
-        file_path: str | os.PathLike[str],
+        file_path: TextFiles,
         tokenizer: TextTokenizer,
         max_seq_len: int,
         overlap: int = 0,
@@ -130,14 +133,17 @@ class TextDataset(Dataset[Sample]):
         min_line_length: int = 0,
         dedup_lines: bool = False,
         token_file: str | os.PathLike[str] | None = None,
+        text_column: str = "text",
     ) -> None:
         self._configure(tokenizer, max_seq_len, overlap, padding_value)
         self.file_path = file_path
         if token_file is None:
-            self.tokens = encode_file(file_path, tokenizer, min_line_length, dedup_lines)
+            self.tokens = encode_file(
+                file_path, tokenizer, min_line_length, dedup_lines, text_column
+            )
         else:
             self.tokens, header = map_file(
-                file_path, tokenizer, token_file, min_line_length, dedup_lines
+                file_path, tokenizer, token_file, min_line_length, dedup_lines, text_column
             )
             self.text_sha256 = header.text_sha256
             self._mapped = (os.path.abspath(token_file), header)

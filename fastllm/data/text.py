@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 from fastllm.tokenization.base import BETWEEN_WORDS
 
@@ -25,50 +26,51 @@ def read_text(path: str | os.PathLike[str], piece_bytes: int = PIECE_BYTES) -> I
     """
     if piece_bytes < 1:
         raise ValueError(f"piece_bytes must be at least 1, not {piece_bytes}")
-    _check_is_file(path)
-    utf8 = codecs.getincrementaldecoder("utf-8")()
-    line_ends = io.IncrementalNewlineDecoder(utf8, translate=True)
-    with open(path, "rb") as file:
-        data = file.read(len(codecs.BOM_UTF8))
-        offset = len(data)
-        if data == codecs.BOM_UTF8:
-            data = b""
-        at_end = False
-        while not at_end:
-            more = file.read(piece_bytes)
-            at_end = not more
-            data += more
-            offset += len(more)
-            waiting = len(utf8.getstate()[0])
-            try:
-                piece = line_ends.decode(data, final=at_end)
-            except UnicodeDecodeError as error:
-                bad = offset - len(data) - waiting + error.start
-                raise ValueError(
-                    f"{path} is not UTF-8: bad byte 0x{error.object[error.start]:02x} at offset "
-                    f"{bad} ({error.reason}); convert it, for example with "
-                    "iconv -f WINDOWS-1252 -t UTF-8"
-                ) from error
-            data = b""
-            if piece:
-                yield piece
-
-
-def content_digest(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    _check_is_file(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(PIECE_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _check_is_file(path: str | os.PathLike[str]) -> None:
     if not os.path.exists(path):
         raise FileNotFoundError(f"text file {path} does not exist")
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a folder; name a text file")
+    with open(path, "rb") as file:
+        yield from decode_text(path, file, piece_bytes=piece_bytes)
+
+
+def decode_text(
+    path: str | os.PathLike[str],
+    file: BinaryIO,
+    start: bytes = b"",
+    piece_bytes: int = PIECE_BYTES,
+) -> Iterator[str]:
+    """The text of an open file, as `read_text` yields it.
+
+    Args:
+        path: for error messages.
+        start: what was read from the file already.
+    """
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    line_ends = io.IncrementalNewlineDecoder(utf8, translate=True)
+    data = start or file.read(len(codecs.BOM_UTF8))
+    offset = len(data)
+    if data.startswith(codecs.BOM_UTF8):
+        data = data[len(codecs.BOM_UTF8) :]
+    at_end = False
+    while not at_end:
+        more = file.read(piece_bytes)
+        at_end = not more
+        data += more
+        offset += len(more)
+        waiting = len(utf8.getstate()[0])
+        try:
+            piece = line_ends.decode(data, final=at_end)
+        except UnicodeDecodeError as error:
+            bad = offset - len(data) - waiting + error.start
+            raise ValueError(
+                f"{path} is not UTF-8: bad byte 0x{error.object[error.start]:02x} at offset "
+                f"{bad} ({error.reason}); convert it, for example with "
+                "iconv -f WINDOWS-1252 -t UTF-8"
+            ) from error
+        data = b""
+        if piece:
+            yield piece
 
 
 def clean_lines(

@@ -11,16 +11,17 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeGuard
+from typing import Any, BinaryIO, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
-from fastllm.data.text import clean_lines, content_digest, cut_between_words, read_text
-from fastllm.files import replace_file
+from fastllm.data.sources import files_digest, find_files, read_files
+from fastllm.data.text import clean_lines, cut_between_words
+from fastllm.files import replace_file, sha256
 from fastllm.tokenization import SimpleCharacterTokenizer, SubwordTokenizer
 from fastllm.tokenization.base import smallest_token_dtype
 
@@ -28,6 +29,7 @@ HEADER_BYTES = 4096
 FORMAT = "fastllm tokens 1"
 
 Tokens = npt.NDArray[Any]
+TextFiles: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
 
 
 class TextTokenizer(Protocol):
@@ -51,26 +53,30 @@ class TokenHeader:
 
 
 def encode_file(
-    file_path: str | os.PathLike[str],
+    file_path: TextFiles,
     tokenizer: TextTokenizer,
     min_line_length: int = 0,
     dedup_lines: bool = False,
+    text_column: str = "text",
 ) -> Tokens:
-    """A text file's tokens [count], in memory; raises the errors of `read_text` and of encoding."""
-    pieces = clean_lines(read_text(file_path), min_line_length, dedup_lines)
+    """The tokens [count] of texts, in memory; raises the errors of reading and of encoding."""
+    pieces = clean_lines(
+        read_files(find_files(file_path), text_column), min_line_length, dedup_lines
+    )
     ids = io.BytesIO()
     _write_ids(pieces, tokenizer, ids)
     return np.frombuffer(ids.getbuffer(), dtype=_token_dtype(tokenizer))
 
 
 def map_file(
-    file_path: str | os.PathLike[str],
+    file_path: TextFiles,
     tokenizer: TextTokenizer,
     token_file: str | os.PathLike[str],
     min_line_length: int = 0,
     dedup_lines: bool = False,
+    text_column: str = "text",
 ) -> tuple[Tokens, TokenHeader]:
-    """A text file's tokens [count], mapped from `token_file`, and the token file's header.
+    """The tokens [count] of texts, mapped from `token_file`, and the token file's header.
 
     `token_file` is written first unless it already holds exactly these tokens. It is replaced
     atomically: an interrupted process leaves the old file. Changes to a tokenizer from outside this
@@ -78,17 +84,17 @@ def map_file(
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: `token_file` is the text file itself; `read_text` and encoding raise as well.
+        ValueError: `token_file` is a text file itself; reading and encoding raise as well.
     """
-    token_file = Path(token_file)
-    if token_file.exists() and os.path.samefile(file_path, token_file):
+    token_file, files = Path(token_file), find_files(file_path)
+    if token_file.exists() and any(os.path.samefile(file, token_file) for file in files):
         raise ValueError(f"token_file {token_file} is the text file itself; choose another name")
     wanted = TokenHeader(
         format=FORMAT,
         dtype=_token_dtype(tokenizer).str,
         count=0,
         ids_sha256="",
-        text_sha256=content_digest(file_path),
+        text_sha256=files_digest(files, text_column),
         min_line_length=min_line_length,
         dedup_lines=dedup_lines,
         tokenizer=tokenizer.fingerprint if _is_builtin(tokenizer) else "",
@@ -96,9 +102,9 @@ def map_file(
     found = read_header(token_file)
     if wanted.tokenizer and found is not None:
         same = replace(wanted, count=found.count, ids_sha256=found.ids_sha256)
-        if found == same and _ids_digest(token_file) == found.ids_sha256:
+        if found == same and sha256(token_file, HEADER_BYTES) == found.ids_sha256:
             return map_tokens(token_file, found), found
-    pieces = clean_lines(read_text(file_path), min_line_length, dedup_lines)
+    pieces = clean_lines(read_files(files, text_column), min_line_length, dedup_lines)
     try:
         token_file.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(token_file) as file:
@@ -174,15 +180,6 @@ def _write_ids(pieces: Iterable[str], tokenizer: TextTokenizer, file: BinaryIO) 
         digest.update(ids.data)
         count += len(ids)
     return count, digest.hexdigest()
-
-
-def _ids_digest(token_file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(token_file, "rb") as file:
-        file.seek(HEADER_BYTES)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_header(token_file: str | os.PathLike[str]) -> TokenHeader | None:

@@ -123,8 +123,8 @@ def model_rows(
     """Rows of the card's table about the model."""
     rows = {}
     if settings is not None:
-        text = settings.file_path
-        rows["text"] = text.name if text else "Python's own documentation"
+        texts = ", ".join(path.name for path in settings.file_path or ())
+        rows["text"] = texts or "Python's own documentation"
     return rows | {
         "longest sequence": f"{model.max_seq_len:,} tokens from a vocabulary of "
         f"{model.vocab_size:,}",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllm.command import StopRequest, log, stop_on_signals
+from fastllm.data.sources import absolute
 from fastllm.device import choose_device
 from fastllm.threads import available_cores
 from fastllm.training.checkpoint import has_checkpoint
@@ -171,10 +172,11 @@ def _make_trainer(config: TrainConfig, run_dir: Path, cores: int, deadline: floa
 
 def _worker_settings(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
     """The settings of a worker, with absolute paths: its current folder is another one."""
-    paths = {"out_dir": run_dir}
-    for name in ("file_path", "tokenizer"):
-        if isinstance(path := getattr(config, name), Path):
-            paths[name] = path.resolve()
+    paths: dict[str, Any] = {"out_dir": run_dir}
+    if isinstance(config.tokenizer, Path):
+        paths["tokenizer"] = config.tokenizer.resolve()
+    if config.file_path:
+        paths["file_path"] = [absolute(path) for path in config.file_path]
     worker_config = config.model_copy(update={**paths, "launcher": None, "num_workers": 0})
     return worker_config.model_dump(mode="json")
 

@@ -21,7 +21,6 @@ not depend on their number, nor on whether each had all of the model or a part, 
 continue with a different number of processes.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -39,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastllm.command import warn_once
-from fastllm.files import flush
+from fastllm.files import flush, sha256
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import Tokenizer, load_tokenizer
 from fastllm.training.config import TrainConfig, read_config
@@ -151,7 +150,7 @@ def _tidy(checkpoints: Path) -> None:
 def _publish(partial: Path, final: Path) -> None:
     """Flushes a complete checkpoint to the disk, then gives it its name."""
     checkpoints = final.parent
-    sums = {str(file.relative_to(partial)): _sha256(file) for file in _files(partial)}
+    sums = {str(file.relative_to(partial)): sha256(file) for file in _files(partial)}
     (partial / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
     for path in [*_files(partial), partial / "training_state", partial]:
         flush(path)
@@ -424,7 +423,7 @@ def _verify(checkpoint: Path) -> None:
         return
     try:
         sums = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name, sum in sums.items() if _sha256(checkpoint / name) != sum]
+        changed = [name for name, sum in sums.items() if sha256(checkpoint / name) != sum]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged, or a file that it lists: {error}") from error
     if changed:
@@ -453,14 +452,6 @@ def _step_of(checkpoint: Path) -> int:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _link_newest(checkpoint: Path) -> None:

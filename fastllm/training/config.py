@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fastllm.command import describe_error, make_settings
 from fastllm.flags import CommandSettings, Device, Precision, Threads, did_you_mean, read_flags
@@ -145,8 +145,11 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     }
 
     # Data
-    file_path: Path | None = None
-    """UTF-8 text to train on; by default a demo corpus, Python's own documentation."""
+    file_path: list[Path] | None = None
+    """UTF-8 texts to train on, or .jsonl, .csv or .parquet, each also compressed (.gz, .xz, .zst):
+    files, folders or patterns; by default a demo corpus, Python's own documentation."""
+    text_column: str = "text"
+    """Column of .jsonl, .csv and .parquet files that holds the text."""
     max_seq_len: Annotated[int, Field(ge=2, le=2**24)] = 32
     """Tokens in a training sequence, and the longest context of the model."""
     overlap: Count = 0
@@ -228,6 +231,11 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     """deepspeed: where the optimizer runs, and where stage 3 keeps the weights."""
     deepspeed_config: Path | None = None
     """deepspeed: a configuration file to use instead of deepspeed.json in the run's folder."""
+
+    @field_validator("file_path", mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, Path)) else value
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
@@ -315,9 +323,20 @@ class ResolvedRun:
         """The settings that config.json records, whenever it is written.
 
         They are as given, except that device, precision and num_workers are what they resolved to:
-        a run that began with precision auto resumes with the precision it computed in.
+        a run that began with precision auto resumes with the precision it computed in. Paths are
+        absolute, for commands in another current folder.
         """
+        from fastllm.data.sources import absolute  # here: it needs PyTorch, and help does not
+
+        paths: dict[str, Path | list[Path]] = {
+            name: value.absolute()
+            for name in ("tokenizer", "deepspeed_config")
+            if isinstance(value := getattr(self.config, name), Path)
+        }
+        if self.config.file_path:
+            paths["file_path"] = [absolute(path) for path in self.config.file_path]
         resolved = {
+            **paths,
             "device": self.device,
             "precision": self.precision,
             "num_workers": self.data_workers,
@@ -347,7 +366,9 @@ def parse_run_settings(settings_class: type[AnyRun], arguments: list[str]) -> An
     config = make_settings(settings_class, {**kept, **given})
     for name in settings_class.fixed:
         old, new = getattr(saved, name), getattr(config, name)
-        if old != new:
+        if old != new and not (
+            isinstance(old, Path) and isinstance(new, Path) and old.resolve() == new.resolve()
+        ):
             raise SystemExit(
                 f"error: the run in {run_dir} has {name} {old}; it cannot be resumed with {new}. "
                 "Leave the flag out, or start a new run in another out_dir"

@@ -141,7 +141,7 @@ class Trainer:
         self.progress = self.engine.load(checkpoint)
         if self.progress.text_sha256 != self.train_set.text_sha256:
             raise ValueError(
-                f"{self.train_set.file_path} is not the text that this run began with; restore "
+                "what --file_path names is not the text that this run began with; restore "
                 "that text, or start a new run in another out_dir"
             )
         if self.progress.loss_scale and self.engine.scaler.is_enabled():

@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ import torch
 from fastllm import command
 from fastllm.command import Log, errors_in_one_line, no_log
 from fastllm.data.loader import TextDataset
-from fastllm.data.text import clean_lines, read_text
+from fastllm.data.sources import compression_of, find_files, read_files
+from fastllm.data.text import clean_lines
 from fastllm.device import Device, autocast, choose_device, choose_precision
 from fastllm.files import locked, replace_file
 from fastllm.models.decoder import DecoderModel
@@ -75,6 +76,8 @@ def train(
                     "and this is one; torchrun or --launcher ray start several"
                 )
             implementation_line(device)  # refuses an implementation before any file is written
+            if config.file_path:
+                find_files(config.file_path)  # before a folder is made
             run_dir, resume = group.broadcast(lambda: stack.enter_context(start_or_restart(config)))
             run = resolve(config, run_dir, device, resume)
             group.check_agreement({"precision": run.precision})
@@ -145,7 +148,18 @@ def torchrun_launch() -> str | None:
 
 
 def run_name(config: TrainConfig) -> str:
-    return config.file_path.stem if config.file_path else "demo"
+    """The name of the first text or folder, without endings; raises like `find_files`."""
+    if not config.file_path:
+        return "demo"
+    first = config.file_path[0].absolute()
+    if first.is_dir():
+        return first.name
+    name = find_files(config.file_path)[0].name
+    return Path(name.removesuffix(compression_of(name))).stem
+
+
+def describe_texts(files: Sequence[Path]) -> str:
+    return f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
 
 
 @contextlib.contextmanager
@@ -254,10 +268,10 @@ def prepare(
         if checkpoint:
             model, tokenizer, _ = load_model(checkpoint)
             model.gradient_checkpointing = run.config.gradient_checkpointing
-        text = run.config.file_path or demo_text(run.run_dir, log)
+        texts = run.config.file_path or [demo_text(run.run_dir, log)]
         if tokenizer is None:
-            tokenizer = run_tokenizer(run, text, group, log)
-        train_set, val_set = read_data(run, text, tokenizer, log)
+            tokenizer = run_tokenizer(run, texts, group, log)
+        train_set, val_set = read_data(run, texts, tokenizer, log)
         with torch.device("meta"):
             sketch = run.config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
         log(f"parameters  {sum(p.numel() for p in sketch.parameters()):,}")
@@ -287,14 +301,15 @@ def demo_text(run_dir: Path, log: Log) -> Path:
     return path
 
 
-def run_tokenizer(run: ResolvedRun, text: Path, group: ProcessGroup, log: Log) -> Tokenizer:
+def run_tokenizer(run: ResolvedRun, texts: list[Path], group: ProcessGroup, log: Log) -> Tokenizer:
     """The tokenizer of a new run: rank 0 makes or loads it, the other ranks read rank 0's file."""
     config = run.config
     if not group.is_main:
         return load_tokenizer(run.run_dir / "tokenizer.json")
     if isinstance(config.tokenizer, Path):
         return load_tokenizer(config.tokenizer)
-    pieces = clean_lines(read_text(text), config.min_line_length, config.dedup_lines)
+    text = read_files(find_files(texts), config.text_column)
+    pieces = clean_lines(text, config.min_line_length, config.dedup_lines)
     if config.tokenizer == "char":
         return SimpleCharacterTokenizer.from_pieces(pieces)
     log(f"tokenizer   {config.tokenizer}: learning {config.vocab_size:,} tokens from the text")
@@ -303,7 +318,7 @@ def run_tokenizer(run: ResolvedRun, text: Path, group: ProcessGroup, log: Log) -
 
 
 def read_data(
-    run: ResolvedRun, text: Path, tokenizer: Tokenizer, log: Log
+    run: ResolvedRun, texts: list[Path], tokenizer: Tokenizer, log: Log
 ) -> tuple[TextDataset, TextDataset | None]:
     """The training set, and the validation set if the settings hold one out.
 
@@ -312,14 +327,16 @@ def read_data(
     """
     config = run.config
     run.run_dir.mkdir(parents=True, exist_ok=True)
+    text = describe_texts(texts)
     dataset = TextDataset(
-        text,
+        texts,
         tokenizer,
         config.max_seq_len,
         config.overlap,
         min_line_length=config.min_line_length,
         dedup_lines=config.dedup_lines,
         token_file=run.run_dir / "tokens.bin",
+        text_column=config.text_column,
     )
     unknown = unknown_fraction(dataset, tokenizer)
     if unknown > 0.5:

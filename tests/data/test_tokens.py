@@ -81,8 +81,8 @@ def test_pieces_encode_like_the_whole_text(tmp_path, monkeypatch):
     text = "the cat  sat\n\n  on\tthe mat, 12 é世\n" * 30
     path = tmp_path / "text.txt"
     path.write_text(text)
-    real = module.read_text
-    monkeypatch.setattr(module, "read_text", lambda file: real(file, 50))
+    pieces = [text[i : i + 50] for i in range(0, len(text), 50)]
+    monkeypatch.setattr(module, "read_files", lambda *arguments: iter(pieces))
     for tokenizer in (bpe, SimpleCharacterTokenizer([text])):
         assert encode_file(path, tokenizer).tolist() == tokenizer.encode(text)
 

@@ -1,0 +1,257 @@
+"""Files with text: which ones are meant, what is in them, and their text as a stream of pieces."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+from fastllm.data.text import PIECE_BYTES, decode_text
+from fastllm.files import sha256
+
+StrPath = str | os.PathLike[str]
+
+COMPRESSED = (".gz", ".xz", ".zst")
+TABLES = (".jsonl", ".csv", ".parquet")
+KNOWN = (".txt", ".md", *TABLES)  # what is read from a folder
+# What a file is that begins with these bytes.
+NOT_TEXT = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"BM": "a BMP image",
+    b"RIFF": "a picture, sound or film",
+    b"%PDF": "a PDF document",
+    b"{\\rtf": "an RTF document",
+    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"PK\x03\x04": "a ZIP archive, as .docx, .odt and .epub are",
+    b"\x1f\x8b": "compressed by gzip, without the ending .gz",
+    b"\xfd7zXZ": "compressed by xz, without the ending .xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd, without the ending .zst",
+    b"BZh": "compressed by bzip2",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"ID3": "a sound file",
+    b"OggS": "a sound file",
+    b"\x7fELF": "a program",
+    b"MZ": "a program",
+    b"PAR1": "a Parquet file, without the ending .parquet",
+    b"GGUF": "a model in GGUF",
+    b"SQLite format 3": "an SQLite database",
+    b"\xff\xfe": "text in UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "text in UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
+}
+OFFICE = {".docx": "a Word document", ".odt": "an OpenDocument text", ".epub": "an EPUB book",
+          ".xlsx": "an Excel table", ".pptx": "a PowerPoint presentation"}  # fmt: skip
+
+
+def find_files(words: StrPath | Iterable[StrPath]) -> list[Path]:
+    """The files that these words name: each is a path, a folder, or else a pattern.
+
+    A folder stands for the texts and tables in it and below, by their endings.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is a pipe or a device.
+    """
+    found: list[Path] = []
+    for word in [words] if isinstance(words, (str, os.PathLike)) else words:
+        path = Path(word)
+        if path.is_dir():
+            matches = [file for file in path.rglob("*") if format_of(file) and file.is_file()]
+            if not matches:
+                raise FileNotFoundError(f"folder {path} holds no text: no {', '.join(KNOWN)}")
+        elif os.path.lexists(path):
+            matches = [path]
+        else:
+            pattern = os.fspath(word)
+            matches = [Path(name) for name in glob.glob(pattern, recursive=True)]
+            matches = [file for file in matches if file.is_file()]
+        if not matches:
+            raise FileNotFoundError(f"text file {path} does not exist")
+        found += sorted(matches)
+    for file in found:
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is a link to a file that does not exist")
+        if not file.is_file():
+            raise ValueError(
+                f"{file} is a pipe or a device, which cannot be read twice; save its content in a "
+                "file first"
+            )
+    return found
+
+
+def absolute(word: StrPath) -> Path:
+    """The same files, named from the root; a pattern stays one only where it was one."""
+    path = Path(word)
+    if path.is_absolute() or os.path.lexists(path):
+        return path.absolute()
+    return Path(glob.escape(os.getcwd())) / path if glob.has_magic(str(path)) else path.absolute()
+
+
+def format_of(path: Path) -> str | None:
+    """The ending that says how to read a file, without that of its compression."""
+    ending = Path(path.name.removesuffix(compression_of(path.name))).suffix.lower()
+    return ending if ending in KNOWN else None
+
+
+def compression_of(name: str) -> str:
+    """The ending of a compressed file's name, as it is written there; or nothing."""
+    ending = Path(name).suffix
+    return ending if ending.lower() in COMPRESSED else ""
+
+
+def read_files(files: Sequence[StrPath], text_column: str = "text") -> Iterator[str]:
+    """Yields the text of these files in pieces.
+
+    Tables give the text of one column, each row on lines of its own; other files are text, whatever
+    their ending. The files follow each other on lines of their own.
+
+    Raises:
+        ValueError: a file has no text, is damaged, or lacks the column; the message names it.
+        ImportError: the library for a format is not installed.
+    """
+    last = "\n"
+    for file in map(Path, files):
+        if last and not last.endswith("\n"):
+            yield "\n"
+        with _damage_named(file):
+            for last in _read_file(file, text_column):
+                yield last
+
+
+def files_digest(files: Sequence[StrPath], text_column: str = "text") -> str:
+    """A SHA-256, in hexadecimal: of the content, if it is one plain text, or else of what decides
+    about the text."""
+    paths = [Path(file) for file in files]
+    if len(paths) == 1 and format_of(paths[0]) not in TABLES:
+        return sha256(paths[0])
+    parts = [f"{sha256(path)} {''.join(path.suffixes[-2:])}" for path in paths]
+    return hashlib.sha256("\n".join([*parts, text_column]).encode()).hexdigest()
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError, lzma.LZMAError, zlib.error, csv.Error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system; those of the decompressors have no number
+        raise ValueError(f"{file} is damaged, or is not what its ending says: {error}") from error
+
+
+def _read_file(file: Path, text_column: str) -> Iterator[str]:
+    kind = format_of(file)
+    if kind == ".parquet":
+        yield from _parquet(file, text_column)
+        return
+    with _open(file) as stream:
+        pieces = _checked(file, stream)
+        if kind == ".jsonl":
+            yield from _json_lines(file, _lines(pieces), text_column)
+        elif kind == ".csv":
+            yield from _csv(file, _lines(pieces), text_column)
+        else:
+            yield from pieces
+
+
+def _open(file: Path) -> Any:
+    """A binary stream of the uncompressed content."""
+    ending = file.suffix.lower()
+    if ending == ".zst":
+        arrow = _pyarrow(file)
+        return arrow.CompressedInputStream(arrow.OSFile(str(file)), "zstd")
+    if ending == ".gz":
+        return gzip.open(file)
+    return lzma.open(file) if ending == ".xz" else file.open("rb")
+
+
+def _pyarrow(file: Path) -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"{file} needs pyarrow to be read: pip install pyarrow") from error
+    return pyarrow
+
+
+def _checked(file: Path, stream: BinaryIO) -> Iterator[str]:
+    """The text of a stream, unless its first bytes show that it is none."""
+    start = stream.read(PIECE_BYTES)
+    kind = next((kind for magic, kind in NOT_TEXT.items() if start.startswith(magic)), None)
+    if kind and start.startswith(b"PK"):
+        kind = OFFICE.get(file.suffix.lower(), kind)
+    # Two letters may begin a text.
+    if kind and (b"\0" in start or not start[:2].isalpha() or start.startswith((b"PK\x03", b"%"))):
+        raise ValueError(f"{file} is not text but {kind}; give its text in a UTF-8 file")
+    if b"\0" in start:
+        raise ValueError(f"{file} is not text but a binary file; give its text in a UTF-8 file")
+    yield from decode_text(file, stream, start)
+
+
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    rest: list[str] = []
+    for piece in pieces:
+        head, line_end, tail = piece.rpartition("\n")
+        if line_end:
+            yield from (line + "\n" for line in ("".join(rest) + head).split("\n"))
+            rest = []
+        rest.append(tail)
+    if last := "".join(rest):
+        yield last
+
+
+def _json_lines(file: Path, lines: Iterable[str], text_column: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}: line {number} is not a JSON object")
+        yield _text(file, row.get(text_column), row, text_column)
+
+
+def _csv(file: Path, lines: Iterable[str], text_column: str) -> Iterator[str]:
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.DictReader(lines)
+    for row in rows:
+        yield _text(file, row.get(text_column), rows.fieldnames or (), text_column)
+
+
+def _parquet(file: Path, text_column: str) -> Iterator[str]:
+    arrow = _pyarrow(file)
+    try:
+        with arrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            columns = [text_column] if text_column in names else []
+            for batch in table.iter_batches(1_000, columns=columns):
+                for value in batch.column(0).to_pylist() if columns else [None]:
+                    yield _text(file, value, names, text_column)
+    except arrow.ArrowException as error:
+        raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
+
+
+def _text(file: Path, value: object, columns: Iterable[str], text_column: str) -> str:
+    if text_column not in columns:
+        raise ValueError(
+            f"{file} has no column {text_column!r}; choose one by --text_column: "
+            f"{', '.join(map(str, columns))}"
+        )
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{file}: column {text_column!r} holds {type(value).__name__}, not text")
+    return value if value.endswith("\n") else value + "\n"
