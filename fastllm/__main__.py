@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "Measure how well a trained model predicts a text.",
     "finetune": "Fine-tune a model of transformers on a text or a dataset.",
     "tune": "Search for the settings with the lowest validation loss.",
+    "compare": "Draw the curves of several runs in one picture, with a table.",
     "export": "Write a trained model for transformers, ONNX or llama.cpp.",
     "bench": "Time training steps against stock PyTorch.",
 }

@@ -32,7 +32,7 @@ ROOMS = {
     "libraries": "tuning serving benchmarking",
     "integrations": "integrations",
     "fine-tuning": "finetuning",  # a library on top of what integrates transformers
-    "commands": "train evaluate generate finetune tune serve export bench __main__",
+    "commands": "train evaluate generate finetune tune compare serve export bench __main__",
     "package": "public __init__",  # what `import fastllm` offers: nothing in the package imports it
 }
 LEVELS = {

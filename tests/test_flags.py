@@ -11,6 +11,7 @@ import pytest
 from fastllm import __main__ as fastllm_command
 from fastllm.benchmarking.config import BenchConfig
 from fastllm.command import parse_settings
+from fastllm.compare import CompareConfig
 from fastllm.evaluate import EvaluateConfig
 from fastllm.export import ExportConfig
 from fastllm.finetuning.config import FinetuneConfig
@@ -28,6 +29,7 @@ SETTINGS: dict[str, type[CommandSettings]] = {
     "evaluate": EvaluateConfig,
     "finetune": FinetuneConfig,
     "tune": TuneConfig,
+    "compare": CompareConfig,
     "export": ExportConfig,
     "bench": BenchConfig,
 }

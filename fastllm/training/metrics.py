@@ -1,7 +1,7 @@
 """The record of a run: metrics.jsonl, and the curves in loss.png."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,4 +97,31 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     if lines:
         axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
+def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], picture: Path) -> None:
+    """Plots the validation losses of runs by step, and their training losses beside them.
+
+    Args:
+        runs: names, and the lines of each run's metrics.jsonl.
+        picture: the file to write; its suffix is the format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    sides = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, key, title in zip(
+        sides, ("loss", "val_loss"), ("training", "validation"), strict=True
+    ):
+        for name, lines in runs.items():
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            # Also without points: a run has the same colour on both sides.
+            steps, losses = zip(*points, strict=True) if points else ((), ())
+            axes.plot(steps, losses, label=name, marker="o" if key == "val_loss" else "", ms=3)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    sides[0].set_ylabel("loss (nats per token)")
+    sides[1].legend()
     figure.savefig(picture, dpi=120)
