@@ -142,6 +142,21 @@ def test_a_pipe_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_preset_is_said_and_its_settings_are_kept(tmp_path: Path, text: Path) -> None:
+    flags = ["--preset", "demo", "--max_steps", "2", "--threads", "1", "--out_dir", "run"]
+    result = run_command("train", str(text), *flags, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "preset      demo: 0.1 million parameters, a few seconds" in result.stderr
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    assert (kept["tokenizer"], kept["max_steps"], kept["hidden_size"]) == ("bpe", 2, 64)
+    assert "preset" not in kept
+    resumed = run_command(
+        "train", "--resume", "--out_dir", "run", "--max_steps", "3", folder=tmp_path
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "preset      " not in resumed.stderr
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [

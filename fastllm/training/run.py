@@ -40,6 +40,7 @@ from fastllm.training.evaluation import bits_per_character
 from fastllm.training.loop import LoaderError, Trainer, TrainingError, derive_seed
 from fastllm.training.memory import check_memory
 from fastllm.training.metrics import plot_losses, resident_mb
+from fastllm.training.presets import PRESETS
 
 # What a user can fix: told in one line, before any work is lost.
 INPUT_ERRORS = (ImplementationError, CheckpointError, OSError, ValueError, KeyError, ImportError)
@@ -70,6 +71,8 @@ def train(
             stack.enter_context(group.reporting_peer_loss())
             group.check_agreement({**config.model_dump(mode="json"), "device": device})
             log: Log = command.log if group.is_main and not config.quiet else no_log
+            if config.preset:
+                log(f"preset      {config.preset}: {PRESETS[config.preset].expect}")
             if config.parallel != "ddp" and group.size == 1:
                 log(
                     f"warning: parallel {config.parallel} divides a step among several processes, "

@@ -4,20 +4,78 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from fastllm.training.config import TrainConfig, parse_train_config, read_config
+from fastllm.training.presets import BY_HAND, PRESETS
 from fastllm.training.run import resolve
 
 
 def test_the_defaults_of_the_main_flags() -> None:
-    config = parse_train_config([])
+    config = parse_train_config(["--epochs", "1"])
     expected = {
         "file_path": None, "max_seq_len": 32, "batch_size": 16, "epochs": 1, "lr": 1e-3,
         "hidden_size": 64, "num_layers": 2, "num_heads": 2, "device": "cpu", "overlap": 0,
         "log_interval": 10, "dropout": 0.1, "optimizer": "adam", "max_grad_norm": 1.0,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "preset", "hidden_size", "lr"),
+    [
+        ("", "small", 128, 3e-3),
+        ("book.txt --out_dir run --quiet --threads 2 --seed 1", "small", 128, 3e-3),
+        ("book.txt --precision fp32 --max_minutes 1", "small", 128, 3e-3),
+        ("--preset tiny", "tiny", 64, 5e-3),
+        ("--preset medium --lr 0.5", "medium", 384, 0.5),
+        ("--preset small --hidden_size 64", "small", 64, 3e-3),
+        # The defaults of the flags, once one of them is given, even with its default.
+        ("--hidden_size 64", None, 64, 1e-3),
+        ("--log_interval 10", None, 64, 1e-3),
+        ("--overlap=0", None, 64, 1e-3),
+        ("--device cpu", None, 64, 1e-3),
+        ("--epochs 2", None, 64, 1e-3),
+        ("--launcher ray --num_workers 2", None, 64, 1e-3),
+    ],
+)
+def test_presets(flags: str, preset: str | None, hidden_size: int, lr: float) -> None:
+    config = parse_train_config(flags.split())
+    assert (config.preset, config.hidden_size, config.lr) == (preset, hidden_size, lr)
+
+
+def test_a_config_file_also_chooses_by_hand(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("batch_size = 16\n")
+    assert parse_train_config(["--config", str(file)]).preset is None
+    file.write_text("seed = 16\n")
+    assert parse_train_config(["--config", str(file)]).preset == "small"
+    file.write_text('preset = "tiny"\nnum_layers = 1\n')
+    config = parse_train_config(["--config", str(file)])
+    assert (config.preset, config.num_layers, config.vocab_size) == ("tiny", 1, 512)
+
+
+def test_a_run_keeps_what_its_preset_set(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(parse_train_config([]).to_json())
+    resume = ["--resume", "--out_dir", str(tmp_path)]
+    config = parse_train_config(resume)
+    assert (config.preset, config.hidden_size, config.tokenizer) == (None, 128, "bpe")
+    with pytest.raises(SystemExit, match="preset is for new runs"):
+        parse_train_config([*resume, "--preset", "tiny"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_parameters_that_they_tell(name: str) -> None:
+    preset = PRESETS[name]
+    assert preset.settings.keys() - {"eval_interval", "precision"} <= BY_HAND
+    config = parse_train_config(["--preset", name])
+    with torch.device("meta"):
+        model = config.build_model(config.vocab_size, 0)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert float(preset.expect.split()[0]) == pytest.approx(millions, rel=0.35)
+    help_text = str(TrainConfig.model_fields["preset"].description)
+    assert f"{name}: {preset.expect}." in " ".join(help_text.split())
 
 
 def test_flags_with_underscores_hyphens_spaces_and_equals_signs() -> None:
@@ -50,7 +108,7 @@ def test_flags_override_the_config_file(tmp_path: Path) -> None:
 def test_a_stray_environment_variable_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LR", "7")
     monkeypatch.setenv("SEED", "7")
-    assert (parse_train_config([]).lr, parse_train_config([]).seed) == (1e-3, 0)
+    assert (parse_train_config([]).lr, parse_train_config([]).seed) == (3e-3, 0)
 
 
 @pytest.mark.parametrize(
