@@ -30,7 +30,7 @@ from fastllm.generation.decoding import generate_tokens
 from fastllm.optim import local
 from fastllm.tokenization import Tokenizer
 from fastllm.training.checkpoint import CheckpointError, Progress, save_checkpoint
-from fastllm.training.config import ResolvedRun
+from fastllm.training.config import ResolvedRun, TrainConfig
 from fastllm.training.distributed import SINGLE, ProcessGroup
 from fastllm.training.engine import Engine
 from fastllm.training.evaluation import Evaluation, evaluate
@@ -129,7 +129,7 @@ class Trainer:
             self._load(checkpoint)
         self.batches_per_epoch = math.ceil(len(train_set) / config.batch_size)
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.grad_accum)
-        self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
+        self.total_steps = self._steps_of(config)
         self.max_minutes = config.max_minutes
         self.evaluation: Evaluation | None = None
         self.stopped_by: signal.Signals | None = None
@@ -281,13 +281,38 @@ class Trainer:
             "every checkpoint was saved before this"
         )
 
-    def learning_rate_factor(self, step: int) -> float:
-        """The factor on all learning rates at `step`, counted from 0."""
-        config = self.config
+    def _steps_of(self, config: TrainConfig) -> int:
+        return config.max_steps or config.epochs * self.steps_per_epoch
+
+    def why_rate_jumps(self, saved: TrainConfig) -> str | None:
+        """Says how the learning rate of the next step differs from that of the `saved` settings.
+
+        None if it does not.
+        """
+        before, now = (
+            self.learning_rate_factor(self.progress.step, config) * config.lr
+            for config in (saved, self.config)
+        )
+        if math.isclose(before, now, rel_tol=1e-6):
+            return None
+        change = f"changed: the learning rate goes on at {now:.3g} instead of {before:.3g}"
+        steps = self._steps_of(saved)
+        if steps != self.total_steps:
+            change += f"; the run has {self.total_steps:,} steps instead of {steps:,}"
+        return change
+
+    def learning_rate_factor(self, step: int, config: TrainConfig | None = None) -> float:
+        """The factor on all learning rates at `step`, counted from 0.
+
+        Args:
+            config: the settings of the schedule; those of the run by default.
+        """
+        config = config or self.config
         warmup = config.warmup_steps
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        done = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
+        total = self.total_steps if config is self.config else self._steps_of(config)
+        done = min(1.0, (step - warmup) / max(1, total - warmup))
         floor = config.min_lr / config.lr
         if config.lr_schedule == "cosine":
             return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2

@@ -267,9 +267,9 @@ def prepare(
     resident_at_start = resident_mb()
     checkpoint = group.broadcast(lambda: find_checkpoint(run.run_dir)) if run.resume else None
     with group.main_first():  # rank 0 makes files that the other ranks read
-        model, tokenizer = None, None
+        model, tokenizer, saved = None, None, None
         if checkpoint:
-            model, tokenizer, _ = load_model(checkpoint)
+            model, tokenizer, saved = load_model(checkpoint)
             model.gradient_checkpointing = run.config.gradient_checkpointing
         texts = run.config.file_path or [demo_text(run.run_dir, log)]
         if tokenizer is None:
@@ -289,7 +289,10 @@ def prepare(
                 file.write(run.recorded.to_json().encode())
     engine_class = engine_class or choose_engine(run.config, group)
     engine = engine_class(run, model.to(run.device), group)
-    return Trainer(run, tokenizer, train_set, val_set, engine, checkpoint)
+    trainer = Trainer(run, tokenizer, train_set, val_set, engine, checkpoint)
+    if saved and (change := trainer.why_rate_jumps(saved)):
+        log(f"schedule    {change}")
+    return trainer
 
 
 def demo_text(run_dir: Path, log: Log) -> Path:

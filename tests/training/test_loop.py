@@ -160,6 +160,28 @@ def test_more_steps_after_the_end(make_trainer: MakeTrainer) -> None:
     assert done.progress.step == 10
 
 
+@pytest.mark.parametrize(
+    ("schedule", "changes"),
+    [
+        ("cosine", "at 0.005 instead of 0; the run has 20 steps instead of 10"),
+        ("linear", "at 0.005 instead of 0; the run has 20 steps instead of 10"),
+        ("constant", None),
+    ],
+)
+def test_a_changed_schedule_is_said(
+    make_trainer: MakeTrainer, schedule: str, changes: str | None
+) -> None:
+    flags = f"--max_steps 10 --lr 0.01 --lr_schedule {schedule}"
+    make_trainer("run", *flags.split()).train()
+    logged: list[str] = []
+    for steps in ("10", "20"):
+        config = make_trainer("run", "--resume", "--max_steps", steps).config
+        prepare(resolve(config, config.out_dir or Path()), logged.append)
+    said = [line for line in logged if line.startswith("schedule")]
+    assert len(said) == (changes is not None)
+    assert not said or str(changes) in said[0]
+
+
 def test_fixed_settings_cannot_change_when_resuming(make_trainer: MakeTrainer) -> None:
     make_trainer("run", "--max_steps", "1").train()
     with pytest.raises(SystemExit, match="has batch_size 4; it cannot be resumed with 8"):
