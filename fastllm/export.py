@@ -47,14 +47,13 @@ def main(arguments: list[str]) -> None:
     config = parse_settings(ExportConfig, arguments)
     # After the flags: help and their errors need not wait for PyTorch.
     from fastllm.integrations.formats import ExportError, check_packages
-    from fastllm.training.checkpoint import CheckpointError, find_checkpoint
+    from fastllm.training.checkpoint import CheckpointError, find_checkpoint, run_of
 
     with errors_in_one_line(CheckpointError, ExportError, OSError, ValueError, ImportError):
         check_packages(config.format)
         check_not_transformers(config.checkpoint)
         checkpoint = find_checkpoint(config.checkpoint)
-        in_run = checkpoint.parent.name == "checkpoints"
-        run_dir = checkpoint.parent.parent if in_run else checkpoint
+        run_dir = run_of(checkpoint)
         folder, files = choose_files(config, run_dir)
         difference = export(config, checkpoint, run_dir, folder, files)
     for file in files.values():
@@ -77,7 +76,7 @@ def export(
     # The files get their final names only after all of them are written.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as path:
         aside = Path(path)
-        name = run_dir.resolve().name
+        name = run_dir.name
         difference = write_model(model, tokenizer, config.format, aside, name)
         model_file = files.get(f"model.{config.format}", run_dir).name
         text = model_card(

@@ -10,7 +10,7 @@ from fastllm.generation.decoding import prepare_for_decoding
 from fastllm.models.decoder import DecoderModel
 from fastllm.serving.examples import example_prompts
 from fastllm.tokenization import SimpleCharacterTokenizer, Tokenizer
-from fastllm.training.checkpoint import find_checkpoint, load_model, read_progress
+from fastllm.training.checkpoint import find_checkpoint, load_model, read_progress, run_of
 
 
 class ServedModel(NamedTuple):
@@ -68,9 +68,7 @@ def load_served_model(
     model, tokenizer, config = load_model(checkpoint)
     decoding_precision = prepare_for_decoding(model, device, precision, quantize)
     progress = read_progress(checkpoint)
-    run_dir = checkpoint.resolve()
-    if run_dir.parent.name == "checkpoints":
-        run_dir = run_dir.parent.parent
+    run_dir = run_of(checkpoint)
     served = ServedModel(
         run_dir.name,
         tokenizer,

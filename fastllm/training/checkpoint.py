@@ -211,6 +211,12 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The absolute folder of a checkpoint's run; the checkpoint itself if it is in no run."""
+    folder = checkpoint.resolve()
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether a run can be resumed: its folder has a whole checkpoint."""
     return bool(_checkpoints(run_dir))

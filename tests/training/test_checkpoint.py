@@ -20,6 +20,7 @@ from fastllm.training.checkpoint import (
     find_checkpoint,
     load_model,
     load_training_state,
+    run_of,
     save_checkpoint,
 )
 from fastllm.training.engine import make_optimizers
@@ -202,6 +203,15 @@ def test_leftovers_of_a_kill_do_not_count_as_checkpoints(trained: Trainer) -> No
     trained.progress.step = 5
     trained.save()
     assert all(name.startswith("step-") for name in steps(run_dir))
+
+
+def test_the_run_of_a_checkpoint_that_is_the_current_folder(
+    trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(find_checkpoint(trained.run_dir))
+    assert run_of(Path()) == trained.run_dir.resolve()
+    monkeypatch.chdir(tmp_path)
+    assert run_of(Path()) == tmp_path.resolve()
 
 
 def test_folders_without_a_checkpoint(tmp_path: Path) -> None:
