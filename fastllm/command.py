@@ -70,8 +70,9 @@ def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, or else the error's type."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an error's message, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:

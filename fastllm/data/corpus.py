@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastllm.command import first_line
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from numpy.typing import NDArray
@@ -79,14 +81,14 @@ def load_documents(words: list[str], max_samples: int = 0) -> tuple[Dataset, Dat
             held_out = _first(held_out, max_samples)
         return _first(train, max_samples), held_out
     except datasets.exceptions.DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise ValueError(
             f"{' '.join(words)} cannot be read as {kind or 'a dataset'}: {reason}"
         ) from error
     except (OSError, ValueError) as error:
         if kind:
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if Path(words[0]).is_dir():
             raise ValueError(f"{' '.join(words)} cannot be read as a dataset: {reason}") from error
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastllm.command import log
+from fastllm.command import first_line, log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -185,7 +185,7 @@ def _load(kind: str, name: str, load: Callable[..., Any], *args: Any, **kwargs: 
         # of those written in Rust are BaseExceptions.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if "ignore_mismatched_sizes" in reason:  # it points to a report that is not printed
             reason = "its weights have other shapes than its configuration says"
         if is_local(name):

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastllm.command import StopRequest, log, stop_on_signals
+from fastllm.command import StopRequest, first_line, log, stop_on_signals
 from fastllm.data.sources import absolute
 from fastllm.device import choose_device
 from fastllm.threads import available_cores
@@ -135,7 +135,7 @@ def launch(config: TrainConfig, run_dir: Path) -> None:
     except ray.train.TrainingFailedError as error:
         raise ProcessError(_describe_failure(error)) from None
     except ray.exceptions.RayError as error:  # e.g. a signal to all processes of a service
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ProcessError(
             f"Ray has ended ({reason}); --resume continues from the last checkpoint"
         ) from None
@@ -278,7 +278,7 @@ def _describe_workers(failures: dict[int, Exception]) -> str:
         return isinstance(error, LostProcessError), rank
 
     rank, error = min(failures.items(), key=order)
-    return f"worker {rank} has failed ({str(error).splitlines()[0]})"
+    return f"worker {rank} has failed ({first_line(error)})"
 
 
 def _describe_failure(error: Exception) -> str:

@@ -10,7 +10,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-from fastllm.command import StopRequest, log
+from fastllm.command import StopRequest, first_line, log
 from fastllm.training.distributed import ProcessError
 from fastllm.training.loop import derive_seed
 from fastllm.tuning.results import describe_settings, describe_trial, state_of, write_results
@@ -61,7 +61,7 @@ def open_study(plan: Plan) -> "optuna.Study":
             ),
         )
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{folder}/study.db cannot be used for a study: {reason}") from None
     _check_same_search(study, plan)
     for trial in study.get_trials(states=[TrialState.RUNNING]):
