@@ -32,7 +32,9 @@ SPECIAL_TOKENS = {
 def is_local(name: str) -> bool:
     """Whether this names a file or folder, existing or not, rather than something on the hub."""
     path = Path(name)
-    return path.exists() or path.suffix in LOCAL_SUFFIXES or name[:1] in "./" or len(path.parts) > 2
+    if path.exists() or path.is_absolute() or path.suffix in LOCAL_SUFFIXES:
+        return True
+    return name[:1] in ".~" or name.endswith(("/", os.sep)) or len(path.parts) > 2
 
 
 def go_offline_if_unreachable(names: Iterable[str]) -> None:

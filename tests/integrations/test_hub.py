@@ -9,7 +9,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from fastllm.integrations.hub import go_offline_if_unreachable, is_local, load_tokenizer
 
 
-@pytest.mark.parametrize("name", ["./model", "/model", "m.gguf", "a/config.json", "runs/a/model"])
+@pytest.mark.parametrize("name", ["./model", "/model", "model/", "m.gguf", "a/b.json", "runs/a/b"])
 def test_paths_are_local_even_if_nothing_is_there(name: str) -> None:
     assert is_local(name)
 
