@@ -16,7 +16,11 @@ from tests.conftest import REPOSITORY
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 TRANSLATIONS = [page for page in PAGES if page.name.endswith(".zh.md")]
-COMMANDS = "train evaluate generate finetune tune serve export bench".split()
+COMMANDS = [
+    file.stem
+    for file in sorted((REPOSITORY / "fastllm").glob("[!_]*.py"))
+    if "\ndef main(" in file.read_text("utf-8")
+]
 COMMAND = re.compile(r"(?:^|\s)(?:fastllm |-m fastllm\.)(\w+)(.*)")
 
 
