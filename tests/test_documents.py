@@ -70,7 +70,7 @@ def test_flags_in_the_text_exist(page: Path) -> None:
         for code in re.findall(r"`(--[^`]+)`", prose)
         for flag in re.findall(r"--\w[\w-]+", code)
     }
-    known = set().union(*map(flags_of, COMMANDS))
+    known = {"--help"}.union(*map(flags_of, COMMANDS))
     known |= {"--max_restarts", "--rdzv_endpoint"}  # torchrun's
     known |= {"--post_norm", "--bucket_mb"}  # train's --no-norm_first; of benchmarks/scaling.py
     assert flags <= known
