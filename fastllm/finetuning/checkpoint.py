@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fastllm.command import log
+from fastllm.command import first_line, log
 
 STATE = "trainer_state.json"  # written after everything else of its checkpoint
 
@@ -61,7 +61,7 @@ def reading(checkpoint: str | None) -> Iterator[None]:
         yield
     except Exception as error:
         raise OSError(
-            f"{checkpoint} cannot be read: {str(error).strip().splitlines()[0]}. Delete it to "
+            f"{checkpoint} cannot be read: {first_line(error)}. Delete it to "
             "continue from the one before, or start the run again"
         ) from error
 
@@ -105,4 +105,4 @@ def complete_or_absent(final: Path) -> Iterator[Path]:
 def _reason(error: Exception) -> str:
     if type(error) is RuntimeError:  # of PyTorch's writer, whose message names lines of its source
         return "not all of it could be written"
-    return str(error).strip().splitlines()[0]
+    return first_line(error)
