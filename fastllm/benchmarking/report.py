@@ -36,7 +36,7 @@ def bench(settings: BenchConfig) -> None:
     threads = set_threads(settings.threads)
     rivals = choose_rivals(settings)
     # Without --impl, FASTLLM_IMPL applies.
-    with use_implementation(settings.impl):
+    with dispatch.use_implementation(settings.impl):
         with errors_in_one_line(dispatch.ImplementationError, ValueError):
             log(f"operations  {implementation_line(settings.device)}")
         if settings.memory:

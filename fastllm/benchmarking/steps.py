@@ -1,6 +1,5 @@
 """Whole training steps by fastllm and by stock PyTorch: built, compared, timed."""
 
-import contextlib
 import math
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -201,12 +200,7 @@ def _peak_memory(
     else:
         step = stock_step(build_stock(shape, name, model), name)
         del model
-    with use_implementation(implementation):
+    with dispatch.use_implementation(implementation):
         for _ in range(3):
             step(shape.random_ids())
     return process_memory_mb("VmHWM") - before - state
-
-
-def use_implementation(name: str) -> contextlib.AbstractContextManager[None]:
-    """`dispatch.use`, except that `auto` lets FASTLLM_IMPL apply."""
-    return contextlib.nullcontext() if name == "auto" else dispatch.use(name)

@@ -10,7 +10,7 @@ if it cannot run; operations without an implementation of that name choose autom
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
@@ -64,6 +64,11 @@ def use(name: str) -> AbstractContextManager[None]:
         ValueError: the name is not one of these.
     """
     return _using(_checked(name, "fastllm.use"))
+
+
+def use_implementation(name: str) -> AbstractContextManager[None]:
+    """`use` for a setting of a command, where `auto` lets FASTLLM_IMPL apply."""
+    return nullcontext() if name == "auto" else use(name)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from fastllm.device import Device, autocast, choose_device, choose_precision
 from fastllm.files import locked, replace_file
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import implementation_line
-from fastllm.ops.dispatch import ImplementationError, use
+from fastllm.ops.dispatch import ImplementationError, use_implementation
 from fastllm.threads import set_threads
 from fastllm.tokenization import (
     SimpleCharacterTokenizer,
@@ -60,8 +60,7 @@ def train(
     set_threads(config.threads)
     with contextlib.ExitStack() as stack:
         with errors_in_one_line(ProcessError, *INPUT_ERRORS):
-            if config.impl != "auto":  # otherwise FASTLLM_IMPL applies
-                stack.enter_context(use(config.impl))
+            stack.enter_context(use_implementation(config.impl))
             device = choose_device(config.device)
             # DeepSpeed needs a process group even for a single process.
             group = stack.enter_context(

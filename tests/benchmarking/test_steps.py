@@ -5,7 +5,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastllm
-from fastllm.benchmarking import steps
 from fastllm.benchmarking.shapes import CONFIGS
 from fastllm.benchmarking.steps import (
     ParityError,
@@ -90,7 +89,7 @@ def test_memory_is_measured_with_the_implementation_that_is_asked_for() -> None:
 
 def test_auto_lets_the_environment_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLLM_IMPL", "ref")
-    with steps.use_implementation("auto"):
+    with dispatch.use_implementation("auto"):
         assert dispatch.requested() == "ref"
-    with steps.use_implementation("cpu"):
+    with dispatch.use_implementation("cpu"):
         assert dispatch.requested() == "cpu"
