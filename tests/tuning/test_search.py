@@ -62,6 +62,6 @@ def test_search_space(tmp_path: Path) -> None:
         "num_layers": distributions.IntDistribution(1, 8, log=True),
         "norm_first": distributions.CategoricalDistribution([True, False]),
     }
-    fixed = {"lr": 0.5, "activation": "relu", "file_path": "a.txt", "dedup_lines": False}
+    fixed = {"lr": 0.5, "activation": "relu", "file_path": ["a.txt"], "dedup_lines": False}
     assert plan.fixed == {**fixed, "threads": 3}
     assert plan.threads == 3
