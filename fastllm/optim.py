@@ -1,4 +1,4 @@
-"""Adam and AdamW with gradient clipping, all parameters in one pass over memory."""
+"""Adam and AdamW with gradient clipping, all parameters in one pass over memory; Muon in fp32."""
 
 from collections.abc import Callable
 from operator import attrgetter, itemgetter
@@ -159,3 +159,50 @@ class AdamW(Adam):
         max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm)
+
+
+class Fp32Muon(torch.optim.Muon):
+    """`torch.optim.Muon` with its matrix products in fp32, for CPUs that only emulate bf16.
+
+    The arguments and state dicts are the same, except that `adjust_lr_fn` stays its default.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update. `closure`, if given, recomputes the loss, which is then returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            momentum = group["momentum"]
+            for param in group["params"]:
+                grad = param.grad
+                if grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(grad)
+                buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+                update = grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+                update = _orthogonalized(
+                    update.float(), group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
+                rows, columns = param.shape
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                param.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        return loss
+
+
+def _orthogonalized(
+    matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Newton-Schulz iterations, which bring the singular values close to 1."""
+    a, b, c = coefficients
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x

@@ -9,7 +9,9 @@ from torch import Tensor
 
 import fastllm
 from fastllm.ops import extension
-from fastllm.optim import Adam, AdamW
+from fastllm.optim import Adam, AdamW, Fp32Muon
+from fastllm.training import engine
+from fastllm.training.config import parse_train_config
 from tests.conftest import assert_as_accurate, assert_same_bits, needs_extension
 
 SHAPES = [(3, 5), (1,), (64, 64), (8191,), (8192,), (8193,), (20001,), (0,)]
@@ -261,3 +263,36 @@ def test_pickles_and_copies() -> None:
     for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert again.max_grad_norm == 2.0
         assert len(again.state) == len(optimizer.state)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_in_fp32_differs_by_the_rounding_to_bf16(nesterov: bool) -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(24, 16), torch.randn(16, 24)]
+    grads = [[torch.randn_like(p) for p in start] for _ in range(3)]
+    ends = []
+    for optimizer_class in (torch.optim.Muon, Fp32Muon):
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = optimizer_class(params, lr=0.02, weight_decay=0.1, nesterov=nesterov)
+        for step in grads:
+            for param, grad in zip(params, step, strict=True):
+                param.grad = grad.clone()
+            optimizer.step()
+        ends.append((params, optimizer.state_dict()["state"]))
+    # Five iterations in bf16 (2^-8), whose factors sum to about 10, in three steps of size lr.
+    atol = 3 * 0.02 * 10 * 2**-8
+    for i, (theirs, ours) in enumerate(zip(ends[0][0], ends[1][0], strict=True)):
+        assert not torch.equal(theirs, start[i])
+        assert torch.allclose(theirs, ours, rtol=0, atol=atol)
+        buffers = (state[i]["momentum_buffer"] for _, state in ends)
+        assert torch.equal(*buffers)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_muon_avoids_bf16_where_it_is_emulated(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "multiplies_bf16", lambda: native)
+    config = parse_train_config(["--optimizer", "muon"])
+    muon, _ = engine.make_optimizers(config.build_model(9, 8), config)
+    assert type(muon) is (torch.optim.Muon if native else Fp32Muon)

@@ -81,3 +81,8 @@ def weight_and_bias(module: Any) -> tuple[Any, Any]:
         return table["weight"], table["bias"]
     except KeyError:  # stored elsewhere, as under FSDP
         return module.weight, module.bias
+
+
+def multiplies_bf16() -> bool:
+    """Whether PyTorch multiplies matrices in bf16 on this CPU by oneDNN, and not one by one."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -20,7 +20,8 @@ from fastllm.device import autocast
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops.decoder import Linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
-from fastllm.optim import Adam, AdamW
+from fastllm.ops.torch_private import multiplies_bf16
+from fastllm.optim import Adam, AdamW, Fp32Muon
 from fastllm.training.checkpoint import Progress, load_training_state
 from fastllm.training.config import ResolvedRun, TrainConfig
 from fastllm.training.distributed import SINGLE, ProcessError, ProcessGroup, check_batch_size
@@ -388,4 +389,6 @@ def make_optimizers(
     )
     if not muon:
         return [adam]
-    return [torch.optim.Muon(matrices, config.muon_lr, config.weight_decay), adam]
+    on_cpu = all(matrix.is_cpu for matrix in matrices)
+    muon_class = Fp32Muon if on_cpu and not multiplies_bf16() else torch.optim.Muon
+    return [muon_class(matrices, config.muon_lr, config.weight_decay), adam]
