@@ -107,3 +107,24 @@ def test_no_command_fetches_another_package_of_this_name() -> None:
     for path in files:
         found = re.search(r"pip3? install [^\n]*\bfastllm\[", path.read_text(encoding="utf-8"))
         assert not found, f"{path}: {found[0]}"
+
+
+@pytest.mark.subprocess
+def test_the_package_imports_pytorch_when_something_is_asked_for() -> None:
+    code = (
+        "import sys, fastllm\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert {*fastllm.__all__} <= {*dir(fastllm)}\n"
+        "assert fastllm.core.mlp.MLP is fastllm.MLP\n"
+        "from fastllm import *\n"
+        "DecoderModel, __version__\n"
+        "fastllm.nothing\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = result.stderr.splitlines()[-1]
+    assert last == "AttributeError: module 'fastllm' has no attribute 'nothing'"
+
+
+def test_fastllm_is_a_command() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"fastllm": "fastllm.__main__:main"}

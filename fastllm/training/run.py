@@ -70,8 +70,6 @@ def train(
             stack.enter_context(group.reporting_peer_loss())
             group.check_agreement({**config.model_dump(mode="json"), "device": device})
             log: Log = command.log if group.is_main and not config.quiet else no_log
-            if config.preset:
-                log(f"preset      {config.preset}: {PRESETS[config.preset].expect}")
             if config.parallel != "ddp" and group.size == 1:
                 log(
                     f"warning: parallel {config.parallel} divides a step among several processes, "
@@ -84,6 +82,8 @@ def train(
             run = resolve(config, run_dir, device, resume)
             group.check_agreement({"precision": run.precision})
             trainer = prepare(run, log, group, engine_class)
+            if config.preset:
+                log(f"preset      {config.preset}: {PRESETS[config.preset].expect}")
             log(f"run         {run_dir}")
             log(f"threads     {run.threads}{' in each process' if group.size > 1 else ''}")
             log(f"operations  {operations(trainer)}{trainer.engine.caveat}")
