@@ -21,7 +21,6 @@ from fastllm.benchmarking.steps import (
     ParityError,
     measure_memory,
     time_steps,
-    use_implementation,
 )
 from fastllm.command import errors_in_one_line, log
 from fastllm.ops import dispatch, extension, implementation_line
