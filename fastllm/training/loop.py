@@ -522,7 +522,7 @@ def _errors_of_workers(workers: int) -> Iterator[None]:
             raise
         raise LoaderError(
             f"loading data in {workers} processes has failed: {first_line(error)}. "
-            "Resume with --num_workers 0, which loads it in the training process"
+            "Give --num_workers 0, which loads it in the training process"
         ) from error
 
 
