@@ -54,7 +54,9 @@ class CommandSettings(BaseModel):
     Settings never change after they were made; what they resolve to goes into a record of its own.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
 
     examples: ClassVar[str] = ""
     """Uses of the command, one a line, with which its help begins."""

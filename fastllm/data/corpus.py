@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastllm.command import first_line
+from fastllm.files import sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -135,15 +136,6 @@ def _stage(files: dict[str, Path]) -> Path:
             shutil.copyfile(target, partial_link)
         partial_link.replace(link)
     return folder
-
-
-def sha256(path: Path) -> str:
-    """The digest of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _first(rows: Dataset | IterableDataset, count: int) -> Dataset:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastllm.data.corpus import file_format, sha256
-from fastllm.files import replace_file
+from fastllm.data.corpus import file_format
+from fastllm.files import replace_file, sha256
 from fastllm.finetuning.config import FinetuneConfig
 from fastllm.integrations import hub
 

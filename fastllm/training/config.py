@@ -139,8 +139,8 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
 """
     groups: ClassVar = {
         "Size": "preset",
-        "Data": "file_path tokenizer vocab_size max_seq_len overlap min_line_length dedup_lines "
-        "val_fraction",
+        "Data": "file_path text_column tokenizer vocab_size max_seq_len overlap min_line_length "
+        "dedup_lines val_fraction",
         "Model": "hidden_size num_layers num_heads dropout norm_first pos_encoding activation "
         "tie_word_embeddings",
         "Length of the run": "epochs max_steps max_minutes patience",
