@@ -29,7 +29,6 @@ class ApiError extends Error {
     super(error.message);
     this.status = status;
     this.param = error.param;
-    this.code = error.code;
   }
 }
 
@@ -128,12 +127,11 @@ function reset(field) {
   return [label, () => { field.value = field.defaultValue; }];
 }
 
-// As many characters as there is room for tokens, which are seldom shorter than a character.
+// As many characters as the model looks back in tokens, which are seldom shorter than a character.
 function keepEnd(field) {
-  const room = model.max_seq_len - (Number(form.max_tokens.value) || 16);
   return ["Keep the end of the prompt", () => {
     const characters = Array.from(field.value);
-    field.value = characters.slice(-Math.min(room, characters.length >> 1)).join("");
+    field.value = characters.slice(-Math.min(model.max_seq_len, characters.length >> 1)).join("");
   }];
 }
 
@@ -184,18 +182,13 @@ function problemOf(error) {
   if (error instanceof Problem) return error;
   if (error instanceof Unreachable) return new Problem(error.message, null, TRY_AGAIN);
   if (!(error instanceof ApiError)) throw error;
-  const { status, param, code, message } = error;
+  const { status, param, message } = error;
   if (status === 429) return new Problem("The server is busy with other requests.", null, TRY_AGAIN);
   if (status >= 500) {
     const advice = "If trying again does not help, start the server again.";
     return new Problem(`${sentence(message)} ${advice}`, null, TRY_AGAIN);
   }
-  const { prompt, max_tokens: length } = form;
-  if (code === "context_length_exceeded") {
-    const most = `Prompt and continuation may have ${counted(model.max_seq_len)} tokens together.`;
-    const long = Number(length.value) > Number(length.defaultValue);
-    return long ? new Problem(most, length, reset(length)) : new Problem(most, prompt, keepEnd(prompt));
-  }
+  const { prompt } = form;
   if (status === 413) return new Problem("The prompt is too long for the server.", prompt, keepEnd(prompt));
   const field = param && form.elements[param];
   if (!field) return new Problem(sentence(message));
@@ -725,9 +718,6 @@ function showModel(card) {
     `${counted(card.parameters)} parameters`,
     progress.step && `step ${counted(progress.step)}`,
   ].filter(Boolean).join(" · ");
-  if (form.max_tokens.value === form.max_tokens.defaultValue) {
-    form.max_tokens.value = form.max_tokens.defaultValue = Math.min(256, card.max_seq_len >> 1);
-  }
   const best = progress.best_val_loss;
   fillList(byId("card"), [
     ["Step", progress.step && counted(progress.step)],
