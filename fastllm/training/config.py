@@ -194,7 +194,9 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     """Pre-LN blocks; --post_norm for Post-LN."""
     pos_encoding: Literal["sinusoidal", "learned"] = "sinusoidal"
     """Positional encoding."""
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "swish", "leaky_relu"] = "gelu"
+    activation: Literal[
+        "gelu", "gelu_tanh", "relu", "silu", "swish", "leaky_relu", "relu_squared"
+    ] = "gelu"
     """Activation of the MLPs."""
     tie_word_embeddings: bool = False
     """Share one matrix between the embeddings and the head: fewer parameters when the vocabulary is
@@ -260,7 +262,11 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     @classmethod
     def _fill_in_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
         preset = PRESETS.get(str(values.get("preset")))
-        return {**preset.settings, **values} if preset else values
+        if preset is None:
+            return values
+        # Steps would go before the epochs that are asked for.
+        steps = {"max_steps": 0} if "epochs" in values else {}
+        return {**preset.settings, **steps, **values}
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
@@ -390,6 +396,8 @@ def parse_run_settings(settings_class: type[AnyRun], arguments: list[str]) -> An
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: cannot resume: {error}") from None
     kept = saved.model_dump(exclude=set(settings_class.of_one_command))
+    if "epochs" in given:
+        kept["max_steps"] = 0  # which would go first
     config = make_settings(settings_class, {**kept, **given})
     for name in settings_class.fixed:
         old, new = getattr(saved, name), getattr(config, name)

@@ -142,6 +142,7 @@ def test_pipes_are_refused_unread(tmp_path: Path) -> None:
         ("a.gz", gzip.compress(b"%PDF-1.7"), "a PDF document"),
         ("a.csv", b"MZ\x90\0", "a program"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_text_is_named(name: str, content: bytes, kind: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
@@ -168,6 +169,7 @@ def test_texts_that_begin_like_other_files(tmp_path: Path) -> None:
         ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
         ("a.jsonl", b'{"text": 3}\n', "column 'text' holds int, not text"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_damaged_files_are_named(name: str, content: bytes, wrong: str, tmp_path: Path) -> None:
     if name.endswith((".zst", ".parquet")):

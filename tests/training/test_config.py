@@ -65,6 +65,18 @@ def test_a_run_keeps_what_its_preset_set(tmp_path: Path) -> None:
         parse_train_config([*resume, "--preset", "tiny"])
 
 
+def test_epochs_that_are_asked_for_replace_a_number_of_steps(tmp_path: Path) -> None:
+    config = parse_train_config(["--preset", "tiny", "--epochs", "2"])
+    assert (config.epochs, config.max_steps) == (2, 0)
+    assert parse_train_config(["--preset", "tiny"]).max_steps == 500
+    (tmp_path / "config.json").write_text(parse_train_config(["--max_steps", "9"]).to_json())
+    resume = ["--resume", "--out_dir", str(tmp_path)]
+    assert parse_train_config(resume).max_steps == 9
+    assert parse_train_config([*resume, "--epochs", "3"]).max_steps == 0
+    both = parse_train_config([*resume, "--epochs", "3", "--max_steps", "20"])
+    assert (both.epochs, both.max_steps) == (3, 20)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_parameters_that_they_tell(name: str) -> None:
     preset = PRESETS[name]
