@@ -119,8 +119,8 @@ class TrainConfig(OptimizationSettings):
 
     joins_processes: ClassVar = True
     of_one_command: ClassVar = (
-        "config", "out_dir", "resume", "preset", "max_minutes", "profile", "quiet", "launcher",
-        "max_failures", "zero_stage", "offload", "deepspeed_config",
+        "config", "out_dir", "resume", "preset", "max_minutes", "dry_run", "profile", "quiet",
+        "launcher", "max_failures", "zero_stage", "offload", "deepspeed_config",
     )  # fmt: skip
     fixed: ClassVar = (
         "max_seq_len", "overlap", "tokenizer", "vocab_size", "min_line_length", "dedup_lines",
@@ -143,7 +143,7 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
         "dedup_lines val_fraction",
         "Model": "hidden_size num_layers num_heads dropout norm_first pos_encoding activation "
         "tie_word_embeddings",
-        "Length of the run": "epochs max_steps max_minutes patience",
+        "Length of the run": "epochs max_steps max_minutes patience dry_run",
         "Optimization": "batch_size grad_accum lr lr_schedule warmup_steps min_lr optimizer "
         "muon_lr weight_decay beta1 beta2 max_grad_norm seed",
         "The run's folder": "out_dir resume config log_interval eval_interval save_interval "
@@ -205,6 +205,8 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     # Optimization
     max_minutes: NonNegative = 0
     """Save and stop after this many minutes of this command; 0 for no limit."""
+    dry_run: bool = False
+    """Measure some steps on the data and say how long the run will take; nothing is saved."""
     min_lr: NonNegative = 0
     """Learning rate at the end of the schedule."""
     optimizer: Literal["adam", "adamw", "muon"] = "adam"
@@ -289,6 +291,10 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
         return self
 
     def _check_launcher(self) -> None:
+        if self.launcher and self.dry_run:
+            raise ValueError(
+                "dry_run measures in this process or in those of torchrun; leave the launcher out"
+            )
         if self.launcher != "deepspeed":
             for name in ("zero_stage", "offload", "deepspeed_config"):
                 if getattr(self, name) is not None:

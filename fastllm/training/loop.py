@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,12 @@ from fastllm.training.config import ResolvedRun, TrainConfig
 from fastllm.training.distributed import SINGLE, ProcessGroup
 from fastllm.training.engine import Engine
 from fastllm.training.evaluation import Evaluation, evaluate
-from fastllm.training.metrics import MetricsLog, resident_mb
+from fastllm.training.metrics import (
+    MetricsLog,
+    format_duration,
+    resident_mb,
+    tokens_per_second,
+)
 
 
 class TrainingError(Exception):
@@ -47,6 +53,12 @@ class LoaderError(Exception):
 
 # The stop request is looked at this often while a batch is awaited.
 POLL_S = 1
+
+# The time of a run is estimated from so many steps, or fewer if they take so long. The steps before
+# them fill caches and compile kernels.
+WARM_UP_STEPS = 2
+MEASURED_STEPS = 8
+MEASURED_S = 5
 
 
 class StepResult(NamedTuple):
@@ -163,7 +175,7 @@ class Trainer:
             stop_on_signals(self._stop_request),
             self._loader() as loader,
             self._profiler() as profiler,
-            contextlib.closing(_Recorder(self)) as recorder,
+            contextlib.closing(_Recorder(self, deadline)) as recorder,
             self._saving_on_error(),
         ):
             is_finished = progress.step >= self.total_steps
@@ -189,6 +201,20 @@ class Trainer:
                 self.save()
             self._check_stop_request()
 
+    def measure(self) -> "Timing":
+        """Takes some steps, or fewer if a signal comes, to measure the time; saves nothing.
+
+        A collective operation. The trainer is not to be used after it.
+        """
+        timing = Timing(self)
+        self.model.train()
+        with stop_on_signals(self._stop_request), self._loader() as loader:
+            while not self.stopped_by and not self.group.broadcast(lambda: timing.is_measured):
+                if self._step(loader, math.inf) is not None:
+                    timing.update()
+                self._check_stop_request()
+        return timing
+
     @contextlib.contextmanager
     def _saving_on_error(self) -> Iterator[None]:
         """Saves the last whole step before an exception ends the run."""
@@ -211,8 +237,13 @@ class Trainer:
         if self.group.size == 1:  # otherwise the ranks agreed on it within the step
             self.stopped_by = self._stop_request.poll()
 
+    @property
+    def validation_interval(self) -> int:
+        """Steps between validations."""
+        return self.config.eval_interval or self.steps_per_epoch
+
     def _validates_now(self) -> bool:
-        return self.progress.step % (self.config.eval_interval or self.steps_per_epoch) == 0
+        return self.progress.step % self.validation_interval == 0
 
     def _is_out_of_patience(self) -> bool:
         patience = self.config.patience or math.inf
@@ -441,21 +472,106 @@ class Trainer:
         )
 
 
+class Timing:
+    """How long a run takes, by the speed of its first steps after the warm-up.
+
+    Attributes:
+        is_measured: whether enough steps were taken.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.is_measured = False
+        self._trainer = trainer
+        self._first_step = trainer.progress.step
+        self._warm = replace(trainer.progress)
+
+    def update(self) -> None:
+        """Takes account of a step that the trainer has finished."""
+        progress = self._trainer.progress
+        if progress.step <= self._first_step + WARM_UP_STEPS:
+            self._warm = replace(progress)
+            return
+        self.is_measured = (
+            self.is_measured
+            or self._measured_steps >= MEASURED_STEPS
+            or progress.training_s - self._warm.training_s >= MEASURED_S
+        )
+
+    @property
+    def _measured_steps(self) -> int:
+        return self._trainer.progress.step - self._warm.step
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second since the warm-up."""
+        progress, warm = self._trainer.progress, self._warm
+        return tokens_per_second(
+            progress.tokens - warm.tokens, progress.training_s - warm.training_s
+        )
+
+    def seconds_after(self, step: int) -> float:
+        """Seconds from this step to the last one of the run, with validations."""
+        trainer = self._trainer
+        tokens_per_step = (trainer.progress.tokens - self._warm.tokens) / self._measured_steps
+        tokens = max(0, trainer.total_steps - step) * tokens_per_step
+        if trainer.val_set is not None:
+            interval = trainer.validation_interval
+            validations = math.ceil(trainer.total_steps / interval) - step // interval
+            sequences = max(0, validations) * len(trainer.val_set)
+            # They need the forward only, a third of a step's arithmetic.
+            tokens += sequences * trainer.config.max_seq_len / 3
+        return tokens / self.speed
+
+    def describe(self) -> tuple[str, str | None]:
+        """The time of the run and what ends it; a warning if that cuts its schedule short."""
+        trainer, config, first = self._trainer, self._trainer.config, self._first_step
+        seconds, limit = self.seconds_after(first), 60 * trainer.max_minutes
+        steps, total = max(0, trainer.total_steps - first), trainer.total_steps
+        measured = f"(measured over {self._measured_steps} steps)"
+        if not limit or seconds <= limit:
+            kind = f"{'more ' if first else ''}step{'' if steps == 1 else 's'}"
+            within = ", within --max_minutes" if limit else ""
+            return f"about {format_duration(seconds)} for {steps:,} {kind}{within} {measured}", None
+        reached = first + max(1, int(steps * limit / seconds))
+        end = f"at about step {reached:,} of {total:,}"
+        time_line = f"{format_duration(limit)}: --max_minutes ends the run {end} {measured}"
+        if config.lr_schedule == "constant":
+            return time_line, None
+        preset = f"--preset {config.preset} " if config.preset else ""
+        return time_line, (
+            f"warning: --max_minutes ends the run {end}, before the learning rate has decayed; "
+            f"{preset}--max_steps {reached} makes the schedule end with the run"
+        )
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs only
+    """A progress bar that is told the time left."""
+
+    seconds_left: float | None = None
+
+    @property
+    def format_dict(self) -> Any:
+        left = "?" if self.seconds_left is None else self.format_interval(self.seconds_left)
+        return {**super().format_dict, "left": left}
+
+
 class _Recorder:
     """The lines of metrics.jsonl and the progress bar of a trainer; rank 0 has both."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, deadline: float) -> None:
         self._trainer = trainer
+        self._deadline = deadline
+        self._timing = Timing(trainer)
         progress, is_main = trainer.progress, trainer.group.is_main
         self._logged_tokens, self._logged_s = progress.tokens, progress.training_s
         self._metrics = None
         if is_main:
             self._metrics = MetricsLog(trainer.run_dir / "metrics.jsonl", progress.step + 1)
-        self._bar = tqdm(
+        self._bar = _Bar(
             total=trainer.total_steps,
             initial=progress.step,
             disable=trainer.config.quiet or not is_main,
-            unit="step",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}{postfix}]",
             # In a log file, a line now and then is enough.
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
@@ -466,7 +582,7 @@ class _Recorder:
         is_due = progress.step % trainer.config.log_interval == 0
         if self._metrics and (is_due or is_finished or val_loss is not None):
             seconds = progress.training_s - self._logged_s
-            speed = (progress.tokens - self._logged_tokens) / seconds
+            speed = tokens_per_second(progress.tokens - self._logged_tokens, seconds)
             self._logged_tokens, self._logged_s = progress.tokens, progress.training_s
             memory = resident_mb()
             self._metrics.write(
@@ -485,7 +601,25 @@ class _Recorder:
             self._bar.set_postfix_str(
                 f"loss {loss}, {speed:,.0f} tokens/s, {memory:,.0f} MiB", refresh=False
             )
+        if self._metrics:
+            self._update_time()
         self._bar.update()
+
+    def _update_time(self) -> None:
+        """Says how long the run takes as soon as that is measured; then keeps the time left."""
+        timing, trainer = self._timing, self._trainer
+        was_measured = timing.is_measured
+        timing.update()
+        if not timing.is_measured:
+            return
+        left = min(timing.seconds_after(trainer.progress.step), self._deadline - time.monotonic())
+        self._bar.seconds_left = max(0, left)
+        if not was_measured:
+            time_line, warning = timing.describe()
+            if not trainer.config.quiet:
+                self._bar.write(f"time        {time_line}", file=sys.stderr)
+            if warning:
+                self._bar.write(warning, file=sys.stderr)
 
     def write_sample(self, text: str) -> None:
         """Prints generated text above the bar."""

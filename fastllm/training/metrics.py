@@ -74,6 +74,21 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
     return values
 
 
+def tokens_per_second(tokens: int, training_s: float) -> float:
+    """The speed of training: over its steps, without validating, sampling and saving."""
+    return tokens / training_s
+
+
+def format_duration(seconds: float) -> str:
+    """A time in its two largest units, such as 1 min 10 s; at least a second."""
+    total = max(1, round(seconds))
+    large, small, size = ("min", "s", 60) if total < 3600 else ("h", "min", 3600)
+    count, rest = divmod(total, size)
+    rest //= size // 60
+    parts = [f"{count} {large}"] * (count > 0) + [f"{rest} {small}"] * (rest > 0)
+    return " ".join(parts)
+
+
 def resident_mb() -> float:
     """Resident memory of this process, in MiB."""
     return float(psutil.Process().memory_info().rss / 2**20)

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from fastllm.training.engine import Engine, choose_engine
 from fastllm.training.evaluation import bits_per_character
 from fastllm.training.loop import LoaderError, Trainer, TrainingError, derive_seed
 from fastllm.training.memory import check_memory
-from fastllm.training.metrics import plot_losses, resident_mb
+from fastllm.training.metrics import plot_losses, resident_mb, tokens_per_second
 from fastllm.training.presets import PRESETS
 
 # What a user can fix: told in one line, before any work is lost.
@@ -78,23 +79,29 @@ def train(
             implementation_line(device)  # refuses an implementation before any file is written
             if config.file_path:
                 find_files(config.file_path)  # before a folder is made
-            run_dir, resume = group.broadcast(lambda: stack.enter_context(start_or_restart(config)))
+            folder = dry_run_folder if config.dry_run else start_or_restart
+            run_dir, resume = group.broadcast(lambda: stack.enter_context(folder(config)))
             run = resolve(config, run_dir, device, resume)
             group.check_agreement({"precision": run.precision})
             trainer = prepare(run, log, group, engine_class)
             if config.preset:
                 log(f"preset      {config.preset}: {PRESETS[config.preset].expect}")
-            log(f"run         {run_dir}")
+            if not config.dry_run:
+                log(f"run         {run_dir}")
             log(f"threads     {run.threads}{' in each process' if group.size > 1 else ''}")
             log(f"operations  {operations(trainer)}{trainer.engine.caveat}")
             on_start(trainer)
         with errors_in_one_line(
             CheckpointError, TrainingError, LoaderError, ImplementationError, OSError
         ):
-            trainer.train()
-            if group.is_main:
-                plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
-        report(trainer, log)
+            if config.dry_run:
+                report_timing(trainer, log)
+            else:
+                trainer.train()
+                if group.is_main:
+                    plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
+        if not config.dry_run:
+            report(trainer, log)
     if trainer.stopped_by:
         raise SystemExit(128 + trainer.stopped_by)
 
@@ -138,6 +145,19 @@ def start_or_restart(config: TrainConfig) -> Iterator[tuple[Path, bool]]:
     with run_folder(config, "") as run_dir:
         note.write_text(launch, encoding="utf-8")
         yield run_dir, config.resume
+
+
+@contextlib.contextmanager
+def dry_run_folder(config: TrainConfig) -> Iterator[tuple[Path, bool]]:
+    """A temporary folder in place of the run's, and whether the run in out_dir is resumed.
+
+    Raises:
+        ValueError: out_dir holds another run.
+    """
+    if config.out_dir is not None:
+        refuse_second_run(config, config.out_dir)
+    with tempfile.TemporaryDirectory(prefix="fastllm-") as folder:
+        yield Path(folder), config.resume
 
 
 def torchrun_launch() -> str | None:
@@ -264,7 +284,9 @@ def prepare(
 ) -> Trainer:
     """Data, tokenizer, model and trainer of a run; errors in its input are found here."""
     resident_at_start = resident_mb()
-    checkpoint = group.broadcast(lambda: find_checkpoint(run.run_dir)) if run.resume else None
+    checkpoint = None
+    if run.resume:  # from out_dir also in a dry run, whose folder is a temporary one
+        checkpoint = group.broadcast(lambda: find_checkpoint(run.config.out_dir or run.run_dir))
     with group.main_first():  # rank 0 makes files that the other ranks read
         model, tokenizer, saved = None, None, None
         if checkpoint:
@@ -375,6 +397,18 @@ def new_model(config: TrainConfig, tokenizer: Tokenizer) -> DecoderModel:
     return config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
 
 
+def report_timing(trainer: Trainer, log: Log) -> None:
+    """Measures some steps and logs how long the run would take; a collective operation."""
+    timing = trainer.measure()
+    if not timing.is_measured:  # a signal came
+        return
+    time_line, warning = timing.describe()
+    log(f"speed       {timing.speed:,.0f} tokens/s")
+    log(f"time        {time_line}")
+    if warning and trainer.group.is_main:
+        command.log(warning)
+
+
 def report(trainer: Trainer, log: Log) -> None:
     """Logs the results of a run that has ended."""
     progress, run_dir = trainer.progress, trainer.run_dir
@@ -402,7 +436,7 @@ def report(trainer: Trainer, log: Log) -> None:
             f"{run_dir}/checkpoints/step-{progress.best_step:08d}"
         )
     if progress.training_s:
-        log(f"speed       {progress.tokens / progress.training_s:,.0f} tokens/s")
+        log(f"speed       {tokens_per_second(progress.tokens, progress.training_s):,.0f} tokens/s")
     for name, file in (("curves", "loss.png"), ("profile", "profile.json")):
         if (run_dir / file).exists():
             log(f"{name:12}{run_dir / file}")

@@ -144,6 +144,7 @@ def test_a_stray_environment_variable_changes_nothing(monkeypatch: pytest.Monkey
         ("--launcher deepspeed --parallel fsdp", "parallel fsdp and the launcher deepspeed"),
         ("--launcher deepspeed --precision fp16", "precision fp16 and the launcher deepspeed"),
         ("--launcher deepspeed --optimizer muon", "optimizer muon and the launcher deepspeed"),
+        ("--launcher ray --num_workers 2 --dry_run", "dry_run measures in this process"),
         ("--resume", "resume needs out_dir"),
         ("--config nowhere.toml", "cannot read the config file nowhere.toml"),
         ("--resume --out_dir nowhere", "nowhere/config.json does not exist"),
