@@ -527,6 +527,8 @@ class Timing:
         trainer, config, first = self._trainer, self._trainer.config, self._first_step
         seconds, limit = self.seconds_after(first), 60 * trainer.max_minutes
         steps, total = max(0, trainer.total_steps - first), trainer.total_steps
+        if not steps:
+            return f"none: the run is at step {first:,} of {total:,}", None
         measured = f"(measured over {self._measured_steps} steps)"
         if not limit or seconds <= limit:
             kind = f"{'more ' if first else ''}step{'' if steps == 1 else 's'}"

@@ -80,13 +80,11 @@ def tokens_per_second(tokens: int, training_s: float) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """A time in its two largest units, such as 1 min 10 s; at least a second."""
-    total = max(1, round(seconds))
-    large, small, size = ("min", "s", 60) if total < 3600 else ("h", "min", 3600)
-    count, rest = divmod(total, size)
-    rest //= size // 60
-    parts = [f"{count} {large}"] * (count > 0) + [f"{rest} {small}"] * (rest > 0)
-    return " ".join(parts)
+    """A time such as 1 min 10 s: to 5 s from a minute on, and to a minute from ten minutes on."""
+    precision = 1 if seconds < 60 else 5 if seconds < 600 else 60
+    total = max(1, round(seconds / precision) * precision)
+    counts = {"h": total // 3600, "min": total // 60 % 60, "s": total % 60}
+    return " ".join(f"{count} {unit}" for unit, count in counts.items() if count)
 
 
 def resident_mb() -> float:

@@ -33,8 +33,8 @@ def timed(trainer: Trainer, steps: int, step_s: float) -> Timing:
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        (0.2, "1 s"), (59.4, "59 s"), (59.6, "1 min"), (70, "1 min 10 s"), (600, "10 min"),
-        (3599.6, "1 h"), (7384, "2 h 3 min"), (360_000, "100 h"),
+        (0.2, "1 s"), (59.4, "59 s"), (59.6, "1 min"), (72, "1 min 10 s"), (599, "10 min"),
+        (2341, "39 min"), (3599.6, "1 h"), (7384, "2 h 3 min"), (360_000, "100 h"),
     ],
 )  # fmt: skip
 def test_durations(seconds: float, expected: str) -> None:
@@ -184,6 +184,8 @@ def test_a_dry_run_of_a_resumed_run_changes_nothing(tmp_path: Path, text: Path) 
     result = run_command("train", *resumed)
     assert result.returncode == 0, result.stderr
     assert "for 17 more steps (measured over 8 steps)" in result.stderr
+    ended = run_command("train", "--resume", "--out_dir", str(run), "--dry_run")
+    assert "time        none: the run is at step 3 of 3\n" in ended.stderr
     assert contents(run) == before
     # What a real run refuses, a dry run refuses.
     again = run_command("train", *SMALL, *begin, "--dry_run")
