@@ -26,7 +26,7 @@ from fastllm.finetuning.inputs import (
 from fastllm.finetuning.model import choose_task, load_model
 from fastllm.integrations import hub
 from fastllm.training.evaluation import Evaluation
-from fastllm.training.metrics import read_metrics
+from fastllm.training.metrics import read_metrics, tokens_per_second
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -228,6 +228,7 @@ def report(trainer: FinetuneTrainer, run_dir: Path, log: Log) -> None:
         for name, loss in (("before", losses[0]), ("after", best or losses[-1])):
             log(f"{name:12}loss {loss:.4f}, perplexity {Evaluation(loss, 1).perplexity:,.3f}")
     if monitor.training_s:
-        log(f"speed       {monitor.tokens / monitor.training_s:,.0f} tokens/s")
+        speed = tokens_per_second(monitor.tokens, monitor.training_s)
+        log(f"speed       {speed:,.0f} tokens/s")
     log(f"curves      {run_dir / 'loss.png'}, {run_dir / 'metrics.csv'}")
     log(f"model       {run_dir / 'model'}")

@@ -34,7 +34,7 @@ from fastllm.finetuning.config import FinetuneConfig
 from fastllm.optim import AdamW
 from fastllm.training.evaluation import Evaluation
 from fastllm.training.loop import TrainingError, derive_seed
-from fastllm.training.metrics import MetricsLog, read_metrics, resident_mb
+from fastllm.training.metrics import MetricsLog, read_metrics, resident_mb, tokens_per_second
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,7 +107,7 @@ class RunMonitor(StopRequest, TrainerCallback):
         memory = resident_mb()
         if "loss" in values and self.training_s > self._logged_s:
             tokens = state.num_input_tokens_seen - self._logged_tokens
-            speed = round(tokens / (self.training_s - self._logged_s), 1)
+            speed = round(tokens_per_second(tokens, self.training_s - self._logged_s), 1)
             self._logged_tokens, self._logged_s = state.num_input_tokens_seen, self.training_s
             loss = "none" if values["loss"] is None else f"{values['loss']:.3f}"
             self._bar.set_postfix_str(
