@@ -7,6 +7,7 @@ from fastllm.version import __version__
 
 if TYPE_CHECKING:
     from fastllm.public import *
+    from fastllm.training.saved_model import load_model, save_model
 
 __all__ = [
     "MLP",
@@ -28,7 +29,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports everything at the first use of anything: a command's help needs no PyTorch."""
+    """Imports what is used, when it is used: a command's help needs no PyTorch."""
+    if name in ("load_model", "save_model"):  # which read settings, unlike the rest
+        return getattr(import_module("fastllm.training.saved_model"), name)
     public = import_module("fastllm.public")
     globals().update({each: getattr(public, each) for each in public.__all__})
     if name not in globals():

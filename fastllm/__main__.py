@@ -23,7 +23,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command that the first argument names; by default those of the process."""
     name, *others = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(help_text())
+        from fastllm.command import command
+
+        command(lambda _: print(help_text()))([])  # `| head` needs no traceback
     elif name == "--version":
         print(f"fastllm {__version__}")
     elif name in COMMANDS:

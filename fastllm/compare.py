@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from fastllm.command import errors_in_one_line, log, parse_settings
+from fastllm.command import command, errors_in_one_line, log, parse_settings
 from fastllm.flags import CommandSettings
 
 # What no two runs share, and what says nothing about the model.
@@ -37,6 +37,7 @@ fastllm compare runs/* --out curves.svg
         return out
 
 
+@command
 def main(arguments: list[str]) -> None:
     config = parse_settings(CompareConfig, arguments)
     # After the flags: help and their errors need not wait for matplotlib and numpy.

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         if number:
             log(
                 f"stopped by {number.name} at step {trainer.state.global_step:,}; continue with: "
-                f"python -m fastllm.finetune --out_dir {run_dir} --resume"
+                f"fastllm finetune --out_dir {run_dir} --resume"
             )
             raise SystemExit(128 + number)
     report(trainer, run_dir, info)

@@ -85,7 +85,8 @@ def read_flags(settings_class: type[CommandSettings], arguments: list[str]) -> d
     if not settings_class.joins_processes:
         refuse_several_processes()
     parser = _Parser(settings_class)
-    found, words = parser.parse_known_args(underscored(arguments))
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    found, words = parser.parse_known_args(underscored(arguments[:end]))
     values = vars(found)
     name = settings_class.positional
     for word in words:
@@ -93,11 +94,12 @@ def read_flags(settings_class: type[CommandSettings], arguments: list[str]) -> d
             flag = word.partition("=")[0]
             near = did_you_mean(settings_class, flag[2:].removeprefix("no-"), "--")
             parser.error(f"there is no flag {flag}{near or '; --help lists them'}")
-        if not name:
-            parser.error(f"{word} belongs to no flag")
     for each, field in _fields(settings_class).items():
         if each in values and _is_list(field) and not {str, Path} & {*_types(field.annotation)}:
             values[each] = ",".join(values[each]).split(",")
+    words += arguments[end + 1 :]  # words, whatever they begin with
+    if words and not name:
+        parser.error(f"{words[0]} belongs to no flag")
     if words:
         is_list = _is_list(settings_class.model_fields[name])
         if name in values or (len(words) > 1 and not is_list):

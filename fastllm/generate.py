@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastllm.command import command, errors_in_one_line, log, parse_settings
+from fastllm.command import command, errors_in_one_line, first_line, log, parse_settings
 from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ def ask_for_prompts(write: Callable[[str, int], None], seed: int) -> None:
         except KeyboardInterrupt:
             sys.stdout.write("\n")
         except (KeyError, ValueError) as error:  # such as a character that the tokenizer lacks
-            log(f"error: {error.args[0]}")
+            # str() of a KeyError would add quotes.
+            log(f"error: {error.args[0] if error.args else first_line(error)}")
         seed += 1
 
 

@@ -11,7 +11,6 @@ from fastllm.models.decoder import DecoderModel
 from fastllm.ops import implementations
 from fastllm.ops.dispatch import use
 from fastllm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
-from fastllm.training.saved_model import load_model, save_model
 
 __all__ = [
     "MLP",
@@ -24,8 +23,6 @@ __all__ = [
     "TransformerBlock",
     "create_dataloader",
     "implementations",
-    "load_model",
     "optim",
-    "save_model",
     "use",
 ]

@@ -32,7 +32,7 @@ def launch(config: TrainConfig, arguments: list[str]) -> None:
         ImportError: the launcher is not installed.
     """
     from fastllm.training.distributed import ProcessError, check_batch_size, is_distributed
-    from fastllm.training.run import choose_run_dir, run_name
+    from fastllm.training.run import choose_run_dir, removed_if_unused, run_name
 
     count = config.num_workers
     if is_distributed():
@@ -49,16 +49,17 @@ def launch(config: TrainConfig, arguments: list[str]) -> None:
         from fastllm.data.sources import find_files
 
         find_files(config.file_path)  # a wrong path fails here, not in every process
-    run_dir, _ = choose_run_dir(config, run_name(config))
-    if config.launcher == "ray":
-        from fastllm.integrations import ray
+    run_dir, is_new = choose_run_dir(config, run_name(config))
+    with removed_if_unused(run_dir, is_new):
+        if config.launcher == "ray":
+            from fastllm.integrations import ray
 
-        ray.launch(config, run_dir)
-    else:
-        from fastllm.integrations import deepspeed
+            ray.launch(config, run_dir)
+        else:
+            from fastllm.integrations import deepspeed
 
-        # Its processes must not choose a folder again.
-        deepspeed.launch(count, [*arguments, "--out_dir", str(run_dir)])
+            # Its processes must not choose a folder again.
+            deepspeed.launch(count, [*arguments, "--out_dir", str(run_dir)])
 
 
 if __name__ == "__main__":

@@ -194,9 +194,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         with pytest.raises(SystemExit) as stopped:
             run(kind, *more, "--out_dir", "parts")
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert "continue with: python -m fastllm.finetune --out_dir parts --resume" in (
-        capsys.readouterr().err
-    )
+    assert "continue with: fastllm finetune --out_dir parts --resume" in (capsys.readouterr().err)
     assert not Path("parts/model").exists()
     main("--out_dir parts --resume --quiet".split())
     whole, parts = weights("whole"), weights("parts")
@@ -488,7 +486,7 @@ def test_models_that_fastllm_trained(tokenizer: str) -> None:
         exported = run_command("export", "--checkpoint", "run", "--format", format, "--out", format)
         assert exported.returncode == 0
     more = "--dataset data.jsonl --no-end_token --max_seq_len 16 --max_steps 2 --quiet".split()
-    advice = r"; give the folder that `python -m fastllm\.export --format hf` writes"
+    advice = r"; give the folder that `fastllm export --format hf` writes"
     with pytest.raises(SystemExit, match=f"run is a run of fastllm{advice}"):
         main(["--model", "run", *more])
     with pytest.raises(SystemExit, match=f"gguf/model.gguf is a GPT-2 of a length .*{advice}"):

@@ -88,7 +88,7 @@ def test_a_study(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) ->
         "trials      4 complete, 1 pruned: study/trials.csv, study.png",
         f"best        val_loss {best:.4f} at step ",
         "settings    lr 0.01",
-        "to train    python -m fastllm.train --config study/best.toml",
+        "to train    fastllm train --config study/best.toml",
     ):
         assert expected in result.stderr
 

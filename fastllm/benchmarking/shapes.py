@@ -42,7 +42,7 @@ class StepShape(NamedTuple):
 
 
 CONFIGS: dict[Letter, StepShape] = {
-    "A": StepShape(64, 2, 2, 32, 16, 66, 0.1),  # the default shape of `python -m fastllm.train`
+    "A": StepShape(64, 2, 2, 32, 16, 66, 0.1),  # the defaults of train's flags
     "B": StepShape(128, 3, 4, 64, 32, 66, 0.1),  # a character model for a megabyte of text
     "C": StepShape(128, 4, 4, 64, 12, 66, 0.0),  # nanoGPT's recipe for a CPU
     "D": StepShape(384, 6, 6, 256, 8, 66, 0.1),  # nanoGPT's "baby GPT"

@@ -58,17 +58,20 @@ OFFICE = {".docx": "a Word document", ".odt": "an OpenDocument text", ".epub": "
 def find_files(words: StrPath | Iterable[StrPath]) -> list[Path]:
     """The files that these words name: each is a path, a folder, or else a pattern.
 
-    A folder stands for the texts and tables in it and below, by their endings.
+    A folder stands for the texts and tables in it and below, by their endings, without runs and
+    what is hidden. A file that is named twice is there once.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: it is a pipe or a device.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for word in [words] if isinstance(words, (str, os.PathLike)) else words:
+        if not os.fspath(word):
+            raise FileNotFoundError("the name of a text is empty")
         path = Path(word)
         if path.is_dir():
-            matches = [file for file in path.rglob("*") if format_of(file) and file.is_file()]
+            matches = list(_texts_in(path))
             if not matches:
                 raise FileNotFoundError(f"folder {path} holds no text: no {', '.join(KNOWN)}")
         elif os.path.lexists(path):
@@ -79,8 +82,9 @@ def find_files(words: StrPath | Iterable[StrPath]) -> list[Path]:
             matches = [file for file in matches if file.is_file()]
         if not matches:
             raise FileNotFoundError(f"text file {path} does not exist")
-        found += sorted(matches)
-    for file in found:
+        for file in sorted(matches):
+            found.setdefault(file.resolve(), file)
+    for file in found.values():
         if not file.exists():
             raise FileNotFoundError(f"{file} is a link to a file that does not exist")
         if not file.is_file():
@@ -88,7 +92,19 @@ def find_files(words: StrPath | Iterable[StrPath]) -> list[Path]:
                 f"{file} is a pipe or a device, which cannot be read twice; save its content in a "
                 "file first"
             )
-    return found
+    return list(found.values())
+
+
+def _texts_in(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            is_run = (path / "checkpoints").exists() or (path / "tokens.bin").exists()
+            if not is_run and not path.is_symlink():
+                yield from _texts_in(path)
+        elif format_of(path) and path.is_file():
+            yield path
 
 
 def absolute(word: StrPath) -> Path:
@@ -227,6 +243,8 @@ def _json_lines(file: Path, lines: Iterable[str], text_column: str) -> Iterator[
 def _csv(file: Path, lines: Iterable[str], text_column: str) -> Iterator[str]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(lines)
+    if rows.fieldnames:
+        _check_column(file, rows.fieldnames, text_column)
     for row in rows:
         yield _text(file, row.get(text_column), rows.fieldnames or (), text_column)
 
@@ -244,12 +262,16 @@ def _parquet(file: Path, text_column: str) -> Iterator[str]:
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-def _text(file: Path, value: object, columns: Iterable[str], text_column: str) -> str:
+def _check_column(file: Path, columns: Iterable[str], text_column: str) -> None:
     if text_column not in columns:
         raise ValueError(
             f"{file} has no column {text_column!r}; choose one by --text_column: "
             f"{', '.join(map(str, columns))}"
         )
+
+
+def _text(file: Path, value: object, columns: Iterable[str], text_column: str) -> str:
+    _check_column(file, columns, text_column)
     if value is None:
         return ""
     if not isinstance(value, str):

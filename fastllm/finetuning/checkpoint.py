@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fastllm.command import first_line, log
+from fastllm.files import flush
 
 STATE = "trainer_state.json"  # written after everything else of its checkpoint
 
@@ -75,17 +76,19 @@ def complete_or_absent(final: Path) -> Iterator[Path]:
             `final` was before is untouched.
     """
     workspace = final.parent / "writing"
-    shutil.rmtree(workspace, ignore_errors=True)
     partial, replaced = workspace / final.name, workspace / "replaced"
+    _put_back(replaced, final)  # if a process was killed between the two renames below
+    shutil.rmtree(workspace, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
+        for path in (*partial.rglob("*"), partial):
+            flush(path)
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
+        flush(final.parent)
     except Exception as error:
-        if replaced.exists():
-            replaced.rename(final)
         # PyTorch raises RuntimeErrors when it cannot write, tokenizers bare Exceptions.
         if not isinstance(error, OSError | SafetensorError) and type(error) not in (
             RuntimeError,
@@ -99,7 +102,13 @@ def complete_or_absent(final: Path) -> Iterator[Path]:
             f"then {again}"
         ) from error
     finally:
+        _put_back(replaced, final)
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _put_back(replaced: Path, final: Path) -> None:
+    if replaced.exists() and not final.exists():
+        replaced.rename(final)
 
 
 def _reason(error: Exception) -> str:

@@ -71,7 +71,7 @@ def load_config(name: str) -> Any:
 
 def refuse_our_own(path: Path) -> None:
     """Raises a `ValueError` for files that fastllm writes and transformers does not read."""
-    advice = "give the folder that `python -m fastllm.export --format hf` writes"
+    advice = "give the folder that `fastllm export --format hf` writes"
     if (path / "config.json").is_file():
         settings = (path / "config.json").read_text(encoding="utf-8", errors="replace")
         if "fastllm_version" in settings:

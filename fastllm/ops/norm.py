@@ -114,7 +114,7 @@ def why_not_triton(x: Tensor, norm: Norm, residual: Tensor | None) -> str | None
 
 
 # Up to this width PyTorch's kernel is faster than a Triton kernel, according to published
-# measurements; `python -m fastllm.bench --device cuda` measures it on your GPU. Requested by name,
+# measurements; `fastllm bench --device cuda` measures it on your GPU. Requested by name,
 # the kernel runs at smaller widths as well.
 NARROWEST_TRITON = 2048
 LONGEST_TRITON = 8192

@@ -48,7 +48,7 @@ async def keep_newest(service: Service, run: Path, load: Load) -> None:
 def _newest_step(run: Path) -> int | None:
     try:
         progress = read_progress(find_checkpoint(run))
-    except CheckpointError:  # training has just removed it
+    except (CheckpointError, OSError):  # training has just removed it
         return None
     return None if progress is None else progress.step
 

@@ -254,6 +254,8 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     @field_validator("file_path", mode="before")
     @classmethod
     def _one_file_is_a_list(cls, value: Any) -> Any:
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise ValueError("the name of a text is empty")
         return [value] if isinstance(value, (str, Path)) else value
 
     @classmethod

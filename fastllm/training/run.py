@@ -35,7 +35,13 @@ from fastllm.training.checkpoint import (
     load_model,
 )
 from fastllm.training.config import ResolvedRun, RunSettings, TrainConfig
-from fastllm.training.distributed import SINGLE, ProcessError, ProcessGroup, process_group
+from fastllm.training.distributed import (
+    SINGLE,
+    ProcessError,
+    ProcessGroup,
+    is_distributed,
+    process_group,
+)
 from fastllm.training.engine import Engine, choose_engine
 from fastllm.training.evaluation import bits_per_character
 from fastllm.training.loop import LoaderError, Trainer, TrainingError, derive_seed
@@ -77,8 +83,8 @@ def train(
                     "and this is one; torchrun or --launcher ray start several"
                 )
             implementation_line(device)  # refuses an implementation before any file is written
-            if config.file_path:
-                find_files(config.file_path)  # before a folder is made
+            # Before a folder is made.
+            group.broadcast(lambda: config.file_path and find_files(config.file_path))
             folder = dry_run_folder if config.dry_run else start_or_restart
             run_dir, resume = group.broadcast(lambda: stack.enter_context(folder(config)))
             run = resolve(config, run_dir, device, resume)
@@ -95,7 +101,7 @@ def train(
             CheckpointError, TrainingError, LoaderError, ImplementationError, OSError
         ):
             if config.dry_run:
-                report_timing(trainer, log)
+                report_timing(trainer)
             else:
                 trainer.train()
                 if group.is_main:
@@ -173,9 +179,9 @@ def run_name(config: TrainConfig) -> str:
     """The name of the first text or folder, without endings; raises like `find_files`."""
     if not config.file_path:
         return "demo"
-    first = config.file_path[0].absolute()
+    first = config.file_path[0].resolve()
     if first.is_dir():
-        return first.name
+        return first.name or "text"
     name = find_files(config.file_path)[0].name
     return Path(name.removesuffix(compression_of(name))).stem
 
@@ -188,18 +194,26 @@ def describe_texts(files: Sequence[Path]) -> str:
 def run_folder(config: RunSettings, name: str) -> Iterator[Path]:
     """The folder of the run, as `choose_run_dir` chooses it, locked until the block ends.
 
-    A new folder is removed if the block ends by an exception before it has logged anything.
-
     Raises:
         ValueError: the folder already holds a run, which is not to be resumed, or is in use.
     """
     run_dir, is_new = choose_run_dir(config, name)
+    with in_use(run_dir), removed_if_unused(run_dir, is_new):
+        refuse_second_run(config, run_dir)
+        yield run_dir
+
+
+@contextlib.contextmanager
+def removed_if_unused(run_dir: Path, is_new: bool) -> Iterator[None]:
+    """Removes the new folder of a run if the block ends by an exception before it has logged.
+
+    Not under torchrun, where other ranks may still be reading in it.
+    """
     try:
-        with in_use(run_dir):
-            refuse_second_run(config, run_dir)
-            yield run_dir
+        yield
     except BaseException:
-        if is_new and not (run_dir / "metrics.jsonl").exists():
+        logs = (run_dir / name for name in ("metrics.jsonl", "ray.log"))
+        if is_new and not is_distributed() and not any(log.exists() for log in logs):
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
 
@@ -228,10 +242,15 @@ def choose_run_dir(config: RunSettings, name: str) -> tuple[Path, bool]:
     """
     if config.out_dir is not None:
         refuse_second_run(config, config.out_dir)
-        is_new = not config.out_dir.exists()
-        if not config.resume:
-            config.out_dir.mkdir(parents=True, exist_ok=True)
-        return config.out_dir, is_new
+        if config.resume:
+            return config.out_dir, False
+        try:
+            config.out_dir.mkdir(parents=True)
+        except FileExistsError:
+            if not config.out_dir.is_dir():
+                raise
+            return config.out_dir, False
+        return config.out_dir, True
     number = 1
     while True:
         run_dir = Path("runs") / (name if number == 1 else f"{name}-{number}")
@@ -397,16 +416,17 @@ def new_model(config: TrainConfig, tokenizer: Tokenizer) -> DecoderModel:
     return config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
 
 
-def report_timing(trainer: Trainer, log: Log) -> None:
-    """Measures some steps and logs how long the run would take; a collective operation."""
+def report_timing(trainer: Trainer) -> None:
+    """Measures some steps and prints how long the run would take; a collective operation."""
     timing = trainer.measure()
     if not timing.is_measured:  # a signal came
         return
     time_line, warning = timing.describe()
-    log(f"speed       {timing.speed:,.0f} tokens/s")
-    log(f"time        {time_line}")
-    if warning and trainer.group.is_main:
-        command.log(warning)
+    if trainer.group.is_main:  # the result of the command, even if it is quiet
+        print(f"speed       {timing.speed:,.0f} tokens/s")
+        print(f"time        {time_line}", flush=True)
+        if warning:
+            command.log(warning)
 
 
 def report(trainer: Trainer, log: Log) -> None:
@@ -418,7 +438,7 @@ def report(trainer: Trainer, log: Log) -> None:
         return
     if trainer.stopped_by:
         several = trainer.group.size > 1
-        again = "the same command" if several else f"python -m fastllm.train --out_dir {run_dir}"
+        again = "the same command" if several else f"fastllm train --out_dir {run_dir}"
         command.log(
             f"stopped by {trainer.stopped_by.name} at step {progress.step:,}; continue with: "
             f"{again} --resume"

@@ -139,7 +139,7 @@ def summarize(study: "optuna.Study", plan: Plan) -> list[str]:
         f"trials      {tally}: {config.out_dir}/trials.csv, study.png",
         f"best        val_loss {loss:.4f} at step {step:,}: {plan.trial_folder(best.number)}",
         f"settings    {describe_settings(best.params)}",
-        f"to train    python -m fastllm.{config.command} --config {config.out_dir}/best.toml",
+        f"to train    fastllm {config.command} --config {config.out_dir}/best.toml",
     ]
     missing = config.trials - (len(states) - states.count("interrupted"))
     if missing > 0:

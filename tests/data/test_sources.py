@@ -150,6 +150,37 @@ def test_what_is_no_text_is_named(name: str, content: bytes, kind: str, tmp_path
         text_of(tmp_path / name)
 
 
+def test_folders_leave_out_runs_and_what_is_hidden(tmp_path: Path) -> None:
+    for name in (
+        "a.txt",
+        ".hidden/b.txt",
+        "runs/one/metrics.jsonl",
+        "runs/one/tokens.bin",
+        ".c.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert find_files(tmp_path) == [tmp_path / "a.txt"]
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    assert find_files([tmp_path / "a.txt", tmp_path, str(tmp_path / "*.txt")]) == [
+        tmp_path / "a.txt"
+    ]
+
+
+def test_an_empty_name_is_no_folder() -> None:
+    with pytest.raises(FileNotFoundError, match="the name of a text is empty"):
+        find_files("")
+
+
+def test_the_column_of_a_table_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("title,body\n")
+    with pytest.raises(ValueError, match="has no column 'text'; choose one .*: title, body"):
+        text_of(tmp_path / "a.csv")
+
+
 def test_texts_that_begin_like_other_files(tmp_path: Path) -> None:
     for text in ("BM is a bank", "MZ", "RIFF raff", "GGUF is a format", "ID3 tags"):
         (tmp_path / "a.txt").write_text(text)

@@ -46,8 +46,8 @@ class Wrapped(nn.Module):
         super().__init__()
         self.base, self.which = base, which
 
-    def forward(self, x: Tensor, *others: Any) -> Tensor:
-        out = self.base(x.sin() if self.which == "pre_hook" else x, *others)
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        out = self.base(x.sin() if self.which == "pre_hook" else x, *others, **named)
         if self.which == "backward_pre_hook":
             out.register_hook(lambda grad: grad * 5)
             return out
@@ -68,12 +68,12 @@ def backward_pre_hook(module: nn.Module) -> None:
 
 def instance_patch(module: nn.Module) -> None:
     original = module.forward
-    module.forward = lambda *args: original(*args) / 2  # type: ignore[method-assign]
+    module.forward = lambda *args, **named: original(*args, **named) / 2  # type: ignore[method-assign]
 
 
 def subclass(module: nn.Module) -> None:
     parent = type(module)
-    body = {"forward": lambda self, *args: parent.forward(self, *args) / 2}
+    body = {"forward": lambda self, *args, **named: parent.forward(self, *args, **named) / 2}
     module.__class__ = type("Halved", (parent,), body)
 
 

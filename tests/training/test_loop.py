@@ -251,10 +251,22 @@ def test_a_run_that_cannot_start_leaves_no_folder(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("ab")
     out = tmp_path / "out"
-    for flags in ([], ["--out_dir", str(out)]):
+    for flags in (["--tokenizer", "char"], ["--out_dir", str(out)]):
         result = run_command("train", "--file_path", str(text), *flags, folder=tmp_path)
-        assert result.returncode == 1 and "use a longer text" in result.stderr
+        assert result.returncode == 1 and "text" in result.stderr
     assert not out.exists() and not list(tmp_path.glob("runs/*"))
+
+
+def test_a_folder_in_use_is_not_removed(tmp_path: Path) -> None:
+    """Whoever finds it locked did not make it."""
+    config = parse_train_config(["--out_dir", str(tmp_path / "run"), "--threads", "1"])
+    with (
+        run_folder(config, "") as run_dir,
+        pytest.raises(ValueError, match="another run is using"),
+        run_folder(config, ""),
+    ):
+        pass
+    assert run_dir.is_dir()
 
 
 @pytest.mark.processes
@@ -354,12 +366,13 @@ def test_metrics_lines(make_trainer: MakeTrainer) -> None:
     assert lines[0]["grad_norm"] > 0 and lines[0]["tokens_per_second"] > 0
 
 
-def test_what_was_not_computed_is_null(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_what_was_not_computed_is_null(tmp_path: Path) -> None:
     """The last of 65 training tokens is alone in its sequence, with nothing to predict."""
     text = tmp_path / "short.txt"
     text.write_text("ab" * 34)
     flags = "--max_seq_len 32 --batch_size 1 --val_fraction 0.03 --log_interval 1 --max_grad_norm 0"
-    trainer = make_trainer("run", "--file_path", str(text), *flags.split())
+    config = make_config(tmp_path / "run", text, *flags.split())
+    trainer = prepare(resolve(config, tmp_path / "run"), no_log)
     trainer.train()
     lines = list(read_metrics(trainer.run_dir / "metrics.jsonl"))
     assert sum(line["loss"] is None for line in lines) == 1

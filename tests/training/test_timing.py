@@ -168,9 +168,15 @@ def test_a_dry_run_says_the_time_and_leaves_nothing(
         )
         assert result.returncode == 0, result.stderr
         for name in ("data", "parameters", "memory", "speed"):
-            assert re.search(rf"^{name} +\S", result.stderr, re.MULTILINE), result.stderr
-        assert re.search(r"^time +about \d+ s for 3 steps \(mea", result.stderr, re.MULTILINE)
-        assert not re.search(r"^(run|validation|sample|curves)", result.stderr, re.MULTILINE)
+            assert re.search(rf"^{name} +\S", result.stdout + result.stderr, re.MULTILINE), (
+                result.stderr
+            )
+        assert re.search(
+            r"^time +about \d+ s for 3 steps \(mea", result.stdout + result.stderr, re.MULTILINE
+        )
+        assert not re.search(
+            r"^(run|validation|sample|curves)", result.stdout + result.stderr, re.MULTILINE
+        )
         assert not list(folder.iterdir()) and not list(temporary.iterdir())
 
 
@@ -183,9 +189,9 @@ def test_a_dry_run_of_a_resumed_run_changes_nothing(tmp_path: Path, text: Path) 
     resumed = ("--resume", "--out_dir", str(run), "--max_steps", "20", "--dry_run")
     result = run_command("train", *resumed)
     assert result.returncode == 0, result.stderr
-    assert "for 17 more steps (measured over 8 steps)" in result.stderr
+    assert "for 17 more steps (measured over 8 steps)" in result.stdout
     ended = run_command("train", "--resume", "--out_dir", str(run), "--dry_run")
-    assert "time        none: the run is at step 3 of 3\n" in ended.stderr
+    assert "time        none: the run is at step 3 of 3\n" in ended.stdout
     assert contents(run) == before
     # What a real run refuses, a dry run refuses.
     again = run_command("train", *SMALL, *begin, "--dry_run")
@@ -205,7 +211,7 @@ def test_a_signal_ends_a_dry_run(
     monkeypatch.setattr(Trainer, "_step", step)
     result = run_command("train", *SMALL, "--file_path", str(text), "--dry_run", folder=tmp_path)
     assert result.returncode == 128 + signal.SIGTERM
-    assert "time  " not in result.stderr
+    assert "time  " not in result.stdout
     assert not (tmp_path / "runs").exists()
 
 
@@ -222,5 +228,5 @@ def test_rank_0_speaks_in_a_dry_run_of_two_processes(tmp_path: Path, text: Path)
         timeout=100,
     )
     assert result.returncode == 0, result.stderr
-    assert len(re.findall("^time  .* for 40 steps", result.stderr, re.MULTILINE)) == 1
+    assert len(re.findall("^time  .* for 40 steps", result.stdout, re.MULTILINE)) == 1
     assert not list(tmp_path.glob("runs*"))
