@@ -465,7 +465,7 @@ def no_norm(model: DecoderModel) -> None:
         (no_norm, "Post-LN"),
         (no_norm_bias, "a norm lacks its weight or bias"),
         (rms_norm, "norm1 is a RMSNorm, not a LayerNorm"),
-        (gated, "no name for '.*up.weight'"),
+        (gated, "no name for '.*up.(weight|bias)'"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -213,7 +213,7 @@ def test_two_thousand_tokens_are_only_appended(open_page: Open, characters: Mode
             }"""
         )
         ask(page, "ab", max_tokens=2000, wait=False)
-        page.locator("#answer b").nth(1999).wait_for(timeout=60_000)
+        page.locator("#answer b").nth(1999).wait_for(state="attached", timeout=60_000)
         expect(page.locator("#state")).to_contain_text("2,000 tokens")
         seen = page.evaluate("seen")
         # The prompt and each token once; the removed nodes are the previous continuation.
