@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> None:
         lines = {name: list(read_metrics(run / "metrics.jsonl")) for name, run in runs.items()}
         for name, run in runs.items():
             if not lines[name]:
-                raise ValueError(f"{run} holds no run with a metrics.jsonl to compare")
+                problem = "holds no metrics.jsonl" if run.exists() else "does not exist"
+                raise ValueError(f"{run} {problem}; give the folders of runs")
         settings = differences({name: settings_of(run) for name, run in runs.items()})
         plot_runs(lines, config.out)
         rows = [{"run": name, **summary(lines[name]), **settings[name]} for name in runs]

@@ -194,9 +194,9 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         ValueError: the file has no nonempty line.
     """
-    from fastllm.data.text import read_text
+    from fastllm.data.sources import find_files, read_files
 
-    lines = [line for line in "".join(read_text(path)).split("\n") if line]
+    lines = [line for line in "".join(read_files(find_files(path))).split("\n") if line]
     if not lines:
         raise ValueError(f"{path} has no line to continue")
     return lines

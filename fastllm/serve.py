@@ -98,7 +98,7 @@ def check_packages() -> None:
             importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"serving needs the package {error.name}: pip install fastapi uvicorn prometheus-client"
+            f"serving needs the package {error.name}: pip install '.[serve]'"
         ) from error
 
 

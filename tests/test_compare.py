@@ -54,7 +54,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("nowhere", "nowhere holds no run with a metrics.jsonl to compare"),
+        ("nowhere", "nowhere does not exist; give the folders of runs"),
         ("a a/", "a run is given twice"),
         ("a broken", "broken/config.json is not a run's config.json"),
         ("a --out curves.txt", "out: must end in .png, .svg or .pdf"),

@@ -330,7 +330,7 @@ def test_a_licence_is_spelt_as_hugging_face_does(
 
 def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, "--checkpoint", str(tmp_path / "nothing"), "--format", "hf")
-    assert "nothing is not a folder" in message
+    assert "nothing does not exist" in message
 
 
 @pytest.mark.subprocess

@@ -58,7 +58,7 @@ def test_generate_command(run_dir: Path) -> None:
     assert wrong.stdout == ""
     missing = run("generate", "--checkpoint", str(run_dir / "nowhere"), "--prompt", "the")
     assert missing.returncode == 1
-    assert "is not a folder" in missing.stderr
+    assert "nowhere does not exist" in missing.stderr
 
 
 def test_generate_command_on_a_file_of_prompts(run_dir: Path, tmp_path: Path) -> None:

@@ -166,6 +166,12 @@ def _damage_named(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} is damaged, or is not what its ending says: {error}") from error
 
 
+def check_texts(files: Sequence[StrPath], text_column: str = "text") -> None:
+    """Raises what `read_files` would raise for the beginning of any of these files."""
+    for file in files:
+        next(read_files([file], text_column), None)
+
+
 def _read_file(file: Path, text_column: str) -> Iterator[str]:
     kind = format_of(file)
     if kind == ".parquet":

@@ -200,7 +200,8 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give a run or a checkpoint in it")
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {problem}; give a run or a checkpoint in it")
     found = _checkpoints(folder)
     if found:
         return found[-1]

@@ -14,7 +14,7 @@ import torch
 from fastllm import command
 from fastllm.command import Log, errors_in_one_line, no_log
 from fastllm.data.loader import TextDataset
-from fastllm.data.sources import compression_of, find_files, read_files
+from fastllm.data.sources import check_texts, compression_of, find_files, read_files
 from fastllm.data.text import clean_lines
 from fastllm.device import Device, autocast, choose_device, choose_precision
 from fastllm.files import locked, replace_file
@@ -84,7 +84,7 @@ def train(
                 )
             implementation_line(device)  # refuses an implementation before any file is written
             # Before a folder is made.
-            group.broadcast(lambda: config.file_path and find_files(config.file_path))
+            group.broadcast(lambda: check_file_path(config))
             folder = dry_run_folder if config.dry_run else start_or_restart
             run_dir, resume = group.broadcast(lambda: stack.enter_context(folder(config)))
             run = resolve(config, run_dir, device, resume)
@@ -110,6 +110,12 @@ def train(
             report(trainer, log)
     if trainer.stopped_by:
         raise SystemExit(128 + trainer.stopped_by)
+
+
+def check_file_path(config: TrainConfig) -> None:
+    """Raises like `find_files` and `check_texts` if the texts cannot be trained on."""
+    if config.file_path:
+        check_texts(find_files(config.file_path), config.text_column)
 
 
 def operations(trainer: Trainer) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastllm.data.sources import absolute, files_digest, find_files, read_files
+from fastllm.data.sources import absolute, check_texts, files_digest, find_files, read_files
 
 ROWS = ["one, two", 'a "quoted"\nline', "é世\U0001f600", ""]
 ZSTD = b"\x28\xb5\x2f\xfd\x20\x04\x21\x00\x00text"  # "text", uncompressed in a frame
@@ -168,6 +168,15 @@ def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
     assert find_files([tmp_path / "a.txt", tmp_path, str(tmp_path / "*.txt")]) == [
         tmp_path / "a.txt"
     ]
+
+
+def test_the_beginnings_of_texts_are_checked(tmp_path: Path) -> None:
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    files[0].write_text("text")
+    check_texts(files[:1])
+    files[1].write_bytes(b"%PDF-1.7\n%\xe2\xe3")
+    with pytest.raises(ValueError, match="b.txt is not text but a PDF"):
+        check_texts(files)
 
 
 def test_an_empty_name_is_no_folder() -> None:

@@ -208,8 +208,7 @@ def test_errors_are_one_clear_line(
     assert "exclude each other" in error_of(*flags, "--quantize", "int8", "--precision", "bf16")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert error_of(*flags) == (
-        "error: serving needs the package prometheus_client: "
-        "pip install fastapi uvicorn prometheus-client"
+        "error: serving needs the package prometheus_client: pip install '.[serve]'"
     )
 
 

@@ -156,7 +156,7 @@ def test_runs_load_and_damaged_folders_do_not(
         config.write_text(json.dumps({"model": settings}))
         with pytest.raises(CheckpointError):
             fastllm.load_model(tmp_path / "mine")
-    with pytest.raises(CheckpointError, match="is not a folder"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
         fastllm.load_model(tmp_path / "nowhere")
 
 
