@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <exception>
@@ -88,6 +89,15 @@ Record or_null(const Record* record) {
     return record ? *record : Record{};
 }
 
+// `record` with the one or three projections of q, k and v.
+template <typename Record, typename Projection>
+Record with_projections(Record record, const std::vector<Projection>& projections) {
+    if (projections.size() != 1 && projections.size() != 3)
+        throw std::invalid_argument("q, k and v need one projection or three");
+    std::copy(projections.begin(), projections.end(), record.qkv);
+    return record;
+}
+
 // Parameters that share their settings, as in fastllm/ops/adam.py.
 struct AdamGroup {
     std::vector<Address> params, grads, exp_avgs, exp_avg_sqs, steps;
@@ -120,15 +130,20 @@ public:
         grad.layers = layers_.data();
         slots_ = {{d.embedding.weight, &grad.embedding}, {d.embedding.positions, &grad.positions}};
         for (int64_t l = 0; l < d.layer_count; ++l) {
-            const auto& [attention, mlp] = d.layers[l];
+            const auto& [attention, mlp, parallel] = d.layers[l];
             auto& [attention_grad, mlp_grad] = layers_[l];
-            add(attention.qkv, attention_grad.qkv);
+            for (int i = 0; i < (attention.separate ? 3 : 1); ++i)
+                add(attention.qkv[i], attention_grad.qkv[i]);
             add(attention.out, attention_grad.out);
             add(attention.norm, attention_grad.norm);
+            add(attention.q_norm, attention_grad.q_norm);
+            add(attention.k_norm, attention_grad.k_norm);
+            add(attention.out_norm, attention_grad.out_norm);
             add(mlp.fc1, mlp_grad.fc1);
             add(mlp.fc2, mlp_grad.fc2);
             if (mlp.gated) add(mlp.up, mlp_grad.up);
             add(mlp.norm, mlp_grad.norm);
+            add(mlp.out_norm, mlp_grad.out_norm);
         }
         add(d.norm, grad.norm);
         add(d.head.head, grad.head);
@@ -207,6 +222,11 @@ void define_records(py::module_& m) {
                  return LinearGrad{at<float>(weight), at<float>(bias)};
              }),
              py::kw_only(), arg("weight"), arg("bias"));
+    py::class_<Rope>(m, "Rope")
+        .def(py::init([](Address table, int64_t size, bool interleaved) {
+                 return Rope{at<const float>(table), size, interleaved};
+             }),
+             py::kw_only(), arg("table"), arg("size"), arg("interleaved"));
     py::class_<Dropout>(m, "Dropout")
         .def(py::init([](double p, uint64_t seed) { return Dropout{p, seed}; }), py::kw_only(),
              arg("p"), arg("seed"));
@@ -221,61 +241,90 @@ void define_records(py::module_& m) {
              }),
              py::kw_only(), arg("data"), arg("strides"));
     py::class_<Attention>(m, "Attention")
-        .def(py::init([](int64_t B, int64_t N, int64_t S, int64_t T, int64_t D, const Rows& q,
-                         const Rows& k, const Rows& v, const Mask* mask, bool causal,
-                         const Dropout& dropout) {
-                 return Attention{B, N, S, T, D, q, k, v, or_null(mask), causal, dropout};
+        .def(py::init([](int64_t B, int64_t N, int64_t K, int64_t S, int64_t T, int64_t D,
+                         const Rows& q, const Rows& k, const Rows& v, const Mask* mask, bool causal,
+                         int64_t window, float scale, float softcap, const Dropout& dropout) {
+                 return Attention{B, N, K, S, T, D, q, k, v, or_null(mask),
+                                  {causal, window, scale, softcap}, dropout};
              }),
-             py::kw_only(), arg("B"), arg("N"), arg("S"), arg("T"), arg("D"), arg("q"), arg("k"),
-             arg("v"), arg("mask"), arg("causal"), arg("dropout"));
+             py::kw_only(), arg("B"), arg("N"), arg("K"), arg("S"), arg("T"), arg("D"), arg("q"),
+             arg("k"), arg("v"), arg("mask"), arg("causal"), arg("window"), arg("scale"),
+             arg("softcap"), arg("dropout"));
     py::class_<MultiHeadAttention>(m, "MultiHeadAttention")
-        .def(py::init([](int64_t B, int64_t S, int64_t N, int64_t D, Address starts,
-                         const Norm* norm, bool norm_first, const Linear& qkv, const Linear& out,
-                         const Mask* mask, bool causal, const Dropout& weights_dropout,
-                         const Dropout& out_dropout, int precision) {
-                 return MultiHeadAttention{
-                     B, S, N, D, at<const int64_t>(starts), or_null(norm), norm_first, qkv, out,
-                     or_null(mask), causal, weights_dropout, out_dropout,
-                     static_cast<Precision>(precision)};
+        .def(py::init([](int64_t B, int64_t S, int64_t H, int64_t N, int64_t K, int64_t D,
+                         Address starts, const Norm* norm, bool norm_first,
+                         const std::vector<Linear>& qkv, const Linear& out, const Norm* q_norm,
+                         const Norm* k_norm, const Rope* rope, const Mask* mask, bool causal,
+                         int64_t window, float scale, float softcap,
+                         const Dropout& weights_dropout, const Dropout& out_dropout,
+                         const Norm* out_norm, float residual_scale, int precision) {
+                 return with_projections(
+                     MultiHeadAttention{B, S, H, N, K, D, at<const int64_t>(starts),
+                                        or_null(norm), norm_first, {}, qkv.size() == 3, out,
+                                        or_null(q_norm), or_null(k_norm), or_null(rope),
+                                        or_null(mask), {causal, window, scale, softcap},
+                                        weights_dropout, out_dropout, or_null(out_norm),
+                                        residual_scale, static_cast<Precision>(precision)},
+                     qkv);
              }),
-             py::kw_only(), arg("B"), arg("S"), arg("N"), arg("D"), arg("starts"), arg("norm"),
-             arg("norm_first"), arg("qkv"), arg("out"), arg("mask"), arg("causal"),
-             arg("weights_dropout"), arg("out_dropout"), arg("precision"));
+             py::kw_only(), arg("B"), arg("S"), arg("H"), arg("N"), arg("K"), arg("D"),
+             arg("starts"), arg("norm"), arg("norm_first"), arg("qkv"), arg("out"), arg("q_norm"),
+             arg("k_norm"), arg("rope"), arg("mask"), arg("causal"), arg("window"), arg("scale"),
+             arg("softcap"), arg("weights_dropout"), arg("out_dropout"), arg("out_norm"),
+             arg("residual_scale"), arg("precision"));
+    py::class_<ResidualSaved>(m, "ResidualSaved")
+        .def(py::init([](Address stats, Address sum, Address out_stats, Address out) {
+                 return ResidualSaved{at<float>(stats), at<float>(sum), at<float>(out_stats),
+                                      at<float>(out)};
+             }),
+             py::kw_only(), arg("stats"), arg("sum"), arg("out_stats"), arg("out"));
+    py::class_<HeadNormSaved>(m, "HeadNormSaved")
+        .def(py::init([](Address stats, Address input) {
+                 return HeadNormSaved{at<float>(stats), at<float>(input)};
+             }),
+             py::kw_only(), arg("stats"), arg("input"));
     py::class_<MultiHeadAttentionSaved>(m, "MultiHeadAttentionSaved")
-        .def(py::init([](Address stats, Address qkv, Address attn_out, Address residual) {
-                 return MultiHeadAttentionSaved{at<float>(stats), at<float>(qkv),
-                                                at<float>(attn_out), at<float>(residual)};
+        .def(py::init([](const ResidualSaved& residual, Address qkv, Address attn_out,
+                         const HeadNormSaved& q, const HeadNormSaved& k) {
+                 return MultiHeadAttentionSaved{residual, at<float>(qkv), at<float>(attn_out), q,
+                                                k};
              }),
-             py::kw_only(), arg("stats"), arg("qkv"), arg("attn_out"), arg("residual"));
+             py::kw_only(), arg("residual"), arg("qkv"), arg("attn_out"), arg("q"), arg("k"));
     py::class_<MultiHeadAttentionGrad>(m, "MultiHeadAttentionGrad")
-        .def(py::init([](const NormGrad* norm, const LinearGrad& qkv, const LinearGrad& out) {
-                 return MultiHeadAttentionGrad{or_null(norm), qkv, out};
+        .def(py::init([](const NormGrad* norm, const std::vector<LinearGrad>& qkv,
+                         const LinearGrad& out, const NormGrad* q_norm, const NormGrad* k_norm,
+                         const NormGrad* out_norm) {
+                 return with_projections(
+                     MultiHeadAttentionGrad{or_null(norm), {}, out, or_null(q_norm),
+                                            or_null(k_norm), or_null(out_norm)},
+                     qkv);
              }),
-             py::kw_only(), arg("norm"), arg("qkv"), arg("out"));
+             py::kw_only(), arg("norm"), arg("qkv"), arg("out"), arg("q_norm"), arg("k_norm"),
+             arg("out_norm"));
     py::class_<Mlp>(m, "Mlp")
         .def(py::init([](int64_t rows, int64_t H, int64_t I, const Norm* norm, bool norm_first,
                          const Linear& fc1, const Linear& fc2, const Linear* up, int activation,
                          const Dropout& hidden_dropout, const Dropout& out_dropout,
-                         int precision) {
+                         const Norm* out_norm, float residual_scale, int precision) {
                  return Mlp{rows, H, I, or_null(norm), norm_first, fc1, fc2, up != nullptr,
                             or_null(up), static_cast<Activation>(activation), hidden_dropout,
-                            out_dropout, static_cast<Precision>(precision)};
+                            out_dropout, or_null(out_norm), residual_scale,
+                            static_cast<Precision>(precision)};
              }),
              py::kw_only(), arg("rows"), arg("H"), arg("I"), arg("norm"), arg("norm_first"),
              arg("fc1"), arg("fc2"), arg("up"), arg("activation"), arg("hidden_dropout"),
-             arg("out_dropout"), arg("precision"));
+             arg("out_dropout"), arg("out_norm"), arg("residual_scale"), arg("precision"));
     py::class_<MlpSaved>(m, "MlpSaved")
-        .def(py::init([](Address stats, Address hidden, Address up, Address residual) {
-                 return MlpSaved{at<float>(stats), at<float>(hidden), at<float>(up),
-                                 at<float>(residual)};
+        .def(py::init([](const ResidualSaved& residual, Address hidden, Address up) {
+                 return MlpSaved{residual, at<float>(hidden), at<float>(up)};
              }),
-             py::kw_only(), arg("stats"), arg("hidden"), arg("up"), arg("residual"));
+             py::kw_only(), arg("residual"), arg("hidden"), arg("up"));
     py::class_<MlpGrad>(m, "MlpGrad")
         .def(py::init([](const NormGrad* norm, const LinearGrad& fc1, const LinearGrad& fc2,
-                         const LinearGrad* up) {
-                 return MlpGrad{or_null(norm), fc1, fc2, or_null(up)};
+                         const LinearGrad* up, const NormGrad* out_norm) {
+                 return MlpGrad{or_null(norm), fc1, fc2, or_null(up), or_null(out_norm)};
              }),
-             py::kw_only(), arg("norm"), arg("fc1"), arg("fc2"), arg("up"));
+             py::kw_only(), arg("norm"), arg("fc1"), arg("fc2"), arg("up"), arg("out_norm"));
     py::class_<Embedding>(m, "Embedding")
         .def(py::init([](int64_t B, int64_t S, int64_t H, int64_t V, Address ids, Address weight,
                          Address positions, float scale, const Dropout& dropout) {
@@ -286,17 +335,17 @@ void define_records(py::module_& m) {
              arg("positions"), arg("scale"), arg("dropout"));
     py::class_<LinearCrossEntropy>(m, "LinearCrossEntropy")
         .def(py::init([](int64_t rows, int64_t H, int64_t V, Address targets,
-                         int64_t ignore_index, const Linear& head, int precision) {
+                         int64_t ignore_index, const Linear& head, float softcap, int precision) {
                  return LinearCrossEntropy{rows, H, V, at<const int64_t>(targets), ignore_index,
-                                           head, static_cast<Precision>(precision)};
+                                           head, softcap, static_cast<Precision>(precision)};
              }),
              py::kw_only(), arg("rows"), arg("H"), arg("V"), arg("targets"), arg("ignore_index"),
-             arg("head"), arg("precision"));
+             arg("head"), arg("softcap"), arg("precision"));
     py::class_<Layer>(m, "Layer")
-        .def(py::init([](const MultiHeadAttention& attention, const Mlp& mlp) {
-                 return Layer{attention, mlp};
+        .def(py::init([](const MultiHeadAttention& attention, const Mlp& mlp, bool parallel) {
+                 return Layer{attention, mlp, parallel};
              }),
-             py::kw_only(), arg("attention"), arg("mlp"));
+             py::kw_only(), arg("attention"), arg("mlp"), arg("parallel"));
     py::class_<OwnedDecoder>(m, "Decoder")
         .def(py::init([](const Embedding& embedding, std::vector<Layer> layers, const Norm* norm,
                          const LinearCrossEntropy& head, int64_t padding_idx) {
@@ -399,19 +448,22 @@ void define_kernels(py::module_& m) {
         arg("attention"), arg("threads"), no_gil);
     m.def(
         "mlp_fwd",
-        [](Address out, const MlpSaved& saved, Address x, const Mlp& mlp, int threads) {
-            kernels().mlp_fwd(at<float>(out), saved, at<const float>(x), mlp, threads);
+        [](Address out, const MlpSaved& saved, Address x, Address base, const Mlp& mlp,
+           int threads) {
+            kernels().mlp_fwd(at<float>(out), saved, at<const float>(x), at<const float>(base), mlp,
+                              threads);
         },
-        py::kw_only(), arg("out"), arg("saved"), arg("x"), arg("mlp"), arg("threads"), no_gil);
+        py::kw_only(), arg("out"), arg("saved"), arg("x"), arg("base"), arg("mlp"), arg("threads"),
+        no_gil);
     m.def(
         "mlp_bwd",
-        [](Address grad_x, const MlpGrad& grad, Address grad_out, const MlpSaved& saved, Address x,
-           const Mlp& mlp, int threads) {
-            kernels().mlp_bwd(at<float>(grad_x), grad, at<const float>(grad_out), saved,
+        [](Address grad_x, bool x_is_base, const MlpGrad& grad, Address grad_out,
+           const MlpSaved& saved, Address x, const Mlp& mlp, int threads) {
+            kernels().mlp_bwd(at<float>(grad_x), x_is_base, grad, at<const float>(grad_out), saved,
                               at<const float>(x), mlp, threads);
         },
-        py::kw_only(), arg("grad_x"), arg("grad"), arg("grad_out"), arg("saved"), arg("x"),
-        arg("mlp"), arg("threads"), no_gil);
+        py::kw_only(), arg("grad_x"), arg("x_is_base"), arg("grad"), arg("grad_out"), arg("saved"),
+        arg("x"), arg("mlp"), arg("threads"), no_gil);
     m.def(
         "norm_fwd",
         [](Address out, Address stats, Address sum, Address x, Address residual, int64_t rows,

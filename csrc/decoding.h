@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -52,7 +53,7 @@ struct OwnedDecoder {
         embedding.S = batch.S;
         embedding.ids = batch.ids;
         embedding.dropout = next();
-        for (auto& [attention, mlp] : result.layers) {
+        for (auto& [attention, mlp, parallel] : result.layers) {
             attention.B = batch.B;
             attention.S = batch.S;
             attention.mask = batch.mask;
@@ -96,16 +97,24 @@ public:
     PackedDecoder(const Kernels& kernels, const OwnedDecoder& from, Precision precision,
                   int threads)
         : kernels(kernels), precision(precision), decoder_(from) {
+        std::deque<std::vector<float>> joined;  // until they are packed
+        for (auto& layer : decoder_.layers) join(layer.attention, joined);
         weights_.emplace(float_bytes(kernels.decode_weights_size(decoder_.decoder, precision)));
         kernels.decode_pack(weights_->floats(), decoder_.decoder, precision, threads);
         Decoder& d = decoder_.decoder;
         const int64_t H = d.embedding.H;
         own(d.embedding.positions, d.embedding.S * H);
-        for (auto& [attention, mlp] : decoder_.layers) {
+        for (auto& [attention, mlp, parallel] : decoder_.layers) {
+            const int64_t widths = (attention.N + 2 * attention.K) * attention.D;
             own(attention.norm, H);
-            own(attention.qkv, 3 * H);
+            own(attention.qkv[0], widths);
             own(attention.out, H);
+            own(attention.q_norm, attention.D);
+            own(attention.k_norm, attention.D);
+            own(attention.out_norm, H);
+            own(attention.rope.table, d.embedding.S * attention.rope.size);
             own(mlp.norm, H);
+            own(mlp.out_norm, H);
             own(mlp.fc1, mlp.I);
             own(mlp.fc2, H);
             own(mlp.up, mlp.I);
@@ -122,8 +131,12 @@ public:
     const Precision precision;
 
 private:
+    // Layers that share a table share its copy.
     void own(const float*& data, int64_t size) {
-        if (data) data = copies_.emplace_back(data, data + size).data();
+        if (!data) return;
+        const auto [copy, is_new] = copied_.try_emplace(data, nullptr);
+        if (is_new) copy->second = copies_.emplace_back(data, data + size).data();
+        data = copy->second;
     }
     void own(Norm& norm, int64_t size) {
         own(norm.weight, size);
@@ -134,9 +147,28 @@ private:
         own(linear.bias, outputs);
     }
 
+    // One linear layer in place of three for q, k and v.
+    void join(MultiHeadAttention& a, std::deque<std::vector<float>>& joined) {
+        if (!a.separate) return;
+        const int64_t widths[] = {a.N * a.D, a.K * a.D, a.K * a.D};
+        std::vector<float>&weight = joined.emplace_back(), &bias = copies_.emplace_back();
+        bool biased = false;
+        for (int i = 0; i < 3; ++i) {
+            const Linear& part = a.qkv[i];
+            weight.insert(weight.end(), part.weight, part.weight + widths[i] * a.H);
+            const size_t end = bias.size() + widths[i];
+            if (part.bias) bias.insert(bias.end(), part.bias, part.bias + widths[i]);
+            bias.resize(end, 0);
+            biased = biased || part.bias;
+        }
+        a.qkv[0] = {weight.data(), biased ? bias.data() : nullptr};
+        a.separate = false;
+    }
+
     OwnedDecoder decoder_;
     std::optional<Memory> weights_;
     std::deque<std::vector<float>> copies_;
+    std::map<const float*, const float*> copied_;  // from the model's own memory
 };
 
 // Sequences that continue, each after its own cache. Threads take turns.

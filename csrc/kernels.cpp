@@ -35,6 +35,7 @@ namespace fastllm {
 #include "dropout.inc"
 #include "norm.inc"
 #include "residual.inc"
+#include "rope.inc"
 #include "attention.inc"
 #include "multi_head_attention.inc"
 #include "mlp.inc"

@@ -4,8 +4,8 @@
 // pointers; bindings.cpp picks the best table that the processor can run. Pointers are to
 // contiguous fp32 data unless strides are given, and are not null unless a comment allows it. Sizes
 // and strides count elements. Every kernel gives the same bits for any number of threads. The
-// letters are those of the Python side: B sequences, S positions (T keys), N heads of size D, H = N
-// D, I intermediate size, V vocabulary.
+// letters are those of the Python side: B sequences, S positions (T keys), N heads of size D, K heads
+// of keys and values, H hidden size, I intermediate size, V vocabulary.
 #pragma once
 
 #include <cstdint>
@@ -65,6 +65,16 @@ struct Linear {
     bool transposed = false;  // the weight and its gradient are stored as [inputs, outputs]
 };
 
+// Rotary positions: the first `size` elements of a head, in pairs i and i + size / 2, or 2 i and
+// 2 i + 1 if interleaved, are rotated by the angles of their position.
+struct Rope {
+    const float* table;  // [S, size], cosines and then sines; null for none
+    int64_t size;
+    bool interleaved;
+
+    explicit operator bool() const { return table; }
+};
+
 // Destinations of gradients; null if not needed.
 struct NormGrad {
     float* weight;
@@ -87,46 +97,76 @@ struct Mask {
     int64_t strides[4];
 };
 
+// How scores [S, T] become weights.
+struct Scores {
+    bool causal;     // with T > S, the queries are the last S positions
+    int64_t window;  // if causal, a query sees this many keys at most; 0 for all
+    float scale;
+    float softcap;  // softcap * tanh(score / softcap) replaces a scaled score; 0 for none
+};
+
+// Each head of k and v serves N / K heads of q in turn.
 struct Attention {
-    int64_t B, N, S, T, D;
+    int64_t B, N, K, S, T, D;
     Rows q, k, v;
     Mask mask;
-    bool causal;  // with T > S, the queries are the last S positions
+    Scores scores;
     Dropout dropout;  // of the weights
 };
 
-// [norm ->] qkv -> attention -> out -> dropout [-> + x [-> norm]]. With a norm, before or after,
-// there is a residual connection. Each sequence has S rows. Or, with `starts`, sequence b has rows
-// [starts[b], starts[b + 1]), at most S of them, and there is no mask.
+// [norm ->] qkv -> [q_norm, k_norm -> rope ->] attention -> out [-> out_norm] -> dropout
+// [-> * residual_scale + x [-> norm]]. With a norm or out_norm there is a residual connection. Each
+// sequence has S rows. Or, with `starts`, sequence b has rows [starts[b], starts[b + 1]), at most S
+// of them, and there is no mask.
 struct MultiHeadAttention {
-    int64_t B, S, N, D;
+    int64_t B, S, H, N, K, D;
     const int64_t* starts;  // [B + 1] or null
     Norm norm;
     bool norm_first;
-    Linear qkv, out;  // rows of qkv ordered q, k, v, each by head
+    Linear qkv[3];  // the first has rows ordered q, k, v, each by head; or three if separate
+    bool separate;
+    Linear out;
+    Norm q_norm, k_norm;  // of each head, [D]
+    Rope rope;
     Mask mask;
-    bool causal;
+    Scores scores;
     Dropout weights_dropout, out_dropout;
+    Norm out_norm;
+    float residual_scale;
     Precision precision;
 };
 
-// Saved by the forward for the backward. Null if not needed; qkv and attn_out never are.
+// Saved by the forward of a sublayer for its backward. Null if not needed.
+struct ResidualSaved {
+    float* stats;      // [rows, 2], of the norm
+    float* sum;        // [rows, H], x + sublayer(x): the input of a Post-LN norm
+    float* out_stats;  // [rows, 2], of out_norm
+    float* out;        // [rows, H], the input of out_norm
+};
+
+// The same for the norm of each head of queries or keys: [rows, heads, 2] and [rows, heads, D].
+struct HeadNormSaved {
+    float *stats, *input;
+};
+
+// Likewise; qkv and attn_out are never null.
 struct MultiHeadAttentionSaved {
-    float* stats;     // [B S, 2], of the norm
-    float* qkv;       // [B S, 3 H]
-    float* attn_out;  // [B S, H], the heads side by side: the input of the output projection
-    float* residual;  // [B S, H], x + sublayer(x): the input of a Post-LN norm
+    ResidualSaved residual;
+    float* qkv;       // [B S, (N + 2 K) D], queries and keys normalized and rotated
+    float* attn_out;  // [B S, N D], the heads side by side: the input of the output projection
+    HeadNormSaved q, k;
 };
 
 struct MultiHeadAttentionGrad {
     NormGrad norm;
-    LinearGrad qkv, out;
+    LinearGrad qkv[3], out;
+    NormGrad q_norm, k_norm, out_norm;
 };
 
 enum class Activation { GELU, GELU_TANH, RELU, SILU, LEAKY_RELU, RELU_SQUARED };
 
-// [norm ->] fc1 -> activation -> dropout -> fc2 -> dropout [-> + x [-> norm]], likewise. A gated
-// MLP multiplies the activation by `up` of the same input.
+// [norm ->] fc1 -> activation -> dropout -> fc2 [-> out_norm] -> dropout [-> * residual_scale + x
+// [-> norm]], likewise. A gated MLP multiplies the activation by `up` of the same input.
 struct Mlp {
     int64_t rows, H, I;
     Norm norm;
@@ -136,27 +176,28 @@ struct Mlp {
     Linear up;  // unless gated, unused
     Activation activation;
     Dropout hidden_dropout, out_dropout;
+    Norm out_norm;
+    float residual_scale;
     Precision precision;
 };
 
-// Saved by the forward for the backward. Null if not needed.
 struct MlpSaved {
-    float* stats;     // [rows, 2], of the norm
-    float* hidden;    // [rows, I], the input of the activation
-    float* up;        // [rows, I], what a gated MLP multiplies it by
-    float* residual;  // [rows, H], x + sublayer(x): the input of a Post-LN norm
+    ResidualSaved residual;
+    float* hidden;  // [rows, I], the input of the activation
+    float* up;      // [rows, I], what a gated MLP multiplies it by
 };
 
 struct MlpGrad {
     NormGrad norm;
     LinearGrad fc1, fc2, up;
+    NormGrad out_norm;
 };
 
 struct Embedding {
     int64_t B, S, H, V;
     const int64_t* ids;      // [B, S]
     const float* weight;     // [V, H]
-    const float* positions;  // [S, H]
+    const float* positions;  // [S, H] or null
     float scale;
     Dropout dropout;
 };
@@ -166,12 +207,14 @@ struct LinearCrossEntropy {
     const int64_t* targets;  // [rows]
     int64_t ignore_index;
     Linear head;
+    float softcap;  // softcap * tanh(logit / softcap) replaces a logit; 0 for none
     Precision precision;
 };
 
 struct Layer {
     MultiHeadAttention attention;
     Mlp mlp;
+    bool parallel;  // x + attention(x) + mlp(x): both have the same input
 };
 
 struct LayerGrad {
@@ -272,9 +315,11 @@ struct Kernels {
     double (*linear_cross_entropy)(float* grad_x, const LinearGrad& grad, const float* x,
                                    const LinearCrossEntropy& c, int threads);
 
-    // mlp.inc: grad_x may be null.
-    void (*mlp_fwd)(float* out, const MlpSaved& saved, const float* x, const Mlp& m, int threads);
-    void (*mlp_bwd)(float* grad_x, const MlpGrad& grad, const float* grad_out,
+    // mlp.inc: the residual connection adds `base`, which is not x in a parallel layer; then grad_x
+    // does not include its gradient, which is grad_out. grad_x may be null.
+    void (*mlp_fwd)(float* out, const MlpSaved& saved, const float* x, const float* base,
+                    const Mlp& m, int threads);
+    void (*mlp_bwd)(float* grad_x, bool x_is_base, const MlpGrad& grad, const float* grad_out,
                     const MlpSaved& saved, const float* x, const Mlp& m, int threads);
 
     // multi_head_attention.inc: grad_x may be null.

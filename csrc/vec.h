@@ -223,4 +223,18 @@ inline vec exp_negative(vec x) {
     return x == x ? bounded : x;  // the shift may have turned NaN into a number
 }
 
+// The hyperbolic tangent, to 3 units in the last place. Near 0 it is x + x^3 p(x^2), with a
+// polynomial fitted for this purpose: relative error below 7e-9 before rounding.
+inline vec tanh(vec x) {
+    const vec size = x < 0 ? -x : x, square = x * x;
+    const vec e = exp_negative(size * -2.0f), far = (1 - e) / (1 + e);
+    vec p = splat(-0.005515163242f);
+    p = p * square + 0.02046941921f;
+    p = p * square - 0.05368802286f;
+    p = p * square + 0.1333083034f;
+    p = p * square - 0.3333325985f;
+    const vec near = x + x * square * p;
+    return size < 0.65f ? near : x < 0 ? -far : far;
+}
+
 }  // namespace

@@ -313,7 +313,7 @@ class DecoderModel(nn.Module):
                 f"transformer_blocks.{layers.index(None)} has a part unknown to the operations, "
                 "or something is attached to it"
             )
-        return Decoder(embedding, layers, norm, Linear(*weight_and_bias(head)))
+        return Decoder(embedding, layers, norm, Linear(*weight_and_bias(head)), length)
 
     def train(self, mode: bool = True) -> "DecoderModel":
         """As for every module; training mode also frees the packed weights kept for generation."""

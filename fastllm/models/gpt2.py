@@ -472,7 +472,7 @@ def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str
         yield "it has no blocks"
         return
     layers, norm, head = decoder.layers, decoder.norm, decoder.head
-    attentions, mlps = zip(*layers, strict=True)
+    attentions, mlps, _ = zip(*layers, strict=True)
     if norm is None or not all(mlp.norm_first for mlp in mlps):
         yield "it is Post-LN, not Pre-LN (norm_first=True)"
         return
@@ -482,19 +482,19 @@ def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str
         yield "it is not causal"
     if not convertible and head.bias is not None:
         yield "its head has a bias (lm_head_bias=False leaves it out)"
-    linears = [linear for a, m in layers for linear in (a.qkv, a.out, m.fc1, m.fc2)]
+    linears = [linear for a, m, _ in layers for linear in (*a.projections, a.out, m.fc1, m.fc2)]
     if any(linear.bias is None for linear in linears):
         yield "a linear layer in its blocks lacks a bias (qkv_bias=True, mlp_bias=True)"
     for activation in {mlp.activation for mlp in mlps}.difference(ACTIVATIONS.values()):
         yield f"its activation is {activation}"
-    norms = [norm, *(cast(Norm, sublayer.norm) for layer in layers for sublayer in layer)]
+    norms = [norm, *(cast(Norm, sublayer.norm) for a, m, _ in layers for sublayer in (a, m))]
     if any(each.weight is None or each.bias is None for each in norms):
         yield "a norm lacks its weight or bias"
     if len({each.eps for each in norms}) > 1:
         yield "its layer norms differ in epsilon"
-    if len({(a.heads, m.fc1.weight.size(0), m.activation) for a, m in layers}) > 1:
+    if len({(a.heads, m.fc1.weight.size(0), m.activation) for a, m, _ in layers}) > 1:
         yield "its blocks differ in heads, MLP width or activation"
-    if reason := decoder.why_not_sizes(model.max_seq_len):
+    if reason := decoder.why_not_sizes():
         yield reason
     if head.weight.shape != decoder.embedding.weight.shape:
         yield "its head does not have the size of its embeddings"

@@ -1,6 +1,5 @@
 """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) over heads."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,20 +17,33 @@ class AttentionOptions(NamedTuple):
     mask: Tensor | None = None
     causal: bool = False
     dropout: Dropout = NO_DROPOUT
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+    def scale_of(self, q: Tensor) -> float:
+        return q.size(-1) ** -0.5 if self.scale is None else self.scale
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-    S, T = q.size(-2), k.size(-2)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    S, T, shared = q.size(-2), k.size(-2), q.size(1) // k.size(1)
+    if shared > 1:
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    scores = q @ k.transpose(-2, -1) * options.scale_of(q)
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     masked = options.mask
     if options.causal:
         # Aligned at the end: with a cache, the S queries are the last of T positions.
-        ahead = torch.ones(S, T, dtype=torch.bool, device=q.device).triu(T - S + 1)
+        hidden = torch.ones(S, T, dtype=torch.bool, device=q.device)
+        ahead = hidden.triu(T - S + 1)
+        if options.window is not None:
+            ahead = ahead | hidden.tril(T - S - options.window)
         masked = ahead if masked is None else masked | ahead
     if masked is None:
         weights = scores.softmax(-1)
     else:
-        weights = scores.masked_fill(masked, -math.inf).softmax(-1)
+        weights = scores.masked_fill(masked, -torch.inf).softmax(-1)
         # The softmax of a fully masked row is 0 / 0; make its weights 0.
         weights = weights.masked_fill(masked.all(-1, keepdim=True), 0)
     if options.dropout.p:
@@ -81,6 +93,7 @@ def attention_to_kernel(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptio
     return extension.kernels.Attention(
         B=B,
         N=N,
+        K=k.size(1),
         S=S,
         T=T,
         D=D,
@@ -89,6 +102,9 @@ def attention_to_kernel(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptio
         v=rows[2],
         mask=mask_to_kernel(options.mask, B, N, S, T),
         causal=options.causal,
+        window=options.window or 0,
+        scale=options.scale_of(q),
+        softcap=options.softcap or 0.0,
         dropout=options.dropout.to_kernel(),
     )
 
@@ -100,8 +116,8 @@ def attention_cpu(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) ->
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> str | None:
     """Why no kernel can take these arguments, or None."""
-    if not q.ndim == k.ndim == v.ndim == 4 or q.shape[:2] != k.shape[:2] or k.shape != v.shape:
-        return "q, k and v are not [B, N, S, D] and twice [B, N, T, D]"
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape != v.shape or q.size(0) != k.size(0):
+        return "q, k and v are not [B, N, S, D] and twice [B, K, T, D]"
     if q.numel() == 0 or k.numel() == 0:
         return "q or k is empty"
     if not 0 <= options.dropout.p < 1:
@@ -124,6 +140,8 @@ def why_not_triton(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -
         return reason
     if not q.dtype == k.dtype == v.dtype:
         return "q, k and v differ in type"
+    if q.size(1) != k.size(1) or options.window or options.scale or options.softcap:
+        return "heads are shared, or the scores scaled, capped or in a window"
     if q.size(-1) > (widest := widest_triton_head(q.dtype)):
         return f"the heads are wider than {widest}, which does not fit into registers in {q.dtype}"
     if q.size(0) * q.size(1) > 65535:  # CUDA's limit on the second dimension of a grid
@@ -160,12 +178,16 @@ def attention(
     is_causal: bool = False,
     dropout_p: float = 0.0,
     seed: int = 0,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """`softmax(q k^T / sqrt(D)) v` with masks and dropout on the weights.
+    """`softmax(q k^T * scale) v` with masks and dropout on the weights.
 
     Args:
         q: [B, N, S, D].
-        k, v: [B, N, T, D]; the S queries are the last S of the T positions.
+        k, v: [B, K, T, D]; the S queries are the last S of the T positions. Each head of k and v
+            serves N / K heads of q in turn.
         attn_mask: boolean, broadcastable to [B, N, S, T]; **True means masked**, the opposite of
             `torch.nn.functional.scaled_dot_product_attention`. It is combined with the causal mask
             by "or".
@@ -173,13 +195,23 @@ def attention(
         dropout_p: probability of dropping a weight.
         seed: selects the dropout mask; see `dropout`. The T weights of a row are numbered as if
             padded to a multiple of 64.
+        window: with `is_causal`, a query sees this many keys at most, its own included.
+        scale: 1 / sqrt(D) unless given.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
 
     Returns:
         [B, N, S, D]; zeros for a fully masked query.
 
     Raises:
         TypeError: the mask is not boolean.
+        ValueError: N is not a multiple of K, or there is a window without `is_causal`.
     """
     check_mask(attn_mask)
-    arguments = (q, k, v, AttentionOptions(attn_mask, is_causal, Dropout(dropout_p, seed)))
+    if q.ndim == k.ndim == 4 and q.size(1) % k.size(1):
+        raise ValueError(f"{q.size(1)} heads of queries cannot share {k.size(1)} heads of keys")
+    if window is not None and (window < 1 or not is_causal):
+        raise ValueError("a window must be positive, and the attention causal")
+    dropout = Dropout(dropout_p, seed)
+    options = AttentionOptions(attn_mask, is_causal, dropout, window, scale, softcap)
+    arguments = (q, k, v, options)
     return dispatch.choose("attention", IMPLEMENTATIONS, *arguments).run(*arguments)

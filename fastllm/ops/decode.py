@@ -27,7 +27,7 @@ def why_not_cpu(decoder: Decoder) -> str | None:
         return "a Post-LN model has a final norm"
     if any(dropout.p for dropout in decoder.dropouts()):
         return "dropout is on; call model.eval() first"
-    return why_not_decoder(decoder, decoder.embedding.positions.size(0))
+    return why_not_decoder(decoder)
 
 
 def round_to_int8(weight: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class PackedDecoder:
 
     def __init__(self, decoder: Decoder, precision: str = "fp32") -> None:
         self.vocab_size = decoder.head.weight.size(0)
-        self.max_seq_len = decoder.embedding.positions.size(0)
+        self.max_seq_len = decoder.length
         self._token_embeddings = decoder.embedding.weight.detach()
         self.kernel = extension.kernels.PackedDecoder(
             decoder=decoder.to_kernel(),

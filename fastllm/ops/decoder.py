@@ -89,14 +89,33 @@ class Dropout(NamedTuple):
 NO_DROPOUT = Dropout()
 
 
+class Rope(NamedTuple):
+    """Rotary positions (Su et al. 2021): pairs of a head's elements are rotated by angles.
+
+    Attributes:
+        table: fp32 [S, R], R at most D: the cosines of a position's R/2 angles, then their sines,
+            both times a factor if there is one. A head's elements from R on stay as they are.
+        interleaved: pairs are elements 2 i and 2 i + 1, as in GPT-J, rather than i and i + R/2.
+    """
+
+    table: Tensor
+    interleaved: bool = False
+
+    def to_kernel(self) -> Any:
+        R = self.table.size(1)
+        return extension.kernels.Rope(
+            table=self.table.data_ptr(), size=R, interleaved=self.interleaved
+        )
+
+
 class Embedding(NamedTuple):
-    """Token embeddings [V, H] times `scale`, plus the positions [S, H] of these tokens.
+    """Token embeddings [V, H] times `scale`, plus the positions [S, H] of these tokens, if any.
 
     The row `padding_idx` gets no gradient.
     """
 
     weight: Tensor
-    positions: Tensor
+    positions: Tensor | None = None
     scale: float = 1.0
     padding_idx: int | None = None
     dropout: Dropout = NO_DROPOUT
@@ -106,7 +125,7 @@ class Embedding(NamedTuple):
         """`padding_idx` as the kernels take it: -1 for none."""
         return -1 if self.padding_idx is None else self.padding_idx
 
-    def parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[Tensor | None]:
         return [self.weight, self.positions]
 
     def with_parameters(self, tensors: Iterator[Any]) -> "Embedding":
@@ -125,7 +144,7 @@ class Embedding(NamedTuple):
             V=V,
             ids=address(ids),
             weight=self.weight.data_ptr(),
-            positions=self.positions.data_ptr(),
+            positions=address(self.positions),
             scale=self.scale,
             dropout=self.dropout.to_kernel(),
         )
@@ -134,10 +153,12 @@ class Embedding(NamedTuple):
 class MultiHeadAttention(NamedTuple):
     """Self-attention over `heads` heads: [norm ->] qkv -> attention -> out -> dropout.
 
+    N heads of queries share K heads of keys and values, N / K each in turn (Ainslie et al. 2023).
+
     Attributes:
-        qkv: weight [3 H, H], its rows ordered q, k, v, each by head.
-        out: weight [H, H].
-        norm: it brings the residual connection.
+        qkv: weight [(N + 2 K) D, H], its rows ordered q, k, v, each by head; or three layers.
+        out: weight [H, N D].
+        norm: of the input, or of the sum; it brings the residual connection.
         norm_first: `x + f(norm(x))` rather than `norm(x + f(x))`.
         causal: hide the positions after the query's own.
         mask: boolean, broadcastable to [B, N, S, S]; **True means masked**. Combined with `causal`
@@ -145,9 +166,17 @@ class MultiHeadAttention(NamedTuple):
         starts: for sequences packed into one x [rows, H]: the row where each begins, and the number
             of rows; excludes a mask.
         weights_dropout, out_dropout: on the attention weights and on the result.
+        kv_heads: K, a divisor of N; N unless given.
+        rope: the positions of queries and keys.
+        q_norm, k_norm: of every head of the queries and keys [D], before `rope`.
+        window: with `causal`, each query sees this many keys at most, its own included.
+        scale: of the scores; 1 / sqrt(D) unless given.
+        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        out_norm: of the sublayer's output, before dropout; it, too, brings the residual connection.
+        residual_scale: factor of what is added to x.
     """
 
-    qkv: Linear
+    qkv: "Linear | tuple[Linear, Linear, Linear]"
     out: Linear
     heads: int
     norm: Norm | None = None
@@ -157,6 +186,36 @@ class MultiHeadAttention(NamedTuple):
     starts: tuple[int, ...] | None = None
     weights_dropout: Dropout = NO_DROPOUT
     out_dropout: Dropout = NO_DROPOUT
+    kv_heads: int | None = None
+    rope: Rope | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    out_norm: Norm | None = None
+    residual_scale: float = 1.0
+
+    @property
+    def projections(self) -> tuple[Linear, ...]:
+        """The layers that make q, k and v: one or three."""
+        return (self.qkv,) if isinstance(self.qkv, Linear) else self.qkv
+
+    @property
+    def kv_heads_or_heads(self) -> int:
+        """K."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.out.weight.size(1) // self.heads
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """The widths of all queries, keys and values of a position: N D, K D and K D."""
+        keys = self.kv_heads_or_heads * self.head_dim
+        return self.heads * self.head_dim, keys, keys
 
     def with_seeds(self, seeds: Iterator[int]) -> "MultiHeadAttention":
         return self._replace(
@@ -170,41 +229,86 @@ class MultiHeadAttention(NamedTuple):
             return x.size(0), x.size(1)
         return len(self.starts) - 1, max(end - begin for begin, end in pairwise(self.starts))
 
-    def why_not_sizes(self, H: int) -> str | None:
-        if H % self.heads:
-            return f"the width {H} is not divisible by the {self.heads} heads"
-        if not self.qkv.fits(3 * H, H):
-            return _misfit("qkv", self.qkv, 3 * H, H)
-        if not self.out.fits(H, H):
-            return _misfit("out", self.out, H, H)
-        if self.norm and not self.norm.fits(H):
+    def why_not_sizes(self, S: int, H: int) -> str | None:
+        """For sequences of at most S positions."""
+        N, K, D = self.heads, self.kv_heads_or_heads, self.head_dim
+        if N < 1 or K < 1 or N % K:
+            return f"{N} heads cannot share {K} heads of keys and values"
+        if self.out.weight.size(1) % N:
+            return f"out's width {self.out.weight.size(1)} is not divisible by the {N} heads"
+        if not self.out.fits(H, N * D):
+            return _misfit("out", self.out, H, N * D)
+        widths = self.widths
+        names = ("qkv",) if isinstance(self.qkv, Linear) else ("q", "k", "v")
+        outputs = (sum(widths),) if isinstance(self.qkv, Linear) else widths
+        for name, linear, width in zip(names, self.projections, outputs, strict=True):
+            if not linear.fits(width, H):
+                return _misfit(name, linear, width, H)
+        if any(norm and not norm.fits(H) for norm in (self.norm, self.out_norm)):
             return f"the attention's norm does not have the width {H}"
+        if any(norm and not norm.fits(D) for norm in (self.q_norm, self.k_norm)):
+            return f"the norm of queries or keys does not have the width {D}"
+        if self.window is not None and (self.window < 1 or not self.causal):
+            return "a window must be positive, and the attention causal"
+        if self.rope is not None:
+            rows, R = self.rope.table.shape
+            if rows < S or R > D or R % 2:
+                return f"the rotary table is {[rows, R]} for {S} positions and heads of {D}"
         return None
 
     def parameters(self) -> list[Tensor | None]:
-        return [*self.qkv, *self.out, *_weight_and_bias(self.norm)]
+        linears = [tensor for linear in (*self.projections, self.out) for tensor in linear]
+        norms = self.norm, self.q_norm, self.k_norm, self.out_norm
+        return linears + [tensor for norm in norms for tensor in _weight_and_bias(norm)]
 
     def with_parameters(self, tensors: Iterator[Any]) -> "MultiHeadAttention":
-        qkv, out = _next_linear(tensors), _next_linear(tensors)
-        return MultiHeadAttention(qkv, out, self.heads, _next_norm(self.norm, tensors), *self[4:])
+        linears = [_next_linear(tensors) for _ in self.projections]
+        return self._replace(
+            qkv=linears[0] if len(linears) == 1 else (linears[0], linears[1], linears[2]),
+            out=_next_linear(tensors),
+            norm=_next_norm(self.norm, tensors),
+            q_norm=_next_norm(self.q_norm, tensors),
+            k_norm=_next_norm(self.k_norm, tensors),
+            out_norm=_next_norm(self.out_norm, tensors),
+        )
+
+    def settings(self) -> tuple[Any, ...]:
+        """All of the record except parameters, dropout and batch data."""
+        norms = self.norm, self.q_norm, self.k_norm, self.out_norm
+        rope = self.rope and (self.rope.table.data_ptr(), *self.rope.table.shape, self.rope[1:])
+        return (
+            self.heads, self.kv_heads, self.norm_first, self.causal, rope, self.window, self.scale,
+            self.softcap, self.residual_scale, *(norm and norm.settings() for norm in norms),
+            *(linear.weight.shape for linear in self.projections),
+        )  # fmt: skip
 
     def to_kernel(self, B: int, S: int, starts: Tensor | None, precision: int) -> Any:
         """Args: starts: `self.starts` as int64 [B + 1] in memory, or None."""
-        N = self.heads
+        N, D = self.heads, self.head_dim
         return extension.kernels.MultiHeadAttention(
             B=B,
             S=S,
+            H=self.out.weight.size(0),
             N=N,
-            D=self.out.weight.size(0) // N,
+            K=self.kv_heads_or_heads,
+            D=D,
             starts=address(starts),
             norm=self.norm and self.norm.to_kernel(),
             norm_first=self.norm_first,
-            qkv=self.qkv.to_kernel(),
+            qkv=[linear.to_kernel() for linear in self.projections],
             out=self.out.to_kernel(),
+            q_norm=self.q_norm and self.q_norm.to_kernel(),
+            k_norm=self.k_norm and self.k_norm.to_kernel(),
+            rope=self.rope and self.rope.to_kernel(),
             mask=mask_to_kernel(self.mask, B, N, S, S),
             causal=self.causal,
+            window=self.window or 0,
+            scale=D**-0.5 if self.scale is None else self.scale,
+            softcap=self.softcap or 0.0,
             weights_dropout=self.weights_dropout.to_kernel(),
             out_dropout=self.out_dropout.to_kernel(),
+            out_norm=self.out_norm and self.out_norm.to_kernel(),
+            residual_scale=self.residual_scale,
             precision=precision,
         )
 
@@ -212,8 +316,11 @@ class MultiHeadAttention(NamedTuple):
         """The kernels' record of gradients, for a record whose tensors are gradients."""
         return extension.kernels.MultiHeadAttentionGrad(
             norm=self.norm and _norm_grad(self.norm),
-            qkv=_linear_grad(self.qkv),
+            qkv=[_linear_grad(linear) for linear in self.projections],
             out=_linear_grad(self.out),
+            q_norm=self.q_norm and _norm_grad(self.q_norm),
+            k_norm=self.k_norm and _norm_grad(self.k_norm),
+            out_norm=self.out_norm and _norm_grad(self.out_norm),
         )
 
 
@@ -229,6 +336,7 @@ class Mlp(NamedTuple):
         hidden_dropout, out_dropout: on the activations and on the result.
         up: weight [I, H]; a gated MLP multiplies the activation by `up` of the same input. SwiGLU
             has `silu`, GeGLU `gelu` or `gelu_tanh`, ReGLU `relu` (Shazeer 2020).
+        out_norm, residual_scale: as for the attention.
     """
 
     fc1: Linear
@@ -239,6 +347,8 @@ class Mlp(NamedTuple):
     hidden_dropout: Dropout = NO_DROPOUT
     out_dropout: Dropout = NO_DROPOUT
     up: Linear | None = None
+    out_norm: Norm | None = None
+    residual_scale: float = 1.0
 
     def with_seeds(self, seeds: Iterator[int]) -> "Mlp":
         return self._replace(
@@ -254,17 +364,29 @@ class Mlp(NamedTuple):
             return _misfit("fc2", self.fc2, H, I)
         if self.up and not self.up.fits(I, H):
             return _misfit("up", self.up, I, H)
-        if self.norm and not self.norm.fits(H):
+        if any(norm and not norm.fits(H) for norm in (self.norm, self.out_norm)):
             return f"the MLP's norm does not have the width {H}"
         return None
 
     def parameters(self) -> list[Tensor | None]:
-        return [*self.fc1, *self.fc2, *(self.up or ()), *_weight_and_bias(self.norm)]
+        norms = *_weight_and_bias(self.norm), *_weight_and_bias(self.out_norm)
+        return [*self.fc1, *self.fc2, *(self.up or ()), *norms]
 
     def with_parameters(self, tensors: Iterator[Any]) -> "Mlp":
-        fc1, fc2 = _next_linear(tensors), _next_linear(tensors)
-        up = self.up and _next_linear(tensors)
-        return self._replace(fc1=fc1, fc2=fc2, up=up, norm=_next_norm(self.norm, tensors))
+        return self._replace(
+            fc1=_next_linear(tensors),
+            fc2=_next_linear(tensors),
+            up=self.up and _next_linear(tensors),
+            norm=_next_norm(self.norm, tensors),
+            out_norm=_next_norm(self.out_norm, tensors),
+        )
+
+    def settings(self) -> tuple[Any, ...]:
+        """All of the record except parameters and dropout."""
+        norms = self.norm and self.norm.settings(), self.out_norm and self.out_norm.settings()
+        return (
+            self.fc1.weight.shape, self.activation, self.norm_first, self.residual_scale, *norms
+        )  # fmt: skip
 
     def to_kernel(self, rows: int, precision: int) -> Any:
         I, H = self.fc1.weight.shape
@@ -280,6 +402,8 @@ class Mlp(NamedTuple):
             activation=ACTIVATIONS.index(self.activation),
             hidden_dropout=self.hidden_dropout.to_kernel(),
             out_dropout=self.out_dropout.to_kernel(),
+            out_norm=self.out_norm and self.out_norm.to_kernel(),
+            residual_scale=self.residual_scale,
             precision=precision,
         )
 
@@ -290,32 +414,46 @@ class Mlp(NamedTuple):
             fc1=_linear_grad(self.fc1),
             fc2=_linear_grad(self.fc2),
             up=self.up and _linear_grad(self.up),
+            out_norm=self.out_norm and _norm_grad(self.out_norm),
         )
 
 
 class Layer(NamedTuple):
-    """A transformer layer; both sublayers have a norm, and so a residual connection."""
+    """A transformer layer; both sublayers have a norm, and so a residual connection.
+
+    Attributes:
+        parallel: `x + attention(x) + mlp(x)`, as in GPT-NeoX: the MLP has the same input as the
+            attention rather than its output.
+    """
 
     attention: MultiHeadAttention
     mlp: Mlp
+    parallel: bool = False
 
 
 class Decoder(NamedTuple):
-    """A decoder model: embedding, layers, final norm (None if Post-LN) and head [V, H]."""
+    """A decoder model: embedding, layers, final norm (None if Post-LN) and head [V, H].
+
+    Attributes:
+        length: positions that the embedding's and the rotary tables have.
+        softcap: the logits become `softcap * tanh(logits / softcap)`.
+    """
 
     embedding: Embedding
     layers: Sequence[Layer]
     norm: Norm | None
     head: Linear
+    length: int
+    softcap: float | None = None
 
-    def why_not_sizes(self, S: int) -> str | None:
-        """For sequences of S tokens."""
+    def why_not_sizes(self) -> str | None:
         H = self.embedding.weight.size(1)
-        for attention, mlp in self.layers:
-            if reason := attention.why_not_sizes(H) or mlp.why_not_sizes(H):
+        for attention, mlp, _ in self.layers:
+            if reason := attention.why_not_sizes(self.length, H) or mlp.why_not_sizes(H):
                 return reason
-        if self.embedding.positions.shape != (S, H):
-            return f"the positions are {list(self.embedding.positions.shape)}, not {[S, H]}"
+        positions = self.embedding.positions
+        if positions is not None and positions.shape != (self.length, H):
+            return f"the positions are {list(positions.shape)}, not {[self.length, H]}"
         if self.norm and not self.norm.fits(H):
             return f"the final norm does not have the width {H}"
         V = self.head.weight.size(0)
@@ -324,28 +462,29 @@ class Decoder(NamedTuple):
     def dropouts(self) -> list[Dropout]:
         """Every dropout, in the order of the computation, in which the modules draw their seeds."""
         dropouts = [self.embedding.dropout]
-        for attention, mlp in self.layers:
+        for attention, mlp, _ in self.layers:
             dropouts += [attention.weights_dropout, attention.out_dropout]
             dropouts += [mlp.hidden_dropout, mlp.out_dropout]
         return dropouts
 
     def parameters(self) -> list[Tensor | None]:
         tensors: list[Tensor | None] = [*self.embedding.parameters()]
-        for attention, mlp in self.layers:
+        for attention, mlp, _ in self.layers:
             tensors += attention.parameters() + mlp.parameters()
         return [*tensors, *_weight_and_bias(self.norm), *self.head]
 
     def to_kernel(self) -> Any:
-        """For any batch of sequences with as many tokens as there are positions."""
+        """For any batch of sequences of `length` tokens."""
         V, H = self.head.weight.shape
         return extension.kernels.Decoder(
-            embedding=self.embedding.to_kernel(0, self.embedding.positions.size(0), None),
+            embedding=self.embedding.to_kernel(0, self.length, None),
             layers=[
                 extension.kernels.Layer(
                     attention=attention._replace(mask=None).to_kernel(0, 0, None, 0),
                     mlp=mlp.to_kernel(0, 0),
+                    parallel=parallel,
                 )
-                for attention, mlp in self.layers
+                for attention, mlp, parallel in self.layers
             ],
             norm=self.norm and self.norm.to_kernel(),
             head=extension.kernels.LinearCrossEntropy(
@@ -355,6 +494,7 @@ class Decoder(NamedTuple):
                 targets=0,
                 ignore_index=0,
                 head=self.head.to_kernel(),
+                softcap=self.softcap or 0.0,
                 precision=0,
             ),
             padding_idx=self.embedding.row_without_grad,
@@ -362,14 +502,11 @@ class Decoder(NamedTuple):
 
     def settings(self) -> tuple[Any, ...]:
         """All of the record except the parameters' addresses and contents, and batch data."""
-        tables = self.embedding.weight.shape, self.embedding.positions.shape, self.head.weight.shape
-        layers = [
-            (a.heads, a.causal, a.norm_first, a.norm and a.norm.settings(), *m.fc1.weight.shape,
-             m.activation, m.norm_first, m.norm and m.norm.settings())
-            for a, m in self.layers
-        ]  # fmt: skip
+        layers = [(a.settings(), m.settings(), parallel) for a, m, parallel in self.layers]
+        norm = self.norm and self.norm.settings()
+        tables = self.embedding.weight.shape, self.head.weight.shape
         scale, padding_idx = self.embedding.scale, self.embedding.padding_idx
-        return (*tables, scale, padding_idx, self.norm and self.norm.settings(), *layers)
+        return (*tables, scale, padding_idx, norm, self.length, self.softcap, *layers)
 
     def to_kernel_once(self, addresses: Sequence[int]) -> Any:
         """As `to_kernel`, but cached for parameters at these addresses.

@@ -108,9 +108,9 @@ def why_not_shape(B: int, S: int, V: int) -> str | None:
     return None
 
 
-def why_not_decoder(decoder: Decoder, S: int) -> str | None:
-    """Why the kernels cannot read this model, for sequences of length S, or None."""
-    if (reason := dispatch.why_not_requested("cpu") or decoder.why_not_sizes(S)) is not None:
+def why_not_decoder(decoder: Decoder) -> str | None:
+    """Why the kernels cannot read this model, or None."""
+    if (reason := dispatch.why_not_requested("cpu") or decoder.why_not_sizes()) is not None:
         return reason
     parameters = decoder.parameters()
     if any(p is not None and not p.is_contiguous() for p in parameters):
@@ -135,7 +135,7 @@ def why_not_cpu(decoder: Decoder, ids: Tensor, labels: Tensor, ignore_index: int
             return reason
         if len({layer.attention.heads for layer in decoder.layers}) > 1:
             return "there is a mask, and the layers differ in their number of heads"
-    return why_not_decoder(decoder, S)
+    return why_not_decoder(decoder)
 
 
 # Declined models run layer by layer, and each operation chooses its own implementation.

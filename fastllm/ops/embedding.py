@@ -10,13 +10,15 @@ from fastllm.ops import dispatch, extension
 from fastllm.ops.autograd import check_first_derivative
 from fastllm.ops.decoder import Embedding
 from fastllm.ops.dropout import DROPOUT_RANGE, dropout
-from fastllm.ops.memory import address, new_grad
+from fastllm.ops.memory import address, contiguous, new_grad
 from fastllm.ops.torch_private import in_functorch_transform
 
 
 def embedding_ref(ids: Tensor, embedding: Embedding) -> Tensor:
     tokens = F.embedding(ids, embedding.weight, embedding.padding_idx) * embedding.scale
-    return dropout(tokens + embedding.positions, *embedding.dropout)
+    if embedding.positions is not None:
+        tokens = tokens + embedding.positions
+    return dropout(tokens, *embedding.dropout)
 
 
 class EmbeddingFunction(torch.autograd.Function):
@@ -24,7 +26,7 @@ class EmbeddingFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, embedding: Embedding, weight: Tensor, positions: Tensor
+        ctx: Any, ids: Tensor, embedding: Embedding, weight: Tensor, positions: Tensor | None
     ) -> Tensor:
         B, S = ids.shape
         out = weight.new_empty(B, S, weight.size(1))
@@ -58,7 +60,7 @@ class EmbeddingFunction(torch.autograd.Function):
 
 
 def embedding_cpu(ids: Tensor, embedding: Embedding) -> Tensor:
-    tables = [table.contiguous() for table in embedding.parameters()]
+    tables = contiguous(*embedding.parameters())
     embedding = embedding.with_parameters(iter(tables))
     return EmbeddingFunction.apply(ids.long().contiguous(), embedding, *tables)
 
@@ -80,7 +82,8 @@ def why_not(ids: Tensor, embedding: Embedding) -> str | None:
         return "the ids are empty or not [B, S]"
     if not 0 <= embedding.dropout.p < 1:
         return DROPOUT_RANGE
-    if embedding.positions.shape != (ids.size(1), embedding.weight.size(1)):
+    positions = embedding.positions
+    if positions is not None and positions.shape != (ids.size(1), embedding.weight.size(1)):
         return "the positions do not match the ids and the embeddings"
     return None
 
@@ -92,6 +95,8 @@ def why_not_cpu(ids: Tensor, embedding: Embedding) -> str | None:
 
 
 def why_not_triton(ids: Tensor, embedding: Embedding) -> str | None:
+    if embedding.positions is None:
+        return "there are no positions to add"
     return why_not(ids, embedding) or dispatch.why_not_triton(embedding.weight, embedding.positions)
 
 
@@ -113,7 +118,7 @@ def check_token_ids(ids: Tensor, vocab_size: int) -> None:
 
 
 def embedding(ids: Tensor, embedding: Embedding) -> Tensor:
-    """`dropout(weight[ids] * scale + positions)`.
+    """`dropout(weight[ids] * scale + positions)`, perhaps without positions.
 
     Args:
         ids: [B, S], integers in [0, V).

@@ -15,6 +15,7 @@ from fastllm.ops.autograd import check_first_derivative
 from fastllm.ops.blocks_triton import ELEMENTS, elements, keep_mask, rounded
 from fastllm.ops.decoder import Embedding
 from fastllm.ops.dropout import dropout, dropped_of_65536
+from fastllm.ops.memory import contiguous
 
 
 @triton.jit(do_not_specialize=["seed", "dropped"])
@@ -67,5 +68,5 @@ class EmbeddingFunction(torch.autograd.Function):
 
 def embedding_triton(ids: Tensor, embedding: Embedding) -> Tensor:
     """See `fastllm.ops.embedding.embedding`."""
-    tables = [table.contiguous() for table in embedding.parameters()]
+    tables = contiguous(*embedding.parameters())
     return EmbeddingFunction.apply(ids.long().contiguous(), embedding, *tables)

@@ -14,8 +14,12 @@ from fastllm.ops.memory import address, contiguous, new_grad
 from fastllm.ops.precision import autocast_input, product_precision
 
 
-def linear_cross_entropy_ref(x: Tensor, head: Linear, targets: Tensor, ignore_index: int) -> Tensor:
+def linear_cross_entropy_ref(
+    x: Tensor, head: Linear, targets: Tensor, ignore_index: int, softcap: float | None
+) -> Tensor:
     logits = F.linear(x, *head)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if not targets.is_floating_point() and targets.dtype is not torch.bool:
         targets = targets.long()  # PyTorch takes no other integers, and refuses other types itself
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index)
@@ -33,6 +37,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         ignore_index: int,
+        softcap: float | None,
         keep: bool,
     ) -> Tensor:
         V, H = weight.shape
@@ -50,6 +55,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 targets=targets.data_ptr(),
                 ignore_index=ignore_index,
                 head=Linear(weight, bias).to_kernel(),
+                softcap=softcap or 0.0,
                 precision=product_precision(),
             ),
             threads=torch.get_num_threads(),
@@ -61,16 +67,21 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
         grads = scale_grads(ctx.saved_tensors, grad_out)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
-def linear_cross_entropy_cpu(x: Tensor, head: Linear, targets: Tensor, ignore_index: int) -> Tensor:
+def linear_cross_entropy_cpu(
+    x: Tensor, head: Linear, targets: Tensor, ignore_index: int, softcap: float | None
+) -> Tensor:
     x, weight, bias, targets = contiguous(x, *head, targets.long())  # type: ignore[assignment]
     keep = needs_grad(x, weight, bias)
-    return LinearCrossEntropyFunction.apply(x, weight, bias, targets, ignore_index, keep)
+    settings = targets, ignore_index, softcap, keep
+    return LinearCrossEntropyFunction.apply(x, weight, bias, *settings)
 
 
-def why_not(x: Tensor, head: Linear, targets: Tensor, ignore_index: int) -> str | None:
+def why_not(
+    x: Tensor, head: Linear, targets: Tensor, ignore_index: int, softcap: float | None
+) -> str | None:
     """Why no kernel can take these arguments, or None."""
     if (reason := why_not_ids(targets, x.device)) is not None:
         return reason
@@ -81,13 +92,20 @@ def why_not(x: Tensor, head: Linear, targets: Tensor, ignore_index: int) -> str 
     return None
 
 
-def why_not_cpu(x: Tensor, head: Linear, targets: Tensor, ignore_index: int) -> str | None:
-    reason = why_not(x, head, targets, ignore_index)
+def why_not_cpu(
+    x: Tensor, head: Linear, targets: Tensor, ignore_index: int, softcap: float | None
+) -> str | None:
+    reason = why_not(x, head, targets, ignore_index, softcap)
     return reason or dispatch.why_not_cpu_fused(x, *head)
 
 
-def why_not_triton(x: Tensor, head: Linear, targets: Tensor, ignore_index: int) -> str | None:
-    return why_not(x, head, targets, ignore_index) or dispatch.why_not_triton(x, *head)
+def why_not_triton(
+    x: Tensor, head: Linear, targets: Tensor, ignore_index: int, softcap: float | None
+) -> str | None:
+    if softcap is not None:
+        return "the logits are capped"
+    reason = why_not(x, head, targets, ignore_index, softcap)
+    return reason or dispatch.why_not_triton(x, *head)
 
 
 IMPLEMENTATIONS = [
@@ -98,7 +116,11 @@ IMPLEMENTATIONS = [
 
 
 def linear_cross_entropy(
-    x: Tensor, head: Linear, targets: Tensor, ignore_index: int = -100
+    x: Tensor,
+    head: Linear,
+    targets: Tensor,
+    ignore_index: int = -100,
+    softcap: float | None = None,
 ) -> Tensor:
     """Mean of `-log softmax(head(x))[target]` over the positions whose target is scored.
 
@@ -107,6 +129,7 @@ def linear_cross_entropy(
         head: weight [V, H], bias [V] or None.
         targets: integers in [0, V), or `ignore_index`; x's shape without the last dimension.
         ignore_index: a target that is not scored.
+        softcap: the logits become `softcap * tanh(logits / softcap)`.
 
     Returns:
         A scalar in nats; NaN if nothing is scored.
@@ -118,5 +141,5 @@ def linear_cross_entropy(
     if targets.shape != x.shape[:-1]:
         raise ValueError(f"x {list(x.shape)} and targets {list(targets.shape)} do not match")
     check_token_ids(targets[targets != ignore_index], head.weight.size(0))
-    arguments = (autocast_input(x, head.weight), head, targets, ignore_index)
+    arguments = (autocast_input(x, head.weight), head, targets, ignore_index, softcap)
     return dispatch.choose("linear_cross_entropy", IMPLEMENTATIONS, *arguments).run(*arguments)

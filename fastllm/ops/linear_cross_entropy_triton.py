@@ -119,7 +119,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
 
 def linear_cross_entropy_triton(
-    x: Tensor, head: Linear, targets: Tensor, ignore_index: int
+    x: Tensor, head: Linear, targets: Tensor, ignore_index: int, softcap: float | None
 ) -> Tensor:
     """See `fastllm.ops.linear_cross_entropy.linear_cross_entropy`; an fp32 loss under autocast."""
     loss_type = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype

@@ -29,9 +29,9 @@ from fastllm.ops.blocks_triton import (
     tuned,
 )
 from fastllm.ops.decoder import Mlp
-from fastllm.ops.dropout import dropout, dropped_of_65536
+from fastllm.ops.dropout import dropped_of_65536
 from fastllm.ops.memory import contiguous
-from fastllm.ops.norm import norm
+from fastllm.ops.residual import enter, leave
 
 WIDEST_DOT = 1024
 
@@ -256,12 +256,8 @@ class MlpFunction(torch.autograd.Function):
         )
 
 
-def mlp_triton(x: Tensor, mlp: Mlp) -> Tensor:
+def mlp_triton(x: Tensor, mlp: Mlp, base: Tensor | None) -> Tensor:
     """See `fastllm.ops.mlp.mlp`."""
-    normed = norm(x, mlp.norm) if mlp.norm and mlp.norm_first else x
-    tensors = contiguous(*in_autocast(normed, *mlp.fc1, *mlp.fc2, *(mlp.up or (None, None))))
+    tensors = contiguous(*in_autocast(enter(x, mlp), *mlp.fc1, *mlp.fc2, *(mlp.up or (None, None))))
     out = MlpFunction.apply(*tensors, mlp.activation, *mlp.hidden_dropout)
-    out = dropout(out, *mlp.out_dropout)
-    if mlp.norm is None:
-        return out
-    return x + out if mlp.norm_first else norm(out, mlp.norm, x)
+    return leave(out, x if base is None else base, mlp)

@@ -8,30 +8,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.ops import dispatch, extension
+from fastllm.ops import dispatch, extension, residual
 from fastllm.ops.attention import attention, check_mask, why_not_mask
 from fastllm.ops.autograd import check_first_derivative, needs_grad
 from fastllm.ops.decoder import MultiHeadAttention
-from fastllm.ops.dropout import DROPOUT_RANGE, dropout
+from fastllm.ops.dropout import DROPOUT_RANGE
 from fastllm.ops.memory import address, kernel_layout, new_grad
 from fastllm.ops.norm import norm
 from fastllm.ops.precision import autocast_input, product_precision
+from fastllm.ops.rope import rotate
 
 
 def multi_head_attention_ref(x: Tensor, mha: MultiHeadAttention) -> Tensor:
-    B, S, H, N = *mha.sizes(x), x.size(-1), mha.heads
-    qkv = F.linear(norm(x, mha.norm) if mha.norm and mha.norm_first else x, *mha.qkv)
+    B, S = mha.sizes(x)
+    normed = residual.enter(x, mha)
+    qkv = torch.cat([F.linear(normed, *linear) for linear in mha.projections], -1)
     mask, rows = mha.mask, None
     if mha.starts is not None:
         rows, mask = unpacked_rows(mha.starts, S, x.device)
-        qkv = qkv.new_zeros(B, S, 3 * H).masked_scatter(rows[..., None], qkv)
-    q, k, v = qkv.view(B, S, 3, N, H // N).permute(2, 0, 3, 1, 4)
-    heads = attention(q, k, v, mask, mha.causal, *mha.weights_dropout)
-    heads = heads.transpose(1, 2).reshape(B, S, H)
-    out = dropout(F.linear(heads if rows is None else heads[rows], *mha.out), *mha.out_dropout)
-    if mha.norm is None:
-        return out
-    return x + out if mha.norm_first else norm(out, mha.norm, x)
+        qkv = qkv.new_zeros(B, S, qkv.size(-1)).masked_scatter(rows[..., None], qkv)
+    q, k, v = (
+        part.view(B, S, -1, mha.head_dim).transpose(1, 2) for part in qkv.split(mha.widths, -1)
+    )
+    q, k = position_heads(q, k, mha)
+    settings = *mha.weights_dropout, mha.window, mha.scale, mha.softcap
+    heads = attention(q, k, v, mask, mha.causal, *settings)
+    heads = heads.transpose(1, 2).flatten(2)
+    out = F.linear(heads if rows is None else heads[rows], *mha.out)
+    return residual.leave(out, x, mha)
+
+
+def position_heads(q: Tensor, k: Tensor, mha: MultiHeadAttention) -> tuple[Tensor, Tensor]:
+    """q [B, N, S, D] and k [B, K, S, D], normalized and rotated as the record says."""
+    if mha.q_norm is not None:
+        q = norm(q, mha.q_norm)
+    if mha.k_norm is not None:
+        k = norm(k, mha.k_norm)
+    if mha.rope is not None:
+        rope = mha.rope._replace(table=mha.rope.table[: q.size(2)])
+        q, k = rotate(q, rope), rotate(k, rope)
+    return q, k
 
 
 def unpacked_rows(starts: Sequence[int], S: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -48,18 +64,14 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, mha: MultiHeadAttention, keep: bool, *parameters: Tensor | None
     ) -> Tensor:
-        B, S, H = *mha.sizes(x), x.size(-1)
-        rows = x.numel() // H
-        out, qkv, attn_out = torch.empty_like(x), x.new_empty(rows, 3 * H), torch.empty_like(x)
-        stats = x.new_empty(rows, 2) if keep and mha.norm else None
-        post_norm = mha.norm is not None and not mha.norm_first
-        residual = torch.empty_like(x) if keep and post_norm else None
+        B, S = mha.sizes(x)
+        out, saved = torch.empty_like(x), saved_for_backward(x, mha, keep)
         ctx.precision, ctx.sizes = product_precision(), (B, S)
         # A tensor, because the kernels read it from memory in both directions.
         ctx.starts = mha.starts and torch.tensor(mha.starts, dtype=torch.int64, device="cpu")
         extension.kernels.multi_head_attention_fwd(
             out=out.data_ptr(),
-            saved=saved_to_kernel(stats, qkv, attn_out, residual),
+            saved=saved_to_kernel(saved),
             x=x.data_ptr(),
             attention=mha.to_kernel(B, S, ctx.starts, ctx.precision),
             threads=torch.get_num_threads(),
@@ -67,13 +79,14 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
         if keep:
             ctx.mha = mha.with_parameters(iter([None] * len(parameters)))._replace(mask=None)
             # Saving the mask lets autograd detect a change to it before the backward.
-            ctx.save_for_backward(mha.mask, x, stats, qkv, attn_out, residual, *parameters)
+            ctx.save_for_backward(mha.mask, x, *saved, *parameters)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        mask, x, stats, qkv, attn_out, residual, *parameters = ctx.saved_tensors
+        mask, x, *tensors = ctx.saved_tensors
+        saved, parameters = tensors[:SAVED], tensors[SAVED:]
         x_needed, _, _, *needed = ctx.needs_input_grad
         grad_x = new_grad(x, x_needed)
         grads = [new_grad(p, need) for p, need in zip(parameters, needed, strict=True)]
@@ -84,7 +97,7 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
             grad_x=address(grad_x),
             grad=ctx.mha.with_parameters(iter(grads)).to_kernel_grad(),
             grad_out=grad_out.data_ptr(),
-            saved=saved_to_kernel(stats, qkv, attn_out, residual),
+            saved=saved_to_kernel(saved),
             x=x.data_ptr(),
             attention=mha.to_kernel(B, S, ctx.starts, ctx.precision),
             threads=torch.get_num_threads(),
@@ -92,14 +105,31 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
         return grad_x, None, None, *grads
 
 
-def saved_to_kernel(
-    stats: Tensor | None, qkv: Tensor, attn_out: Tensor, residual: Tensor | None
-) -> Any:
+# The number of tensors that `saved_for_backward` returns.
+SAVED = 10
+
+
+def saved_for_backward(x: Tensor, mha: MultiHeadAttention, keep: bool) -> list[Tensor | None]:
+    """Memory for `MultiHeadAttentionSaved` of csrc/kernels.h; all of it only if `keep`."""
+    rows, (queries, keys, _) = x.numel() // x.size(-1), mha.widths
+    saved = residual.saved_for_backward(x, mha) if keep else residual.NOTHING_SAVED
+    saved = [*saved, x.new_empty(rows, queries + 2 * keys), x.new_empty(rows, queries)]
+    for head_norm, width in ((mha.q_norm, queries), (mha.k_norm, keys)):
+        heads = rows * width // mha.head_dim
+        needed = keep and head_norm is not None
+        saved += [x.new_empty(heads, 2), x.new_empty(rows, width)] if needed else [None, None]
+    return saved
+
+
+def saved_to_kernel(tensors: Sequence[Tensor | None]) -> Any:
+    *around, qkv, attn_out, q_stats, q_input, k_stats, k_input = tensors
+    head_norm = extension.kernels.HeadNormSaved
     return extension.kernels.MultiHeadAttentionSaved(
-        stats=address(stats),
-        qkv=qkv.data_ptr(),
-        attn_out=attn_out.data_ptr(),
-        residual=address(residual),
+        residual=residual.saved_to_kernel(around),
+        qkv=address(qkv),
+        attn_out=address(attn_out),
+        q=head_norm(stats=address(q_stats), input=address(q_input)),
+        k=head_norm(stats=address(k_stats), input=address(k_input)),
     )
 
 
@@ -115,7 +145,7 @@ def why_not_cpu(x: Tensor, mha: MultiHeadAttention) -> str | None:
         return "x is empty"
     if not 0 <= mha.weights_dropout.p < 1 or not 0 <= mha.out_dropout.p < 1:
         return DROPOUT_RANGE
-    reason = mha.why_not_sizes(x.size(-1)) or why_not_mask(mha.mask, x.device)
+    reason = why_not_mask(mha.mask, x.device)
     return reason or dispatch.why_not_cpu_fused(x, *mha.parameters())
 
 
@@ -142,8 +172,7 @@ def check_starts(starts: Sequence[int], rows: int, mask: Tensor | None) -> None:
 
 
 def multi_head_attention(x: Tensor, mha: MultiHeadAttention) -> Tensor:
-    """Self-attention: `dropout(out(attention(qkv(x))))`, with layer norm and residual if there is a
-    norm.
+    """Self-attention: `dropout(out(attention(qkv(x))))`, with norms and residual connection if wanted.
 
     Args:
         x: [B, S, H]; or packed sequences [rows, H], with `starts`.
@@ -157,17 +186,11 @@ def multi_head_attention(x: Tensor, mha: MultiHeadAttention) -> Tensor:
         ValueError: sizes do not match.
     """
     check_mask(mha.mask)
-    H = x.size(-1)
-    qkv, out = mha.qkv.weight, mha.out.weight
-    fits = qkv.shape == (3 * H, H) and out.shape == (H, H)
-    if x.ndim != (3 if mha.starts is None else 2) or not fits:
-        raise ValueError(
-            f"the shapes of x {list(x.shape)}, qkv {list(qkv.shape)} and out {list(out.shape)} "
-            "do not match: [B, S, H], [3 H, H] and [H, H] are needed"
-        )
+    if x.ndim != (3 if mha.starts is None else 2):
+        raise ValueError(f"x must be [B, S, H], or [rows, H] with starts, got {list(x.shape)}")
     if mha.starts is not None:
         check_starts(mha.starts, x.size(0), mha.mask)
-    if H % mha.heads:
-        raise ValueError(f"the width {H} must be divisible by the number of heads ({mha.heads})")
-    arguments = (autocast_input(x, qkv), mha)
+    if (reason := mha.why_not_sizes(mha.sizes(x)[1], x.size(-1))) is not None:
+        raise ValueError(reason)
+    arguments = (autocast_input(x, mha.out.weight), mha)
     return dispatch.choose("multi_head_attention", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastllm import DecoderModel
 from fastllm.ops import extension
-from fastllm.ops.decoder import Decoder, Linear, Mlp, MultiHeadAttention, Norm
+from fastllm.ops.decoder import Decoder, Linear, Mlp, MultiHeadAttention, Norm, Rope
 from fastllm.ops.memory import address
 from tests.conftest import needs_extension
 
@@ -33,6 +33,8 @@ def mlp_fields() -> dict[str, Any]:
         "activation": 0,
         "hidden_dropout": dropout,
         "out_dropout": dropout,
+        "out_norm": None,
+        "residual_scale": 1.0,
         "precision": 0,
     }
 
@@ -60,7 +62,7 @@ def test_fields_have_no_order_to_confuse() -> None:
     with pytest.raises(TypeError, match="incompatible"):
         extension.kernels.Linear(0, 0, False)
     with pytest.raises(TypeError, match="incompatible"):
-        extension.kernels.MlpGrad(None, None, None)
+        extension.kernels.NormGrad(0, 0)
 
 
 def linear(outputs: int, inputs: int) -> Linear:
@@ -70,15 +72,37 @@ def linear(outputs: int, inputs: int) -> Linear:
 H, I = 8, 20
 NORM = Norm(torch.zeros(H), torch.zeros(H), 1e-5)
 ATTENTION = MultiHeadAttention(linear(3 * H, H), linear(H, H), 2, NORM)
+SHARED = MultiHeadAttention(
+    qkv=(linear(12, H), linear(6, H), linear(6, H)),
+    out=linear(H, 12),
+    heads=4,
+    norm=NORM,
+    causal=True,
+    kv_heads=2,
+    rope=Rope(torch.zeros(10, 2)),
+    q_norm=Norm(torch.zeros(3), None, 1e-5, "rms"),
+    k_norm=Norm(None, None, 1e-5, "rms"),
+    window=5,
+    out_norm=NORM,
+)
 MLP = Mlp(linear(I, H), linear(H, I), norm=NORM)
 
 
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (ATTENTION._replace(qkv=ATTENTION.out, out=ATTENTION.qkv), r"qkv has a weight \[8, 8\]"),
-        (ATTENTION._replace(out=linear(H, H + 1)), r"out has a weight \[8, 9\].*need \[8, 8\]"),
+        (ATTENTION._replace(qkv=ATTENTION.out, out=ATTENTION.qkv), r"out has a weight \[24, 8\]"),
+        (ATTENTION._replace(out=linear(H, H + 1)), "out's width 9 is not divisible by the 2 heads"),
         (ATTENTION._replace(heads=3), "width 8 is not divisible by the 3 heads"),
+        (ATTENTION._replace(kv_heads=1), r"need \[16, 8\]"),
+        (SHARED._replace(kv_heads=3), "4 heads cannot share 3 heads"),
+        (SHARED._replace(qkv=(*SHARED.projections[:2], linear(12, H))), r"^v has .*need \[6, 8\]"),
+        (SHARED._replace(q_norm=NORM), "norm of queries or keys does not have the width 3"),
+        (SHARED._replace(out_norm=SHARED.q_norm), "attention's norm"),
+        (SHARED._replace(causal=False), "a window must be positive, and the attention causal"),
+        (SHARED._replace(window=0), "a window must be positive"),
+        (SHARED._replace(rope=Rope(torch.zeros(9, 2))), r"table is \[9, 2\] for 10 positions"),
+        (SHARED._replace(rope=Rope(torch.zeros(10, 4))), "heads of 3"),
         (ATTENTION._replace(norm=Norm(torch.zeros(1), NORM.bias, 1e-5)), "attention's norm"),
         (MLP._replace(fc1=MLP.fc2, fc2=MLP.fc1), r"fc1 has a weight \[8, 20\]"),
         (MLP._replace(fc2=Linear(MLP.fc2.weight, torch.zeros(1))), r"fc2 .* and bias \[1\]"),
@@ -86,11 +110,14 @@ MLP = Mlp(linear(I, H), linear(H, I), norm=NORM)
     ],
 )
 def test_sizes_that_do_not_fit_are_named(record: Any, reason: str) -> None:
-    assert ATTENTION.why_not_sizes(H) is None and MLP.why_not_sizes(H) is None
-    assert re.search(reason, record.why_not_sizes(H))
+    def why_not(record: Any) -> str | None:
+        return record.why_not_sizes(*((H,) if isinstance(record, Mlp) else (10, H)))
+
+    assert [*map(why_not, (ATTENTION, SHARED, MLP))] == [None] * 3
+    assert re.search(reason, why_not(record) or "")
 
 
-@pytest.mark.parametrize("record", [ATTENTION, MLP, MLP._replace(norm=None)])
+@pytest.mark.parametrize("record", [ATTENTION, SHARED, MLP, MLP._replace(norm=None)])
 def test_parameters_go_back_to_their_places(record: Any) -> None:
     parameters = record.parameters()
     assert record.with_parameters(iter(parameters)) is not record

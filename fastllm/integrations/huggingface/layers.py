@@ -110,7 +110,7 @@ class TransformerLayer(FusedModule):
             layer = self.record()
         except CannotFuse:
             return None
-        causal, weight = layer.attention.causal, layer.attention.qkv.weight
+        causal, weight = layer.attention.causal, layer.attention.out.weight
         x = autocast_input(hidden_states, weight)
         if why_not_kernels(x, *layer.attention.parameters(), *layer.mlp.parameters()) is not None:
             return None
