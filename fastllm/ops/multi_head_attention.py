@@ -172,7 +172,7 @@ def check_starts(starts: Sequence[int], rows: int, mask: Tensor | None) -> None:
 
 
 def multi_head_attention(x: Tensor, mha: MultiHeadAttention) -> Tensor:
-    """Self-attention: `dropout(out(attention(qkv(x))))`, with norms and residual connection if wanted.
+    """Self-attention: `dropout(out(attention(qkv(x))))`, with norms and residual if wanted.
 
     Args:
         x: [B, S, H]; or packed sequences [rows, H], with `starts`.
