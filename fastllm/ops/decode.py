@@ -18,13 +18,6 @@ from fastllm.ops.precision import PRECISIONS
 
 
 def why_not_cpu(decoder: Decoder) -> str | None:
-    layers = decoder.layers
-    if len({layer.attention.heads for layer in layers}) > 1:  # all share the shape of one cache
-        return "the layers differ in their number of heads"
-    if len({layer.mlp.norm_first for layer in layers}) > 1:
-        return "some layers are Pre-LN and some Post-LN"
-    if layers and not layers[0].mlp.norm_first and decoder.norm is not None:
-        return "a Post-LN model has a final norm"
     if any(dropout.p for dropout in decoder.dropouts()):
         return "dropout is on; call model.eval() first"
     return why_not_decoder(decoder)

@@ -361,24 +361,22 @@ def post_with_a_final_norm() -> DecoderModel:
 
 @needs_extension
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    "make",
     [
-        (other_heads, "the layers differ in their number of heads"),
-        (lambda: post_after_pre(True), "some layers are Pre-LN and some Post-LN"),
-        (lambda: post_after_pre(False), "some layers are Pre-LN and some Post-LN"),
-        (post_with_a_final_norm, "a Post-LN model has a final norm"),
+        other_heads,
+        lambda: post_after_pre(True),
+        lambda: post_after_pre(False),
+        post_with_a_final_norm,
     ],
     ids=["heads", "pre-post", "post-pre", "final-norm"],
 )
-def test_models_of_other_layers_are_left_to_the_modules(
-    make: Callable[[], DecoderModel], reason: str
-) -> None:
+def test_layers_may_differ(make: Callable[[], DecoderModel]) -> None:
     torch.manual_seed(0)
     model = make().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-    assert decode.why_not(record(model)) == reason
+    assert decode.why_not(record(model)) is None
     ids = make_ids(model)
     actual = decoded(start_decoding(model, 3), ids)
     plain = recomputed(model, ids)
