@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -61,12 +62,47 @@ def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output is gone: `| head`
         _discard_results()
         raise SystemExit(1) from None
-    except types as error:
-        # str() of a KeyError would wrap its message in quotes.
-        message = error.args[0] if isinstance(error, KeyError) else error
-        raise SystemExit(f"error: {message}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        lacks_memory = is_out_of_memory(error)
+        if not lacks_memory and not isinstance(error, types):
+            raise
+        remedy = "; close other programs, or give a smaller model or batch" if lacks_memory else ""
+        raise SystemExit(f"error: {cause_of(error)}{remedy}") from None
+
+
+# Our own words, or those of the system; others need the name of their type.
+_CLEAR_ERRORS = (OSError, ValueError, ImportError)
+
+
+def cause_of(error: BaseException) -> str:
+    """What went wrong, from an error of whatever library."""
+    if is_out_of_memory(error):
+        amount = re.search(r"allocate [\d.]+ \w+", str(error))
+        return f"there is not enough memory{f' to {amount[0]}' if amount else ''}"
+    if isinstance(error, KeyError) and " " in str(error.args[:1]):  # a sentence, not just a key
+        return str(error.args[0])  # str() of the error would wrap it in quotes
+    is_ours = type(error).__module__.startswith("fastllm.")
+    if is_ours or (isinstance(error, _CLEAR_ERRORS) and str(error).strip()):
+        return str(error)
+    reason = first_line(error)
+    name = type(error).__name__
+    return name if reason == name else f"{name}: {reason}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also in PyTorch, whose allocator for CPUs raises a RuntimeError."""
+    message = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("DefaultCPUAllocator" in message or "out of memory" in message)
+    )
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether this is an error, a panic of a library in Rust included; not Ctrl-C or an exit."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def first_line(error: BaseException) -> str:

@@ -24,14 +24,12 @@ def main(arguments: list[str]) -> None:
         write_csv,
     )
     from fastllm.threads import set_threads
-    from fastllm.training.loop import TrainingError
     from fastllm.training.metrics import plot_losses
     from fastllm.training.run import run_folder
 
     info: Log = no_log if config.quiet else log
     threads = set_threads(config.threads)
-    errors = (OSError, ValueError, ImportError, TrainingError)
-    with errors_in_one_line(*errors), ExitStack() as stack:
+    with errors_in_one_line(Exception), ExitStack() as stack:
         check_packages(config)
         check_paths(config)
         go_offline_if_unreachable(config)
@@ -49,13 +47,14 @@ def main(arguments: list[str]) -> None:
         checkpoint = str(last_checkpoint(run_dir)) if config.resume else None
         if checkpoint:
             info(f"resuming    from {checkpoint}")
-        with stop_on_signals(trainer.monitor):
-            trainer.train(resume_from_checkpoint=checkpoint)
-        number = trainer.monitor.stopped_by
-        if not number:
-            save_model(trainer, run_dir / "model")
-        write_csv(run_dir / "metrics.jsonl", run_dir / "metrics.csv")
-        plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
+        with trainer.saving_on_error():
+            with stop_on_signals(trainer.monitor):
+                trainer.train(resume_from_checkpoint=checkpoint)
+            number = trainer.monitor.stopped_by
+            if not number:
+                save_model(trainer, run_dir / "model")
+            write_csv(run_dir / "metrics.jsonl", run_dir / "metrics.csv")
+            plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
         if number:
             log(
                 f"stopped by {number.name} at step {trainer.state.global_step:,}; continue with: "

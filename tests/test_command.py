@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastllm.command import StopRequest, first_line, stop_on_signals
+from fastllm.command import StopRequest, cause_of, command, first_line, stop_on_signals
 from fastllm.flags import refuse_several_processes
 from fastllm.training.config import parse_train_config
+from fastllm.training.loop import TrainingError
 from tests.commands import run_command
 
 
@@ -72,6 +74,40 @@ def test_hangups_that_are_ignored_stay_ignored() -> None:
 )
 def test_first_lines(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (ValueError("no text\nin it"), "no text\nin it"),
+        (ValueError(), "ValueError"),
+        (RuntimeError("no kernel\nException raised from"), "RuntimeError: no kernel"),
+        (KeyError("Character 'z' not found"), "Character 'z' not found"),
+        (KeyError("state"), "KeyError: 'state'"),
+        (TrainingError("the loss is nan"), "the loss is nan"),
+        (MemoryError(), "there is not enough memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"),
+            "there is not enough memory to allocate 20.00 MiB",
+        ),
+    ],
+    ids=repr,
+)
+def test_causes(error: Exception, cause: str) -> None:
+    assert cause_of(error) == cause
+
+
+def test_a_lack_of_memory_ends_every_command_in_one_line() -> None:
+    @command
+    def main(arguments: list[str]) -> None:
+        torch.empty(1 << 60)
+
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert str(end.value) == (
+        f"error: there is not enough memory to allocate {4 << 60} bytes; close other programs, or "
+        "give a smaller model or batch"
+    )
 
 
 # A command that says something, computes, and prints its result.

@@ -1,6 +1,7 @@
 """The finetune command, with tiny models of random weights."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,151 @@ def test_a_full_disk_leaves_no_part_of_a_model() -> None:
     with full_disk(40_000), pytest.raises(SystemExit, match=message):
         main("--out_dir run --quiet --resume".split())
     assert not Path("run/model").exists() and not Path("run/writing").exists()
+
+
+class PanicException(BaseException):
+    """What libraries written in Rust raise; not an `Exception`."""
+
+
+def allocate_too_much() -> None:
+    torch.empty(1 << 60)
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@contextlib.contextmanager
+def fault(owner: type, method: str, call: int, fail: Callable[[], None]) -> Iterator[None]:
+    """Fails at the end of a method's call of this number."""
+    original = getattr(owner, method)
+    calls = itertools.count(1)
+
+    def failing(*arguments: Any, **others: Any) -> Any:
+        result = original(*arguments, **others)
+        if next(calls) == call:
+            fail()
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, failing)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "fail", "step", "cause"),
+    [
+        ("get_batch_samples", 4, raising(OSError(5, "Input/output error", "data")), 3,
+         "[Errno 5] Input/output error: 'data', after step 3. Remove the cause"),
+        ("get_batch_samples", 5, raising(PanicException("index\nout of bounds")), 4,
+         "PanicException: index, after step 4. Remove the cause"),
+        ("compute_loss", 4, raising(MemoryError()), 3,
+         "there is not enough memory, after step 3. Free some memory, or add --gradient_checkpoi"),
+        ("compute_loss", 7, allocate_too_much, 6,
+         f"there is not enough memory to allocate {4 << 60} bytes, after step 6. Free some memory"),
+        ("training_step", 4, raising(RuntimeError()), 3, "RuntimeError, after step 3. Remove the"),
+        ("log", 4, raising(ZeroDivisionError("division by zero")), 3,
+         "ZeroDivisionError: division by zero, after step 3. Remove the cause"),
+        ("evaluate", 2, raising(BrokenPipeError(32, "Broken pipe")), 4,
+         "[Errno 32] Broken pipe, after step 4. Remove the cause"),
+    ],
+    ids=["loader", "panic", "memory", "pytorch", "backward", "callback", "evaluation"],
+)  # fmt: skip
+def test_any_exception_saves_first(
+    method: str, call: int, fail: Callable[[], None], step: int, cause: str
+) -> None:
+    """And the resumed run ends like one that was not interrupted; an epoch has 4 steps."""
+    from fastllm.finetuning.trainer import FinetuneTrainer
+
+    flags = ("--max_steps", "8", "--batch_size", "16", "--eval_interval", "4", "--quiet",
+             "--out_dir")  # fmt: skip
+    run("gpt2", *flags, "whole")
+    with fault(FinetuneTrainer, method, call, fail), pytest.raises(SystemExit) as error:
+        run("gpt2", *flags, "parts")
+    again = f"then continue from step {step} with: fastllm finetune --out_dir parts --resume"
+    assert str(error.value).startswith(f"error: {cause}")
+    assert str(error.value).endswith(again) and "\n" not in str(error.value)
+    assert last_checkpoint(Path("parts")).name == f"checkpoint-{step}"
+    main("--out_dir parts --resume --quiet".split())
+    whole, parts = weights("whole"), weights("parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    whole_lines, lines = (list(read_metrics(Path(d, "metrics.jsonl"))) for d in ("whole", "parts"))
+    if method not in ("log", "evaluate"):  # which end without their line
+        assert [line["step"] for line in lines] == [line["step"] for line in whole_lines]
+    assert lines[-1]["tokens"] == whole_lines[-1]["tokens"]
+    assert [line["step"] for line in whole_lines if line["epoch"] == 1] == [1, 2, 3, 4, 4]
+
+
+def test_half_an_update_is_not_saved() -> None:
+    from fastllm.optim import AdamW
+
+    flags = ("--max_steps", "8", "--save_interval", "2", "--quiet", "--out_dir", "run")
+    with fault(AdamW, "step", 4, raising(MemoryError())), pytest.raises(SystemExit) as error:
+        run("gpt2", *flags)
+    assert "not enough memory, after step 3. Free some memory" in str(error.value)
+    assert "then continue from step 2 with" in str(error.value)
+    assert last_checkpoint(Path("run")).name == "checkpoint-2"
+    main("--out_dir run --resume --quiet".split())
+    assert last_checkpoint(Path("run")).name == "checkpoint-8"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "there is not enough memory. Free some memory, then "),
+        (
+            KeyError("state"),
+            "KeyError: 'state'. Free some space or make the folder writable, then ",
+        ),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device. Free some "),
+    ],
+    ids=["memory", "library", "disk"],
+)
+def test_an_exception_inside_the_save_leaves_the_checkpoint_before(
+    error: Exception, line: str
+) -> None:
+    from fastllm.finetuning.trainer import FinetuneTrainer
+
+    save = "_save_optimizer_and_scheduler"
+    flags = ("--max_steps", "5", "--save_interval", "2", "--quiet", "--out_dir", "run")
+    with fault(FinetuneTrainer, save, 2, raising(error)), pytest.raises(SystemExit) as end:
+        run("gpt2", *flags)
+    assert str(end.value).startswith(f"error: cannot save run/checkpoints/checkpoint-4: {line}")
+    assert str(end.value).endswith("continue with --resume, from run/checkpoints/checkpoint-2")
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["checkpoint-2"]
+    # The same, where a step has failed before.
+    with (
+        fault(FinetuneTrainer, "compute_loss", 2, raising(RuntimeError("no kernel"))),
+        fault(FinetuneTrainer, save, 1, raising(error)),
+        pytest.raises(SystemExit) as end,
+    ):
+        main("--out_dir run --resume --quiet".split())
+    first = "error: RuntimeError: no kernel, after step 3; and cannot save run/checkpoints/"
+    assert str(end.value).startswith(f"{first}checkpoint-3: {line}")
+    assert "\n" not in str(end.value)
+    main("--out_dir run --resume --quiet".split())
+    assert last_checkpoint(Path("run")).name == "checkpoint-5"
+
+
+def test_exceptions_before_the_first_step_and_after_the_last() -> None:
+    from fastllm.finetuning.trainer import FinetuneTrainer
+
+    failing = fault(FinetuneTrainer, "compute_loss", 1, raising(MemoryError()))
+    message = "not enough memory, after step 0. .* then start the run again$"
+    with failing, pytest.raises(SystemExit, match=message):
+        run("gpt2", "--out_dir", "run", "--quiet")
+    failing = fault(FinetuneTrainer, "_finalize_training", 1, raising(TypeError("x")))
+    message = "TypeError: x, after step 3. .* from step 3 with: "
+    with failing, pytest.raises(SystemExit, match=message):
+        run("gpt2", "--out_dir", "run", "--quiet")
+    main("--out_dir run --resume --quiet".split())
+    assert Path("run/model/model.safetensors").exists()
+    failing = fault(FinetuneTrainer, "evaluate", 1, raising(RuntimeError("no kernel")))
+    with failing, pytest.raises(SystemExit, match="^error: RuntimeError: no kernel$"):
+        main("--model run/model --dataset data.jsonl --max_seq_len 16 --eval_only --quiet".split())
 
 
 def test_lora_is_merged_into_its_targets_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from fastllm.command import first_line, log
+from fastllm.command import cause_of, first_line, is_out_of_memory, log
 from fastllm.files import flush
+from fastllm.training.checkpoint import CheckpointError
 
 STATE = "trainer_state.json"  # written after everything else of its checkpoint
 
@@ -57,11 +56,13 @@ def remove_checkpoints(checkpoints: Path, keep: set[int]) -> None:
 
 @contextmanager
 def reading(checkpoint: str | None) -> Iterator[None]:
-    """Turns what libraries raise for a damaged checkpoint into an `OSError` in one line."""
+    """Turns what libraries raise for a damaged checkpoint into a `CheckpointError` in one line."""
     try:
         yield
     except Exception as error:
-        raise OSError(
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
             f"{checkpoint} cannot be read: {first_line(error)}. Delete it to "
             "continue from the one before, or start the run again"
         ) from error
@@ -72,8 +73,8 @@ def complete_or_absent(final: Path) -> Iterator[Path]:
     """A folder to write, which becomes `final`, or replaces it, if the block raises no error.
 
     Raises:
-        OSError: it cannot be written: the disk is full, the folder read-only, or the like. What
-            `final` was before is untouched.
+        CheckpointError: it cannot be written: the disk is full, the folder read-only, or the like.
+            What `final` was before is untouched.
     """
     workspace = final.parent / "writing"
     partial, replaced = workspace / final.name, workspace / "replaced"
@@ -89,17 +90,13 @@ def complete_or_absent(final: Path) -> Iterator[Path]:
         partial.rename(final)
         flush(final.parent)
     except Exception as error:
-        # PyTorch raises RuntimeErrors when it cannot write, tokenizers bare Exceptions.
-        if not isinstance(error, OSError | SafetensorError) and type(error) not in (
-            RuntimeError,
-            Exception,
-        ):
-            raise
         earlier = whole_checkpoints(final.parent) or whole_checkpoints(final.parent / "checkpoints")
         again = f"continue with --resume, from {earlier[-1]}" if earlier else "start the run again"
-        raise OSError(
-            f"cannot save {final}: {_reason(error)}. Free some space or make the folder writable, "
-            f"then {again}"
+        remedy = "Free some space or make the folder writable"
+        if is_out_of_memory(error):
+            remedy = "Free some memory"
+        raise CheckpointError(
+            f"cannot save {final}: {_reason(error)}. {remedy}, then {again}"
         ) from error
     finally:
         _put_back(replaced, final)
@@ -112,6 +109,6 @@ def _put_back(replaced: Path, final: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    if type(error) is RuntimeError:  # of PyTorch's writer, whose message names lines of its source
+    if "inline_container" in str(error):  # PyTorch's writer names lines of its source
         return "not all of it could be written"
-    return first_line(error)
+    return cause_of(error).splitlines()[0]

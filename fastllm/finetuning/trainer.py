@@ -6,6 +6,8 @@ Import this only where it is used: transformers' Trainer takes seconds to import
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastllm.command import StopRequest, log
+from fastllm.command import StopRequest, cause_of, is_fault, is_out_of_memory, log
 from fastllm.device import autocast
 from fastllm.finetuning.checkpoint import (
     STATE,
@@ -29,9 +31,12 @@ from fastllm.finetuning.checkpoint import (
     complete_or_absent,
     reading,
     remove_checkpoints,
+    step_of,
+    whole_checkpoints,
 )
 from fastllm.finetuning.config import FinetuneConfig
 from fastllm.optim import AdamW
+from fastllm.training.checkpoint import CheckpointError
 from fastllm.training.evaluation import Evaluation
 from fastllm.training.loop import TrainingError, derive_seed
 from fastllm.training.metrics import MetricsLog, read_metrics, resident_mb, tokens_per_second
@@ -52,13 +57,17 @@ class RunMonitor(StopRequest, TrainerCallback):
     Attributes:
         training_s: seconds spent in the steps of this command.
         tokens: tokens of these steps.
+        last_step: PyTorch's random state after the last step of this command, and the tokens seen
+            by then; None before the first, and during an update, which changes weights one by one.
     """
 
     def __init__(self, run_dir: Path | None, quiet: bool) -> None:
         self.run_dir = run_dir
         self.quiet = quiet
         self.tokens, self.training_s = 0, 0.0
+        self.last_step: tuple[torch.Tensor, int] | None = None
         self._log: MetricsLog | None = None
+        self._opened = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         # A checkpoint brings the intervals of the command that saved it.
@@ -67,6 +76,7 @@ class RunMonitor(StopRequest, TrainerCallback):
         if self.run_dir is not None:
             path = self.run_dir / "metrics.jsonl"
             self._log = MetricsLog(path, state.global_step + 1 if state.global_step else 0)
+            self._opened.callback(self._log.close)
             self._before = max((line["elapsed_s"] for line in read_metrics(path)), default=0.0)
         self._start = time.monotonic()
         self._first_tokens = self._logged_tokens = state.num_input_tokens_seen
@@ -78,6 +88,7 @@ class RunMonitor(StopRequest, TrainerCallback):
             unit="step",
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
+        self._opened.callback(self._bar.close)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._step_start = time.monotonic()
@@ -85,7 +96,11 @@ class RunMonitor(StopRequest, TrainerCallback):
     def on_substep_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.poll()  # says that a signal was heard
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.last_step = None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.last_step = torch.get_rng_state(), state.num_input_tokens_seen
         self.training_s += time.monotonic() - self._step_start
         self.tokens = state.num_input_tokens_seen - self._first_tokens
         if state.global_step >= state.max_steps:
@@ -98,6 +113,10 @@ class RunMonitor(StopRequest, TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if self.poll():  # on_step_end had it saved
             control.should_save = control.should_evaluate = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self.last_step:  # evaluating draws a random number
+            self.last_step = torch.get_rng_state(), state.num_input_tokens_seen
 
     def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         values = others["logs"]
@@ -128,9 +147,11 @@ class RunMonitor(StopRequest, TrainerCallback):
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self._bar.close()
-        if self._log is not None:
-            self._log.close()
+        self.close()
+
+    def close(self) -> None:
+        """Ends the progress bar and the log, if they have begun."""
+        self._opened.close()
 
 
 class EarlyStopping(TrainerCallback):
@@ -275,6 +296,50 @@ class FinetuneTrainer(Trainer):
             self.state.best_model_checkpoint = str(checkpoint_folder(checkpoints, best))
         remove_checkpoints(checkpoints, keep)
 
+    @contextmanager
+    def saving_on_error(self) -> Iterator[None]:
+        """Saves the last whole step before an exception ends the run.
+
+        Raises:
+            TrainingError: in place of any other error; the message says how to go on.
+            CheckpointError: a checkpoint cannot be written or read.
+        """
+        try:
+            yield
+        except (TrainingError, CheckpointError):
+            raise  # there is nothing good to save, or nowhere to
+        except BaseException as error:
+            cause = f"{cause_of(error).splitlines()[0]}, after step {self.state.global_step:,}"
+            try:
+                self._save_last_step()
+            except CheckpointError as second:
+                raise CheckpointError(f"{cause}; and {second}") from error
+            if not is_fault(error):
+                raise
+            raise TrainingError(f"{cause}. {self._how_to_go_on(error)}") from error
+        finally:
+            self.monitor.close()
+
+    def _save_last_step(self) -> None:
+        """Saves what the last step of this command left, unless that is on the disk already."""
+        whole = whole_checkpoints(Path(str(self.args.output_dir)))
+        if self.monitor.last_step and self.state.global_step not in map(step_of, whole):
+            random_state, self.state.num_input_tokens_seen = self.monitor.last_step
+            torch.set_rng_state(random_state)
+            self._save_checkpoint(self.model, trial=None)
+
+    def _how_to_go_on(self, error: BaseException) -> str:
+        remedy = "Remove the cause"
+        if is_out_of_memory(error):
+            remedy = "Free some memory, or add --gradient_checkpointing"
+        whole = whole_checkpoints(Path(str(self.args.output_dir)))
+        if not whole:
+            return f"{remedy}, then start the run again"
+        return (
+            f"{remedy}, then continue from step {step_of(whole[-1]):,} with: fastllm finetune "
+            f"--out_dir {self.monitor.run_dir} --resume"
+        )
+
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:  # type: ignore[override]
         with reading(checkpoint):
             TrainerState.load_from_json(str(Path(checkpoint, STATE)))
@@ -352,7 +417,7 @@ class FinetuneTrainer(Trainer):
                     total += float(model(**batch)["loss"]) * predicted
                 count += predicted
         if not count:
-            raise ValueError("the evaluation data has no token to predict")
+            raise TrainingError("the evaluation data has no token to predict; give more of it")
         result = Evaluation(total / count, count)
         metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         self.log(metrics)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastllm.command import first_line, log
+from fastllm.command import first_line, is_fault, is_out_of_memory, log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,9 +183,8 @@ def _load(kind: str, name: str, load: Callable[..., Any], *args: Any, **kwargs: 
     try:
         return load(*args, **kwargs)
     except BaseException as error:
-        # Files that are not what they should be raise whatever the libraries stumble over; panics
-        # of those written in Rust are BaseExceptions.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        # Files that are not what they should be raise whatever the libraries stumble over.
+        if not is_fault(error) or is_out_of_memory(error):
             raise
         reason = first_line(error)
         if "ignore_mismatched_sizes" in reason:  # it points to a report that is not printed
