@@ -1,16 +1,14 @@
 """Export a trained model: `fastllm export --checkpoint DIR --format gguf`."""
 
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import field_validator
 
 from fastllm.command import command, errors_in_one_line, log, parse_settings
-from fastllm.files import flush
+from fastllm.files import writing_aside
 from fastllm.flags import CommandSettings, Format
 
 CARD = "README.md"
@@ -72,10 +70,7 @@ def export(
     model, tokenizer, settings = load_model(checkpoint)
     model.eval()
     check_expressible(model, tokenizer, config.format)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The files get their final names only after all of them are written.
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as path:
-        aside = Path(path)
+    with writing_aside(folder) as aside:
         name = run_dir.name
         difference = write_model(model, tokenizer, config.format, aside, name)
         model_file = files.get(f"model.{config.format}", run_dir).name
@@ -84,11 +79,8 @@ def export(
             difference,
         )  # fmt: skip
         (aside / CARD).write_text(text, encoding="utf-8")
-        for written in files:
-            flush(aside / written)
         for written, file in files.items():
-            os.replace(aside / written, file)
-        flush(folder)
+            (aside / written).rename(aside / file.name)
     return difference
 
 

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, even if the process or the machine dies; locked folders."""
+"""Files and folders that are complete or absent, even if the process or the machine dies; locks."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import BinaryIO
 
 # A partial file that was not written to for so many seconds is the leftover of a killed process.
 STALE_S = 3600
+_ASIDE = "writing-" + 32 * "[0-9a-f]"  # a user's folder may be called writing-samples
 
 _locks: set[int] = set()  # the descriptors of folders that this process has locked
 
@@ -41,6 +43,67 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def writing_aside(folder: Path) -> Iterator[Path]:
+    """A new folder whose entries move into `folder` when the block ends without an error.
+
+    All of them are fsynced first. They replace files and folders of the same names; between the two
+    renames that replace a folder called NAME, the old one is called replaced-NAME. `tidy` repairs
+    what a killed process left.
+    """
+    aside = folder / f"writing-{uuid.uuid4().hex}"
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in aside.rglob("*"):
+            flush(path)
+        for new in list(aside.iterdir()):
+            final, replaced = folder / new.name, folder / f"replaced-{new.name}"
+            if final.is_dir():
+                final.rename(replaced)
+            try:
+                new.rename(final)
+            finally:
+                _put_back(replaced)
+        flush(folder)
+        with contextlib.suppress(OSError):  # the files are in place, whatever is left of it
+            aside.rmdir()
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def tidy(folder: Path, names: str) -> None:
+    """Removes what killed processes left of `writing_aside` and `remove_folder`, and puts back what
+    they had set aside; for a folder that nobody else writes in now.
+
+    Args:
+        names: a pattern for the entries that were written or removed.
+    """
+    for pattern in (_ASIDE, f"removing-{names}"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+    for replaced in folder.glob(f"replaced-{names}"):
+        _put_back(replaced)
+
+
+def _put_back(replaced: Path) -> None:
+    """Gives a folder that was set aside its name again, or removes it if that is taken."""
+    final = replaced.with_name(replaced.name.removeprefix("replaced-"))
+    if not final.exists() and replaced.exists():
+        replaced.rename(final)
+    elif replaced.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder under another name: half removed, it must not look whole."""
+    doomed = folder.with_name(f"removing-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 @contextlib.contextmanager

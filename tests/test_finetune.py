@@ -444,6 +444,17 @@ def test_exceptions_before_the_first_step_and_after_the_last() -> None:
         main("--model run/model --dataset data.jsonl --max_seq_len 16 --eval_only --quiet".split())
 
 
+def test_a_kill_between_the_renames_of_a_step_saved_twice() -> None:
+    run("gpt2", "--out_dir", "run", "--quiet")
+    os.rename("run/checkpoints/checkpoint-3", "run/checkpoints/replaced-checkpoint-3")
+    Path(f"run/checkpoints/writing-{'0' * 32}/checkpoint-3").mkdir(parents=True)
+    main("--out_dir run --resume --quiet --max_steps 4".split())
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["checkpoint-4"]
+    os.rename("run/model", "run/replaced-model")
+    main("--out_dir run --resume --quiet".split())
+    assert Path("run/model/model.safetensors").exists() and not [*Path("run").glob("*-*")]
+
+
 def test_lora_is_merged_into_its_targets_alone(capsys: pytest.CaptureFixture[str]) -> None:
     run("gpt2", "--out_dir", "start")
     flags = ("--lora", "--lora_rank", "2", "--lora_targets", "c_attn", "--out_dir", "tuned")

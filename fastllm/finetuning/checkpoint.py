@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastllm.command import cause_of, first_line, is_out_of_memory, log
-from fastllm.files import flush
+from fastllm.files import remove_folder, tidy, writing_aside
 from fastllm.training.checkpoint import CheckpointError
 
 STATE = "trainer_state.json"  # written after everything else of its checkpoint
@@ -29,11 +28,12 @@ def whole_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def last_checkpoint(run_dir: Path) -> Path:
-    """The complete checkpoint with the highest step.
+    """The complete checkpoint with the highest step, after a killed process too.
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
     """
+    tidy(run_dir / "checkpoints", "checkpoint-*")
     found = whole_checkpoints(run_dir / "checkpoints")
     if not found:
         raise FileNotFoundError(
@@ -48,8 +48,7 @@ def remove_checkpoints(checkpoints: Path, keep: set[int]) -> None:
         if step_of(old) in keep:
             continue
         try:
-            (old / STATE).unlink()  # half removed, it must not look whole
-            shutil.rmtree(old)
+            remove_folder(old)
         except OSError as error:
             log(f"warning: the old checkpoint {old} cannot be removed: {error}")
 
@@ -70,25 +69,16 @@ def reading(checkpoint: str | None) -> Iterator[None]:
 
 @contextmanager
 def complete_or_absent(final: Path) -> Iterator[Path]:
-    """A folder to write, which becomes `final`, or replaces it, if the block raises no error.
+    """A folder to make, which becomes `final`, or replaces it, if the block raises no error.
 
     Raises:
         CheckpointError: it cannot be written: the disk is full, the folder read-only, or the like.
             What `final` was before is untouched.
     """
-    workspace = final.parent / "writing"
-    partial, replaced = workspace / final.name, workspace / "replaced"
-    _put_back(replaced, final)  # if a process was killed between the two renames below
-    shutil.rmtree(workspace, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            flush(path)
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-        flush(final.parent)
+        tidy(final.parent, final.name)
+        with writing_aside(final.parent) as aside:
+            yield aside / final.name
     except Exception as error:
         earlier = whole_checkpoints(final.parent) or whole_checkpoints(final.parent / "checkpoints")
         again = f"continue with --resume, from {earlier[-1]}" if earlier else "start the run again"
@@ -98,14 +88,6 @@ def complete_or_absent(final: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"cannot save {final}: {_reason(error)}. {remedy}, then {again}"
         ) from error
-    finally:
-        _put_back(replaced, final)
-        shutil.rmtree(workspace, ignore_errors=True)
-
-
-def _put_back(replaced: Path, final: Path) -> None:
-    if replaced.exists() and not final.exists():
-        replaced.rename(final)
 
 
 def _reason(error: Exception) -> str:

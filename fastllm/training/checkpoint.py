@@ -12,9 +12,8 @@ system has no links, latest.txt names the newest one instead)::
         training_state/optimizer.safetensors, training_state/progress.json
         checksums.json   SHA-256 of every other file
 
-A checkpoint is written under a temporary name and every file is flushed to disk. Then the directory
-gets its final name and its parent is flushed: if the process or the machine dies, the previous
-checkpoint stays whole.
+A checkpoint gets its name after all of it is on the disk: if the process or the machine dies, the
+previous checkpoint stays whole.
 
 Processes that train together write one checkpoint, through `torch.distributed.checkpoint`. It does
 not depend on their number, nor on whether each had all of the model or a part, so a run may
@@ -26,7 +25,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastllm.command import warn_once
-from fastllm.files import flush, sha256
+from fastllm.files import flush, remove_folder, sha256, tidy, writing_aside
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import Tokenizer, load_tokenizer
 from fastllm.training.config import TrainConfig, read_config
@@ -47,6 +46,7 @@ from fastllm.training.distributed import SINGLE, ProcessGroup
 _STEP_NAME = re.compile(r"(replaced-)?step-\d{8,}")
 _CHECKSUMS = "checksums.json"
 _PROGRESS = "training_state/progress.json"
+_OPTIMIZER = "training_state/optimizer.safetensors"
 
 
 class CheckpointError(Exception):
@@ -97,71 +97,49 @@ def save_checkpoint(
     """
     checkpoints = run_dir / "checkpoints"
     final = checkpoints / f"step-{progress.step:08d}"
-    partial = checkpoints / f"writing-{final.name}"
-    state = partial / "training_state"
+    aside = ExitStack()  # of rank 0
 
-    def start() -> None:
-        _tidy(checkpoints)
-        state.mkdir(parents=True)
+    def start() -> Path:
+        tidy(checkpoints, "step-*")
+        partial = aside.enter_context(writing_aside(checkpoints)) / final.name
+        (partial / "training_state").mkdir(parents=True)
+        return partial
 
     def finish() -> None:
         (partial / "config.json").write_text(config.to_json(), encoding="utf-8")
         tokenizer.save(partial / "tokenizer.json")
         text = json.dumps(asdict(progress), indent=2)
         (partial / _PROGRESS).write_text(text + "\n", encoding="utf-8")
-        _publish(partial, final)
+        _write_checksums(partial)
+        aside.close()
 
-    def tidy() -> None:
+    def keep_house() -> None:
         _link_newest(final)
         for old in _checkpoints(run_dir)[:-keep_newest]:
             if _step_of(old) not in keep:
                 remove_checkpoint(old)
 
     try:
-        group.broadcast(start)
-        _write_tensors(_weights(model), partial / "model.safetensors", group)
-        _write_tensors(_state(model, optimizers), state / "optimizer.safetensors", group)
-        group.broadcast(finish)
+        with aside:
+            partial = group.broadcast(start)
+            _write_tensors(_weights(model), partial / "model.safetensors", group)
+            _write_tensors(_state(model, optimizers), partial / _OPTIMIZER, group)
+            group.broadcast(finish)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         whole = _checkpoints(run_dir)
         again = f"continue with --resume, from {whole[-1]}" if whole else "start the run again"
         raise CheckpointError(
             f"cannot save a checkpoint in {checkpoints}: {error}. Free some space or make the "
             f"folder writable, then {again}"
         ) from error
-    group.broadcast(tidy)
+    group.broadcast(keep_house)
     return final
 
 
-def _tidy(checkpoints: Path) -> None:
-    """Removes what a killed process left, and puts back a checkpoint that it had set aside."""
-    for pattern in ("writing-*", "removing-*"):
-        for leftover in checkpoints.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
-    for replaced in checkpoints.glob("replaced-*"):
-        final = replaced.with_name(replaced.name.removeprefix("replaced-"))
-        if final.exists():
-            remove_checkpoint(replaced)
-        else:
-            replaced.rename(final)
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Flushes a complete checkpoint to the disk, then gives it its name."""
-    checkpoints = final.parent
-    sums = {str(file.relative_to(partial)): sha256(file) for file in _files(partial)}
-    (partial / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-    for path in [*_files(partial), partial / "training_state", partial]:
-        flush(path)
-    # A step that is saved again: between two renames, its checkpoint has this name.
-    replaced = checkpoints / f"replaced-{final.name}"
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    flush(checkpoints)
-    if replaced.exists():
-        remove_checkpoint(replaced)
+def _write_checksums(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {str(file.relative_to(folder)): sha256(file) for file in files}
+    (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], file: Path, group: ProcessGroup) -> None:
@@ -302,10 +280,10 @@ def load_training_state(
     Raises:
         CheckpointError: a file is missing, truncated, changed or foreign.
     """
-    folder = checkpoint / "training_state"
+    file = checkpoint / _OPTIMIZER
     parameters = dict(model.named_parameters())
     try:
-        tensors = _read_parts(folder / "optimizer.safetensors", parameters, group)
+        tensors = _read_parts(file, parameters, group)
         for optimizer in optimizers:
             groups = optimizer.state_dict()["param_groups"]
             names = _names(optimizer, model) if tensors else []
@@ -319,9 +297,7 @@ def load_training_state(
             state = {i: tensors[name] for i, name in enumerate(names)}
             optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder / 'optimizer.safetensors'} does not fit this run: {error}"
-        ) from error
+        raise CheckpointError(f"{file} does not fit this run: {error}") from error
     progress = read_progress(checkpoint)
     if progress is None:
         raise CheckpointError(f"{checkpoint / _PROGRESS} is missing")
@@ -457,10 +433,6 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
 def _link_newest(checkpoint: Path) -> None:
     run_dir = checkpoint.parent.parent
     try:
@@ -485,12 +457,8 @@ def _link(link: Path, target: Path) -> None:
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Removes an old checkpoint; one that cannot be removed is left, with a warning."""
-    # Renamed first: a checkpoint half removed must not look whole.
-    doomed = checkpoint.with_name(f"removing-{checkpoint.name}")
     try:
-        shutil.rmtree(doomed, ignore_errors=True)
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed)
+        remove_folder(checkpoint)
     except OSError as error:
         warn_once(
             f"old checkpoints in {checkpoint.parent} cannot be removed ({error.strerror}); "

@@ -2,13 +2,12 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from fastllm.files import flush
+from fastllm.files import writing_aside
 from fastllm.models.decoder import DecoderModel
 from fastllm.tokenization import Tokenizer
 from fastllm.training.checkpoint import find_checkpoint, read_saved_settings
@@ -48,18 +47,10 @@ def save_model(model: DecoderModel, tokenizer: Tokenizer, folder: str | os.PathL
     if model.tie_word_embeddings:  # safetensors refuses shared memory
         del weights["lm_head.weight"]
     config = {"fastllm_version": __version__, "model": settings}
-    folder.mkdir(parents=True, exist_ok=True)
-    # The files get their final names only after all of them are written.
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as path:
-        aside = Path(path)
+    with writing_aside(folder) as aside:
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(aside / "tokenizer.json")
         save_file(weights, aside / "model.safetensors")
-        for name in FILES:
-            flush(aside / name)
-        for name in FILES:
-            os.replace(aside / name, folder / name)
-        flush(folder)
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[DecoderModel, Tokenizer]:
