@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastllm.data.corpus import file_format
-from fastllm.files import replace_file, sha256
+from fastllm.files import replace_file
 from fastllm.finetuning.config import FinetuneConfig
 from fastllm.integrations import hub
 
@@ -103,8 +103,12 @@ class Inputs:
                 file.write(json.dumps(self.digests, indent=2).encode() + b"\n")
 
 
-def model_digest(name: str) -> str:
-    """A digest of the files of a model or tokenizer; of its name if it is on the hub."""
+def model_digest(name: str, file_digest: Callable[[Path], str]) -> str:
+    """A digest of the files of a model or tokenizer; of its name if it is on the hub.
+
+    Args:
+        file_digest: the SHA-256 of a file.
+    """
     path = Path(name)
     digest = hashlib.sha256()
     if not path.exists():
@@ -112,7 +116,7 @@ def model_digest(name: str) -> str:
     files = [path] if path.is_file() else sorted(path.glob("*"))
     for file in files:
         if file.is_file() and file.suffix in MODEL_FILES:
-            digest.update(f"{file.name}\0{sha256(file)}\0".encode())
+            digest.update(f"{file.name}\0{file_digest(file.resolve())}\0".encode())
     return digest.hexdigest()
 
 

@@ -7,14 +7,14 @@ import importlib.util
 import math
 import sys
 import warnings
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastllm.command import Log
 from fastllm.data.corpus import file_format, load_documents, tokenize
 from fastllm.device import choose_precision
-from fastllm.files import replace_file
+from fastllm.files import replace_file, sha256
 from fastllm.finetuning.checkpoint import complete_or_absent
 from fastllm.finetuning.config import FinetuneConfig
 from fastllm.finetuning.inputs import (
@@ -66,9 +66,10 @@ def prepare(config: FinetuneConfig, run_dir: Path | None, log: Log) -> FinetuneT
 
     silence_libraries(config.quiet)
     inputs = Inputs(run_dir, config.resume)
+    file_digest = cache(sha256)  # model and tokenizer are often in one folder
     for flag, name in (("model", config.model), ("tokenizer", config.tokenizer)):
         if name is not None:
-            inputs.add(flag, partial(model_digest, name))
+            inputs.add(flag, partial(model_digest, name, file_digest))
     model_config = hub.load_config(config.model)
     tokenizer = hub.load_tokenizer(config.tokenizer or config.model)
     config = resolve(config, model_config)
