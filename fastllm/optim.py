@@ -16,6 +16,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def _loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What the closure of a step returns, computed with gradients; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class Adam(torch.optim.Optimizer):
     """`torch.optim.Adam` that also clips the gradients; state dicts are interchangeable.
 
@@ -98,10 +106,7 @@ class Adam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. `closure`, if given, recomputes the loss, which is then returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         groups = []
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -170,10 +175,7 @@ class Fp32Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. `closure`, if given, recomputes the loss, which is then returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for group in self.param_groups:
             momentum = group["momentum"]
             for param in group["params"]:
