@@ -1,5 +1,6 @@
 """Shared by the commands: settings from flags, errors in one line, logging and signals."""
 
+import errno
 import functools
 import io
 import os
@@ -59,9 +60,10 @@ def errors_in_one_line(*types: type[Exception]) -> Iterator[None]:
     """Turns exceptions that the user can fix into a message and exit status 1."""
     try:
         yield
-    except BrokenPipeError:  # the reader of our output is gone: `| head`
+    except OutputError as error:
         _discard_results()
-        raise SystemExit(1) from None
+        # The reader has seen enough: `| head`.
+        raise SystemExit(1 if error.errno == errno.EPIPE else f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
@@ -83,6 +85,8 @@ def cause_of(error: BaseException) -> str:
         return f"there is not enough memory{f' to {amount[0]}' if amount else ''}"
     if isinstance(error, KeyError) and " " in str(error.args[:1]):  # a sentence, not just a key
         return str(error.args[0])  # str() of the error would wrap it in quotes
+    if isinstance(error, BrokenPipeError):
+        return "another process or machine has closed its end of a pipe or a connection"
     is_ours = type(error).__module__.startswith("fastllm.")
     if is_ours or (isinstance(error, _CLEAR_ERRORS) and str(error).strip()):
         return str(error)
@@ -120,10 +124,8 @@ def command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
         with errors_in_one_line(OSError):
             try:
                 main(arguments)
+            finally:
                 sys.stdout.flush()  # a full disk, for example, is noticed here
-            except OSError:
-                _discard_results()
-                raise
 
     return run
 
@@ -132,6 +134,20 @@ def _discard_results() -> None:
     """What is left in the buffer of stdout would fail again at the exit."""
     with suppress(io.UnsupportedOperation):  # not the output of a process
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class OutputError(OSError):
+    """Results cannot be written on stdout; other pipes and connections raise other errors."""
+
+
+class _Results(io.FileIO):
+    """The file of stdout, whose errors are told from those of other files."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OutputError(error.errno, error.strerror, "standard output") from None
 
 
 class _Expendable(io.FileIO):
@@ -151,8 +167,17 @@ def prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="replace")
+        if stdout is sys.__stdout__:
+            sys.stdout = io.TextIOWrapper(
+                io.BufferedWriter(_Results(stdout.fileno(), "w", closefd=False)),
+                encoding=stdout.encoding,
+                errors="replace",
+                line_buffering=stdout.line_buffering,
+                write_through=stdout.write_through,
+            )
     stderr = sys.__stderr__
     if stderr is not None and sys.stderr is stderr:
         sys.stderr = io.TextIOWrapper(

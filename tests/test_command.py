@@ -160,6 +160,42 @@ def test_an_output_that_is_gone_never_ends_the_work(
     assert b"Traceback" not in ended.stderr and b"ignored" not in ended.stderr
 
 
+BROKEN_PIPE = """
+import os, sys
+from fastllm.command import command
+
+@command
+def main(arguments):
+    print("a result")
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.write(writer, b"to a worker that has ended")
+
+main([])
+"""
+
+
+@pytest.mark.subprocess
+def test_a_broken_pipe_that_is_not_stdout_is_an_error_after_the_results() -> None:
+    ended = subprocess.run([sys.executable, "-c", BROKEN_PIPE], capture_output=True, timeout=100)
+    assert (ended.returncode, ended.stdout) == (1, b"a result\n")
+    assert (
+        ended.stderr
+        == b"error: another process or machine has closed its end of a pipe or a connection\n"
+    )
+
+
+@pytest.mark.subprocess
+def test_a_full_disk_under_stdout_is_named() -> None:
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", COMMAND, os.devnull], stdout=full, stderr=subprocess.PIPE,
+            timeout=100,
+        )  # fmt: skip
+    message = b"error: [Errno 28] No space left on device: 'standard output'\n"
+    assert ended.returncode == 1 and ended.stderr.endswith(message)
+
+
 @pytest.mark.subprocess
 def test_characters_that_an_output_cannot_encode_are_replaced(
     tmp_path: Path,
