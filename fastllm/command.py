@@ -33,7 +33,8 @@ def make_settings(settings_class: type[AnySettings], values: Mapping[str, Any]) 
     try:
         return settings_class(**values)
     except ValidationError as error:
-        raise SystemExit(f"error: {describe_error(error)}") from None
+        lines = dict.fromkeys(map(_describe_flag, error.errors(include_url=False)))
+        raise SystemExit("error: " + "\n       ".join(lines)) from None
 
 
 def describe_error(error: Exception) -> str:
@@ -43,16 +44,37 @@ def describe_error(error: Exception) -> str:
     return "\n       ".join(map(_describe_setting, error.errors(include_url=False)))
 
 
-# Instead of pydantic's own words for these.
-PLAIN_MESSAGES = {"missing": "is required", "extra_forbidden": "there is no such setting"}
-
-
 def _describe_setting(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
-    message = PLAIN_MESSAGES.get(error["type"], error["msg"].removeprefix("Value error, "))
-    if isinstance(error["input"], dict):  # all settings: several do not fit together
-        return f"{name}: {message}" if name else message
-    return f"{name + ': ' if name else ''}{message} (got {error['input']!r})"
+    return f"{name}: {_problem(error)}" if name else _problem(error)
+
+
+def _describe_flag(error: Any) -> str:
+    """`--lr must be a number (got 'fast')`; a list's flag, whichever of its values is wrong."""
+    return f"--{error['loc'][0]} {_problem(error)}" if error["loc"] else _problem(error)
+
+
+# Instead of pydantic's own words for these.
+PLAIN_MESSAGES = {
+    "missing": "is required",
+    "extra_forbidden": "there is no such setting",
+    "too_short": "needs a value",
+}
+PLAIN_WORDS = {
+    r"^Value error, ": "",
+    r"^Input should be": "must be",
+    r", (unable to parse|got a number|unable to interpret).*": "",
+    "a valid integer": "a whole number",
+    "a valid ": "a ",
+}
+
+
+def _problem(error: Any) -> str:
+    message = PLAIN_MESSAGES.get(error["type"], error["msg"])
+    for pattern, words in PLAIN_WORDS.items():
+        message = re.sub(pattern, words, message)
+    # A dictionary is all settings, several of which do not fit together.
+    return message if isinstance(error["input"], dict) else f"{message} (got {error['input']!r})"
 
 
 @contextmanager

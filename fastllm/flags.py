@@ -73,7 +73,9 @@ class CommandSettings(BaseModel):
 def check_quantize(quantize: str | None, precision: Precision) -> None:
     """Raises a `ValueError` if the settings would round weights twice."""
     if quantize and precision in ("bf16", "fp16"):
-        raise ValueError(f"quantize and precision {precision} exclude each other: leave one out")
+        raise ValueError(
+            f"--quantize and --precision {precision} exclude each other: leave one out"
+        )
 
 
 def read_flags(settings_class: type[CommandSettings], arguments: list[str]) -> dict[str, Any]:
@@ -89,11 +91,15 @@ def read_flags(settings_class: type[CommandSettings], arguments: list[str]) -> d
     found, words = parser.parse_known_args(underscored(arguments[:end]))
     values = vars(found)
     name = settings_class.positional
-    for word in words:
-        if word.startswith("--"):
-            flag = word.partition("=")[0]
-            near = did_you_mean(settings_class, flag[2:].removeprefix("no-"), "--")
-            parser.error(f"there is no flag {flag}{near or '; --help lists them'}")
+    if unknown := [word.partition("=")[0] for word in words if word.startswith("--")]:
+        hints = (
+            did_you_mean(settings_class, flag[2:].removeprefix("no-"), "--") for flag in unknown
+        )
+        lines = (
+            f"there is no flag {flag}{hint or '; --help lists them'}"
+            for flag, hint in zip(unknown, hints, strict=True)
+        )
+        parser.error("\n       ".join(lines))
     for each, field in _fields(settings_class).items():
         if each in values and _is_list(field) and not {str, Path} & {*_types(field.annotation)}:
             values[each] = ",".join(values[each]).split(",")

@@ -67,10 +67,10 @@ fastllm generate --checkpoint runs/book --prompt_file lines.txt --top_p 0.9
     @model_validator(mode="after")
     def _check_together(self) -> GenerateConfig:
         if self.prompt is not None and self.prompt_file is not None:
-            raise ValueError("give either a prompt or a prompt_file")
+            raise ValueError("give either --prompt or --prompt_file")
         check_quantize(self.quantize, self.precision)
         if self.stop == "":
-            raise ValueError("stop is empty; leave it out, or give the text to end before")
+            raise ValueError("--stop is empty; leave it out, or give the text to end before")
         return self
 
     @property

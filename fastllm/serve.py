@@ -63,7 +63,7 @@ FASTLLM_API_KEY=... fastllm serve --checkpoint runs/book --host 0.0.0.0
     def _check_together(self) -> "ServeConfig":
         check_quantize(self.quantize, self.precision)
         if self.api_key is not None and not self.api_key.strip():
-            raise ValueError("api_key is empty; leave it out, or give one")
+            raise ValueError("--api_key is empty; leave it out, or give one")
         return self
 
 

@@ -69,9 +69,9 @@ def test_bf16() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--config A,F", "error: shape.1: Input should be 'A', 'B', 'C', 'D' or 'E' (got 'F')"),
-        ("--compare jax", "error: compare.0: Input should be 'eager', 'tuned', 'chunked',"),
-        ("--seconds 0", "error: seconds: Input should be greater than 0"),
+        ("--config A,F", "error: --shape must be 'A', 'B', 'C', 'D' or 'E' (got 'F')"),
+        ("--compare jax", "error: --compare must be 'eager', 'tuned', 'chunked',"),
+        ("--seconds 0", "error: --seconds must be greater than 0"),
     ],
 )
 def test_wrong_flags(flags: str, message: str) -> None:

@@ -110,7 +110,7 @@ def test_a_run_and_its_files(capsys: pytest.CaptureFixture[str]) -> None:
     data = "--dataset data.jsonl --max_seq_len 16 --eval_only"
     main(["--model", str(run_dir / "model"), *data.split()])
     assert f"loss {losses[-1]:.4f}" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="leave out resume, and give --model the model folder"):
+    with pytest.raises(SystemExit, match="leave out --resume, and give --model the model folder"):
         main(["--model", "gpt2", *data.split(), "--resume", "--out_dir", str(run_dir)])
     with pytest.raises(SystemExit, match="runs/gpt2 holds a run already; --resume continues it"):
         run("gpt2", "--out_dir", "runs/gpt2")
@@ -744,7 +744,7 @@ def test_real_weights_get_better_at_masked_words(flags: str) -> None:
             "this model has no module nothing; it has c_attn, c_fc",
         ),
         ("--lr 1e30", "the loss is nan at step"),
-        ("--epochs 0", "epochs: "),
+        ("--epochs 0", "--epochs must be greater than or equal to 1 (got '0')"),
     ],
 )
 def test_errors_name_the_bad_input(flags: str, message: str) -> None:

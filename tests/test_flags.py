@@ -110,6 +110,50 @@ def test_a_wrong_flag_gives_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "lines"),
+    [
+        ("export", ["--checkpoint is required", "--format is required"]),
+        ("export --format gif", [
+            "--checkpoint is required", "--format must be 'hf', 'onnx' or 'gguf' (got 'gif')"]),
+        ("finetune a.txt --model m --lr fast --batch_size 1.5", [
+            "--batch_size must be a whole number (got '1.5')",
+            "--lr must be a number (got 'fast')"]),
+        ("serve --checkpoint m --port 70000 --threads x", [
+            "--port must be less than or equal to 65535 (got '70000')",
+            "--threads must be a whole number (got 'x')"]),
+        ("evaluate --json --batch_size=", [
+            "--checkpoint is required", "--file_path is required",
+            "--batch_size must be a whole number (got '')"]),
+        ("compare a --out b.gif", ["--out must end in .png, .svg or .pdf (got 'b.gif')"]),
+        ("compare", ["--runs is required"]),
+        ("tune --trials 0 --jobs 0", [
+            "--trials must be greater than or equal to 1 (got '0')",
+            "--jobs must be greater than or equal to 1 (got '0')"]),
+        ("bench --threads x", ["--threads must be a whole number (got 'x')"]),
+        ("train --lr nan", ["--lr must be a finite number (got 'nan')"]),
+        ("train --file_path=", ["--file_path must not be empty (got [''])"]),
+        ("train --resume", ["--resume needs --out_dir, the folder of the run to continue"]),
+        ("generate --checkpoint m --prompt a --prompt_file b", [
+            "give either --prompt or --prompt_file"]),
+    ],
+)  # fmt: skip
+def test_every_invalid_flag_is_named_as_it_is_typed(line: str, lines: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        fastllm_command.main(line.split())
+    assert str(end.value) == "error: " + "\n       ".join(lines)
+
+
+def test_every_unknown_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fastllm_command.main("train --lrr 3 --hidden 4 --xyz".split())
+    assert capsys.readouterr().err.splitlines() == [
+        "error: there is no flag --lrr; did you mean --lr?",
+        "       there is no flag --hidden; did you mean --hidden_size?",
+        "       there is no flag --xyz; --help lists them",
+    ]
+
+
 @pytest.mark.parametrize("name", ["train", "evaluate"])
 @pytest.mark.parametrize("flags", ["book.txt", "--file-path book.txt", "--dataset=book.txt"])
 def test_one_text_has_one_spelling_in_every_command(name: str, flags: str) -> None:

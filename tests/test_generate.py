@@ -72,7 +72,7 @@ def test_generate_command_on_a_file_of_prompts(run_dir: Path, tmp_path: Path) ->
         assert first.startswith("the quick") and len(first) == 9 + 20
         assert second.startswith("fox") and len(second) == 3 + 20 + 1
     for wrong, message in (
-        ("--prompt the", "give either a prompt or a prompt_file"),
+        ("--prompt the", "give either --prompt or --prompt_file"),
         ("--quantize int8 --precision bf16", "exclude each other"),
         ("--prompt_file nowhere.txt", "nowhere.txt does not exist"),
     ):

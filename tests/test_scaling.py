@@ -215,10 +215,10 @@ def test_the_document_shows_what_the_commands_print(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("predict --nodes 0", "error: nodes.0: Input should be greater than 0 (got '0')"),
-        ("predict --latency_us inf", "error: latency_us: Input should be a finite number"),
-        ("predict --model 7B", "error: model.0: Input should be '1M', '10M', '30M', '124M' or"),
-        ("predict --tokens 0.5", "error: tokens: Input should be a valid integer"),
+        ("predict --nodes 0", "error: --nodes must be greater than 0 (got '0')"),
+        ("predict --latency_us inf", "error: --latency_us must be a finite number"),
+        ("predict --model 7B", "error: --model must be '1M', '10M', '30M', '124M' or"),
+        ("predict --tokens 0.5", "error: --tokens must be a whole number"),
         ("", "error: name a task: fit, document or predict"),
         ("guess", "error: name a task: fit, document or predict"),
     ],

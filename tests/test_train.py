@@ -170,7 +170,7 @@ def test_a_preset_is_said_and_its_settings_are_kept(tmp_path: Path, text: Path) 
         (b"ab" * 99, "--tokenizer bpe --vocab_size 9", "byte-level BPE needs at least 257"),
         (b"ab" * 99, "--tokenizer nowhere.json", "nowhere.json does not exist"),
         (b"ab" * 99, "--hidden_size 65536 --num_layers 900", "MiB of memory and this machine has"),
-        (b"ab" * 99, "--hidden_size 7", "hidden_size (7) must be divisible by num_heads (2)"),
+        (b"ab" * 99, "--hidden_size 7", "--hidden_size (7) must be divisible by --num_heads (2)"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(

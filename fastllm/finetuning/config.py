@@ -140,9 +140,9 @@ fastllm finetune --resume --out_dir runs/gpt2
             raise ValueError("give a --model: a folder, a name on the hub, or a config.json")
         if self.eval_only and self.resume:
             raise ValueError(
-                "eval_only evaluates --model; leave out resume, and give --model the model folder "
-                "of the run"
+                "--eval_only evaluates --model; leave out --resume, and give --model the model "
+                "folder of the run"
             )
         if not self.dataset and not (self.eval_only and self.eval_dataset):
-            raise ValueError("dataset: give files, a folder or a name on the hub to train on")
+            raise ValueError("give a --dataset: files, a folder or a name on the hub to train on")
         return self

@@ -49,7 +49,7 @@ class RunSettings(CommandSettings):
     @model_validator(mode="after")
     def _check_resume(self) -> RunSettings:
         if self.resume and self.out_dir is None:
-            raise ValueError("resume needs out_dir, the folder of the run to continue")
+            raise ValueError("--resume needs --out_dir, the folder of the run to continue")
         return self
 
     @classmethod
@@ -255,7 +255,7 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     @classmethod
     def _one_file_is_a_list(cls, value: Any) -> Any:
         if value == "" or (isinstance(value, list) and "" in value):
-            raise ValueError("the name of a text is empty")
+            raise ValueError("must not be empty")
         return [value] if isinstance(value, (str, Path)) else value
 
     @classmethod
@@ -275,32 +275,32 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
         if self.preset and self.resume:
-            raise ValueError("preset is for new runs: leave it out to resume one")
+            raise ValueError("--preset is for new runs: leave it out to resume one")
         if self.overlap >= self.max_seq_len:
             raise ValueError(
-                f"overlap ({self.overlap}) must be less than max_seq_len ({self.max_seq_len})"
+                f"--overlap ({self.overlap}) must be less than --max_seq_len ({self.max_seq_len})"
             )
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be divisible by "
-                f"num_heads ({self.num_heads})"
+                f"--hidden_size ({self.hidden_size}) must be divisible by "
+                f"--num_heads ({self.num_heads})"
             )
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr}) must not exceed lr ({self.lr})")
+            raise ValueError(f"--min_lr ({self.min_lr}) must not exceed --lr ({self.lr})")
         if self.patience and not self.val_fraction:
-            raise ValueError("patience needs a validation split: give a val_fraction above 0")
+            raise ValueError("--patience needs a validation split: give a --val_fraction above 0")
         self._check_launcher()
         return self
 
     def _check_launcher(self) -> None:
         if self.launcher and self.dry_run:
             raise ValueError(
-                "dry_run measures in this process or in those of torchrun; leave the launcher out"
+                "--dry_run measures in this process or in those of torchrun; leave --launcher out"
             )
         if self.launcher != "deepspeed":
             for name in ("zero_stage", "offload", "deepspeed_config"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} needs --launcher deepspeed")
+                    raise ValueError(f"--{name} needs --launcher deepspeed")
             return
         refused = {
             f"parallel {self.parallel}": self.parallel != "ddp",
@@ -310,7 +310,7 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
         for setting, is_set in refused.items():
             if is_set:
                 raise ValueError(  # a resumed run may have it in its config.json, without a flag
-                    f"{setting} and the launcher deepspeed exclude each other; give another "
+                    f"--{setting} and --launcher deepspeed exclude each other; give another "
                     f"--{setting.split()[0]}"
                 )
 
