@@ -192,7 +192,7 @@ function problemOf(error) {
   if (status === 413) return new Problem("The prompt is too long for the server.", prompt, keepEnd(prompt));
   const field = param && form.elements[param];
   if (!field) return new Problem(sentence(message));
-  const words = message.replace(`${param}: `, "").replace(/^Input should/, "must");
+  const words = message.replace(`${param}: `, "");
   if (field === prompt) return new Problem(sentence(words), prompt, useExample(prompt));
   return new Problem(sentence(`${nameOf(field)} ${words}`), field, reset(field));
 }
