@@ -517,6 +517,7 @@ def test_lora_trains_the_rows_that_the_tokenizer_adds(
     """All but that of the padding; in BERT, whose head has a bias, none, and a warning says so."""
     fewer = len(VOCABULARY) - 6
     save_start(kind, "start", vocab_size=fewer)
+    capsys.readouterr()  # the library's own words
     run("start", "--lora", "--out_dir", "run", "--max_steps", "8", "--quiet")
     printed = capsys.readouterr().err
     run("start", "--lora", "--out_dir", "still", "--max_steps", "1", "--lr", "1e-30", "--quiet")
@@ -615,6 +616,24 @@ def test_other_content_behind_the_same_name_is_refused(flag: str) -> None:
     with pytest.raises(SystemExit, match=f"^error: {flag}: this is not what the run began with; "):
         main("--out_dir run --resume --quiet --max_steps 4".split())
     assert Path("run/config.json").read_bytes() == before
+
+
+def test_a_part_that_the_files_lack_is_said_to_be_new(capsys: pytest.CaptureFixture[str]) -> None:
+    """A BERT without a head, whose decoder shares the embeddings: only its bias is new."""
+    save_start("bert", "start")
+    transformers.BertModel.from_pretrained("start").save_pretrained("start")
+    capsys.readouterr()  # the library's own words
+    run("start", "--out_dir", "run", "--quiet")
+    part = (
+        "warning: not in the model's files and therefore random: cls.predictions.bias, "
+        "cls.predictions.decoder.bias, cls.predictions.transform. This part is new; "
+    )
+    assert capsys.readouterr().err == (
+        f"{part}this run learns it, and the loss before it says little\n"
+    )
+    flags = "--model start --tokenizer words.json --dataset data.jsonl --max_seq_len 16 --quiet"
+    main([*flags.split(), "--eval_only"])
+    assert f"{part}the loss says little before a run has learnt it\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["model", "tokenizer", "dataset", "eval_dataset"])

@@ -59,8 +59,15 @@ def load_model(
     start = "random weights" if missing is None else config.model
     log(f"model       {type(model).__name__}, {model.num_parameters():,} parameters, {start}")
     if missing and not config.resume:
-        names = ", ".join(sorted(missing))
-        command.log(f"warning: not in the model's files and therefore random: {names}")
+        parts = modules_without_weights(model, missing)
+        parts |= {name for name in missing if not any(name.startswith(f"{m}.") for m in parts)}
+        then = "this run learns it, and the loss before it says little"
+        if config.eval_only:
+            then = "the loss says little before a run has learnt it"
+        command.log(
+            "warning: not in the model's files and therefore random: "
+            f"{', '.join(sorted(parts))}. This part is new; {then}"
+        )
     check_length(model, config.max_seq_len)
     rows = model.get_input_embeddings().weight.size(0)
     if len(tokenizer) > rows:
