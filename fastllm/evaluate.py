@@ -10,10 +10,11 @@ from pydantic import Field, model_validator
 
 from fastllm.command import command, errors_in_one_line, parse_settings
 from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
+from fastllm.training.config import FileNames
 
 
 class EvaluateConfig(CommandSettings):
-    """Loss, perplexity and bits per character of a trained model on a text file."""
+    """Loss, perplexity and bits per character of a trained model on a text."""
 
     positional: ClassVar = "file_path"
     aliases: ClassVar = {"dataset": "file_path"}
@@ -23,8 +24,11 @@ fastllm evaluate --checkpoint runs/book other.txt
 
     checkpoint: Path
     """Folder of a run, or a checkpoint in it."""
-    file_path: Path
-    """UTF-8 text to predict."""
+    file_path: FileNames
+    """UTF-8 texts to predict, or .jsonl, .json, .csv or .parquet, each also compressed (.gz, .xz,
+    .zst): files, folders or patterns, read as one text."""
+    text_column: str = "text"
+    """Column of tables that holds the text."""
     batch_size: Annotated[int, Field(ge=1, le=2**24)] = 32
     """Sequences in a batch."""
     precision: Precision = "fp32"
@@ -49,6 +53,7 @@ def main(arguments: list[str]) -> None:
     config = parse_settings(EvaluateConfig, arguments)
     # After the flags: help and their errors need not wait for PyTorch.
     from fastllm.data.loader import TextDataset
+    from fastllm.data.sources import find_texts
     from fastllm.device import autocast, choose_device, choose_precision
     from fastllm.ops.decode import round_weights_to_int8
     from fastllm.threads import set_threads
@@ -57,6 +62,8 @@ def main(arguments: list[str]) -> None:
 
     set_threads(config.threads)
     with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
+        texts = find_texts(config.file_path, config.text_column)
+        texts.check()
         model, tokenizer, _ = load_model(find_checkpoint(config.checkpoint))
         if config.quantize:
             round_weights_to_int8(model)
@@ -64,7 +71,7 @@ def main(arguments: list[str]) -> None:
         model.to(device)
         precision = choose_precision(config.precision, model.hidden_size, device)
         # With an overlap of one, the sequences predict every token but the first exactly once.
-        dataset = TextDataset(config.file_path, tokenizer, model.max_seq_len, overlap=1)
+        dataset = TextDataset(texts, tokenizer, model.max_seq_len, overlap=1)
         with autocast(device, precision):
             result = evaluate(model, dataset, config.batch_size)
         if not math.isfinite(result.loss):

@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> None:
     config = parse_run_settings(FinetuneConfig, arguments)
     # After the flags: help and their errors need not wait for PyTorch.
     from fastllm.finetuning.checkpoint import last_checkpoint
-    from fastllm.finetuning.inputs import check_paths
+    from fastllm.finetuning.inputs import find_inputs
     from fastllm.finetuning.run import (
         check_packages,
         go_offline_if_unreachable,
@@ -31,12 +31,12 @@ def main(arguments: list[str]) -> None:
     threads = set_threads(config.threads)
     with errors_in_one_line(Exception), ExitStack() as stack:
         check_packages(config)
-        check_paths(config)
+        corpora = find_inputs(config)
         go_offline_if_unreachable(config)
         run_dir = None
         if not config.eval_only:
             run_dir = stack.enter_context(run_folder(config, run_name(config.model)))
-        trainer = prepare(config, run_dir, info)
+        trainer = prepare(config, corpora, run_dir, info)
         info(f"threads     {threads}")
         if run_dir is None:
             metrics = trainer.evaluate()

@@ -194,9 +194,9 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         ValueError: the file has no nonempty line.
     """
-    from fastllm.data.sources import find_files, read_files
+    from fastllm.data.sources import find_texts
 
-    lines = [line for line in "".join(read_files(find_files(path))).split("\n") if line]
+    lines = [line for line in "".join(find_texts(path).pieces()).split("\n") if line]
     if not lines:
         raise ValueError(f"{path} has no line to continue")
     return lines

@@ -32,7 +32,7 @@ def launch(config: TrainConfig, arguments: list[str]) -> None:
         ImportError: the launcher is not installed.
     """
     from fastllm.training.distributed import ProcessError, check_batch_size, is_distributed
-    from fastllm.training.run import choose_run_dir, removed_if_unused, run_name
+    from fastllm.training.run import choose_run_dir, read_texts, removed_if_unused, run_name
 
     count = config.num_workers
     if is_distributed():
@@ -45,11 +45,8 @@ def launch(config: TrainConfig, arguments: list[str]) -> None:
         )
     if config.parallel != "pipeline":
         check_batch_size(config.batch_size, count)
-    if config.file_path:
-        from fastllm.data.sources import find_files
-
-        find_files(config.file_path)  # a wrong path fails here, not in every process
-    run_dir, is_new = choose_run_dir(config, run_name(config))
+    # A wrong text fails here, not in every process.
+    run_dir, is_new = choose_run_dir(config, run_name(config, read_texts(config)))
     with removed_if_unused(run_dir, is_new):
         if config.launcher == "ray":
             from fastllm.integrations import ray

@@ -747,11 +747,9 @@ def test_real_weights_get_better_at_masked_words(flags: str) -> None:
         ("--tokenizer gpt2", "gpt2 has no tokenizer; give one by --tokenizer"),
         ("--dataset nowhere.txt", "nowhere.txt does not exist; if it is elsewhere, give its place"),
         ("--dataset data.jsonl nowhere.jsonl", "nowhere.jsonl does not exist; if it is elsewhere"),
-        (
-            "--text_column body",
-            "no column 'body'; choose the one with the text by --text_column: text, number",
-        ),
-        ("--text_column number", "column 'number' of the dataset holds int64, not text"),
+        ("--text_column body", "no column 'body'; choose one by --text_column: text, number"),
+        ("--text_column number", "column 'number' holds int, not text"),
+        ("--dataset book.docx", "book.docx is not text but a Word document"),
         ("--min_length 9999", "no text of at least 9999 characters"),
         ("--max_seq_len 65", "max_seq_len 65: the model takes at most 64"),
         ("--task mlm", "task mlm: gpt2 is made to predict the next token (--task causal)"),
@@ -774,6 +772,7 @@ def test_errors_name_the_bad_input(flags: str, message: str) -> None:
     Path("list").mkdir()
     Path("list/config.json").write_text("[]")
     Path("elsewhere.json").write_text("[]")
+    Path("book.docx").write_bytes(b"PK\x03\x04")
     tokenizer = json.loads(Path("words.json").read_text())
     del tokenizer["model"]["vocab"]["[MASK]"]
     Path("plain.json").write_text(json.dumps(tokenizer))

@@ -158,8 +158,7 @@ def test_every_unknown_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("flags", ["book.txt", "--file-path book.txt", "--dataset=book.txt"])
 def test_one_text_has_one_spelling_in_every_command(name: str, flags: str) -> None:
     found = read_flags(SETTINGS[name], [*flags.split(), "--threads", "1"])
-    text = ["book.txt"] if name == "train" else "book.txt"  # train takes several
-    assert found == {"file_path": text, "threads": "1"}
+    assert found == {"file_path": ["book.txt"], "threads": "1"}
 
 
 def test_words_after_two_dashes_are_no_flags() -> None:

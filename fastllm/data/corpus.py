@@ -1,4 +1,4 @@
-"""Datasets of the `datasets` library, from the hub or from files, as sequences of tokens."""
+"""Texts, tables and datasets of the hub as documents, and these as sequences of tokens."""
 
 from __future__ import annotations
 
@@ -8,72 +8,168 @@ import re
 import shutil
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fastllm.command import first_line
-from fastllm.files import sha256
+from fastllm.data.sources import (
+    Texts,
+    compression_of,
+    find_texts,
+    format_of,
+    is_local,
+    is_table,
+)
+from fastllm.files import replace_file, sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # A tokenizer needs hundreds of bytes for each character that it is given at once.
 PIECE, GROUP = 2**16, 2**20  # characters
 HELD_OUT = ("validation", "valid", "val", "dev")
+# What the library takes for the name of a split.
+SPLIT = re.compile(
+    rf"(?<![a-z])(train(?:ing)?|test(?:ing)?|eval(?:uation)?|{'|'.join(HELD_OUT)})(?![a-z])", re.I
+)
 
 
-def file_format(words: list[str]) -> str | None:
-    """The format of the files `words`, by their suffix; None if they name a dataset or a folder.
+@dataclass(frozen=True)
+class Corpus:
+    """The documents that some words name, still unread.
+
+    Attributes:
+        words: texts and tables, or a dataset on the hub or in a folder, which may be followed by a
+            configuration.
+        text_column: the column that holds the text.
+        texts: the files; None if the `datasets` library reads them.
+        held_out: the files of the validation split.
+    """
+
+    words: list[str]
+    text_column: str
+    texts: Texts | None = None
+    held_out: Texts | None = None
+
+
+class Documents(NamedTuple):
+    """Documents to tokenize.
+
+    Attributes:
+        are_lines: lines of text with their ends, which follow each other without an end token.
+    """
+
+    rows: Dataset
+    text_column: str
+    are_lines: bool = False
+
+
+def find_corpus(words: list[str], text_column: str = "text") -> Corpus:
+    """Finds files as `find_texts` does.
+
+    A folder whose files are all named after splits (train-1.jsonl, validation/a.txt) has these
+    splits. A folder is a downloaded dataset if a configuration follows it, or if its card describes
+    one.
 
     Raises:
-        ValueError: the files have several formats, or an unknown one.
-        FileNotFoundError: one of them does not exist.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file is not what its name says, or no text.
     """
-    formats = [FORMATS.get(Path(word).suffix) for word in words]
-    if not any(formats) and not any(Path(word).is_file() for word in words):
-        return None
-    for word, known in zip(words, formats, strict=True):
-        if known is None:
-            raise ValueError(f"{word} has an unknown format; files may be {', '.join(FORMATS)}")
-        if not Path(word).is_file():
-            raise FileNotFoundError(f"file {word} does not exist")
-    if len(set(formats)) > 1:
-        raise ValueError(f"{' '.join(words)} have several formats; give files of one format")
-    return formats[0]
+    folder = Path(words[0])
+    is_folder = folder.is_dir() and (len(words) == 1 or not is_local(words[1]))
+    if not is_local(words[0]) or (is_folder and (len(words) == 2 or _has_card(folder))):
+        return Corpus(words, text_column)
+    texts, held_out = find_texts(words, text_column), None
+    if is_folder:
+        found = (SPLIT.search(str(file.relative_to(folder))) for file in texts.files)
+        splits = {
+            file: match and match[0].lower() for file, match in zip(texts.files, found, strict=True)
+        }
+        train, validation = (
+            tuple(file for file, split in splits.items() if split in names)
+            for names in (("train", "training"), HELD_OUT)
+        )
+        if train and None not in splits.values():
+            held_out = replace(texts, files=validation) if validation else None
+            texts = replace(texts, files=train)
+    for part in (texts, held_out):
+        if part is not None:
+            part.check()
+    return Corpus(words, text_column, texts, held_out)
 
 
-def load_documents(words: list[str], max_samples: int = 0) -> tuple[Dataset, Dataset | None]:
-    """The documents to train on, and the validation split of the dataset, if it has one.
+def _has_card(folder: Path) -> bool:
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    text = card.read_text(encoding="utf-8", errors="replace")
+    return re.match(r"---\n(.*\n)*?(configs|dataset_info):", text) is not None
+
+
+def load_documents(corpus: Corpus, max_samples: int = 0) -> tuple[list[Documents], list[Documents]]:
+    """The documents to train on, and those of the validation split.
+
+    Each line of a text and each row of a table or dataset is a document.
 
     Args:
-        words: one or several files, where each line of text or each row of another format is a
-            document; or a dataset on the hub or its folder, optionally with a configuration.
         max_samples: at most this many documents, the first ones; 0 for all. With a limit, datasets
             of the hub are streamed, and only these documents are downloaded.
 
     Raises:
-        FileNotFoundError: a file does not exist.
         ValueError: the dataset cannot be found or read; the message says why and what to do.
     """
+    if corpus.texts is not None:
+        parts = (corpus.texts, corpus.held_out)
+        train, held_out = (_read_documents(part, max_samples) if part else [] for part in parts)
+    else:
+        splits = _load_dataset(corpus.words, max_samples)
+        train, held_out = (
+            [Documents(rows, corpus.text_column)] if rows is not None else [] for rows in splits
+        )
+    return train, held_out
+
+
+def _read_documents(texts: Texts, max_samples: int) -> list[Documents]:
+    """The documents of neighbouring files of one kind, in Arrow files of the library's cache."""
+    import datasets
+    import pyarrow
+
+    parts: list[Documents] = []
+    left = max_samples or None
+    for are_rows, files in groupby(texts.files, is_table):
+        part = replace(texts, files=tuple(files))
+        documents = islice(part.rows() if are_rows else part.lines(), left)
+        digest = hashlib.sha256(f"{part.text_column}\0{left}\0".encode())
+        for file in part.files:
+            kind = format_of(file) + compression_of(file.name)
+            digest.update(f"{kind}\0{sha256(file)}\0".encode())
+        path = _cache() / digest.hexdigest() / "documents.arrow"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            schema = pyarrow.schema({"text": pyarrow.large_string()})
+            with replace_file(path) as stream, pyarrow.ipc.new_stream(stream, schema) as writer:
+                while batch := list(islice(documents, 1_000)):
+                    writer.write_table(pyarrow.table({"text": batch}, schema))
+        rows = datasets.Dataset.from_file(str(path))
+        parts.append(Documents(rows, "text", are_lines=not are_rows))
+        if left is not None:
+            left -= len(rows)
+    return parts
+
+
+def _load_dataset(words: list[str], max_samples: int) -> tuple[Dataset, Dataset | None]:
+    """The training split of a dataset, and its validation split."""
     import datasets
 
-    kind = file_format(words)
+    folder = Path(words[0])
     try:
-        if kind:
-            options = {"keep_linebreaks": True} if kind == "text" else {}
-            files = [_stage({f"data{Path(word).suffix}": Path(word)}) for word in words]
-            rows = datasets.load_dataset(
-                kind, data_files=[str(next(file.iterdir())) for file in files], split="train",
-                **options,
-            )  # fmt: skip
-            return _first(rows, max_samples), None
-        folder = Path(words[0])
         source = str(_stage(_files_in(folder))) if folder.is_dir() else words[0]
         loaded = datasets.load_dataset(source, *words[1:], streaming=max_samples > 0)
         train = loaded["train" if "train" in loaded else next(iter(loaded))]
@@ -81,22 +177,21 @@ def load_documents(words: list[str], max_samples: int = 0) -> tuple[Dataset, Dat
         if held_out is not None:
             held_out = _first(held_out, max_samples)
         return _first(train, max_samples), held_out
-    except datasets.exceptions.DatasetGenerationError as error:
-        reason = first_line(error.__cause__ or error)
-        raise ValueError(
-            f"{' '.join(words)} cannot be read as {kind or 'a dataset'}: {reason}"
-        ) from error
-    except (OSError, ValueError) as error:
-        if kind:
-            raise
-        reason = first_line(error)
-        if Path(words[0]).is_dir():
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        if folder.is_dir() or isinstance(error, datasets.exceptions.DatasetGenerationError):
+            reason = first_line(error.__cause__ or error)
             raise ValueError(f"{' '.join(words)} cannot be read as a dataset: {reason}") from error
         raise ValueError(
             f"dataset {' '.join(words)} is not a file or folder here, and the hub does not provide "
-            f"it: {reason}. On a machine with a network, run `hf download {words[0]} --repo-type "
-            "dataset --local-dir DIR`; then give --dataset DIR"
+            f"it: {first_line(error)}. On a machine with a network, run `hf download {words[0]} "
+            "--repo-type dataset --local-dir DIR`; then give --dataset DIR"
         ) from error
+
+
+def _cache() -> Path:
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE).absolute() / "fastllm"
 
 
 def _files_in(folder: Path) -> dict[str, Path]:
@@ -118,12 +213,10 @@ def _stage(files: dict[str, Path]) -> Path:
     The library takes paths for patterns and URLs, and knows a file again by its path and time. In
     this folder of its cache, a path is a path, and another content is another path.
     """
-    import datasets
-
     digest = hashlib.sha256()
     for name, path in files.items():
         digest.update(f"{name}\0{sha256(path)}\0".encode())
-    folder = Path(datasets.config.HF_DATASETS_CACHE).absolute() / "fastllm" / digest.hexdigest()
+    folder = _cache() / digest.hexdigest()
     for name, path in files.items():
         link, target = folder / name, path.absolute()
         if link.is_symlink() and Path(os.readlink(link)) == target:
@@ -151,13 +244,12 @@ def _iterate(rows: IterableDataset) -> Iterator[dict[str, Any]]:
 
 
 def tokenize(
-    documents: Dataset,
+    parts: list[Documents],
     tokenizer: PreTrainedTokenizerBase,
     max_seq_len: int,
     *,
-    text_column: str = "text",
     packing: bool = True,
-    end_token: bool = True,
+    end_token: bool | None = None,
     masked: bool = False,
     min_length: int = 0,
     num_proc: int = 1,
@@ -168,7 +260,8 @@ def tokenize(
         packing: documents are joined and cut into sequences of `max_seq_len`, a thousand documents
             at a time (ten thousand lines); the last sequence of each such group may be shorter.
             Otherwise each document is a sequence, truncated to `max_seq_len`.
-        end_token: end each document with the tokenizer's end token, or else its separator.
+        end_token: end each document with the tokenizer's end token, or else its separator; by
+            default all but lines.
         masked: for a masked language model, whose sequences begin and end with special tokens.
         min_length: drop documents with fewer characters.
         num_proc: processes to use.
@@ -176,12 +269,37 @@ def tokenize(
     Raises:
         ValueError: there is no such column, it contains no text, or no sequence is left.
     """
-    if text_column not in documents.column_names:
+    from datasets import concatenate_datasets
+
+    options = {
+        "tokenizer": tokenizer,
+        "max_seq_len": max_seq_len,
+        "packing": packing,
+        "masked": masked,
+        "min_length": min_length,
+    }
+    found = []
+    for part in parts:
+        if len(part.rows):
+            ends = not part.are_lines if end_token is None else end_token
+            found.append(_tokenize_part(part, ends, num_proc, options))
+    found = [sequences for sequences in found if len(sequences)]
+    if not found:
+        least = f" of at least {min_length} characters" if min_length else ""
+        raise ValueError(f"the dataset has no text{least} to train on")
+    return concatenate_datasets(found)
+
+
+def _tokenize_part(
+    documents: Documents, end_token: bool, num_proc: int, options: dict[str, Any]
+) -> Dataset:
+    rows, text_column, tokenizer = documents.rows, documents.text_column, options["tokenizer"]
+    if text_column not in rows.column_names:
         raise ValueError(
             f"the dataset has no column {text_column!r}; choose the one with the text by "
-            f"--text_column: {', '.join(documents.column_names)}"
+            f"--text_column: {', '.join(rows.column_names)}"
         )
-    kind = getattr(documents.features[text_column], "dtype", "lists or records")
+    kind = getattr(rows.features[text_column], "dtype", "lists or records")
     if kind not in ("string", "large_string", "null"):
         raise ValueError(f"column {text_column!r} of the dataset holds {kind}, not text")
     end = None
@@ -189,27 +307,15 @@ def tokenize(
         end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         if end is None:
             raise ValueError("the tokenizer has no end token to join documents; try --no-end_token")
-    sequences = documents.map(
+    return rows.map(
         _tokenize_batch,
         batched=True,
         batch_size=1_000 if end_token else 10_000,
         num_proc=num_proc if num_proc > 1 else None,
-        remove_columns=documents.column_names,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "max_seq_len": max_seq_len,
-            "text_column": text_column,
-            "packing": packing,
-            "end": end,
-            "masked": masked,
-            "min_length": min_length,
-        },
+        remove_columns=rows.column_names,
+        fn_kwargs={**options, "text_column": text_column, "end": end},
         desc="tokenizing",
     )
-    if not len(sequences):
-        least = f" of at least {min_length} characters" if min_length else ""
-        raise ValueError(f"the dataset has no text{least} to train on")
-    return sequences
 
 
 def _tokenize_batch(

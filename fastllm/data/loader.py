@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from fastllm.data.sources import StrPath, Texts, find_texts
 from fastllm.data.tokens import (
-    TextFiles,
     TextTokenizer,
     TokenHeader,
     Tokens,
-    encode_file,
-    map_file,
+    encode_texts,
+    map_texts,
     map_tokens,
 )
 
@@ -91,7 +91,7 @@ class TextDataset(Dataset[Sample]):
 
     Args:
         file_path: a UTF-8 text, or .jsonl, .csv or .parquet, each also compressed (.gz, .xz, .zst);
-            a folder with such files; a pattern; or several of these.
+            a folder with such files; a pattern; several of these; or what `find_texts` found.
         tokenizer: one from fastllm.tokenization, or any object with `encode(text) -> list[int]` and
             `pad_token_id` (and `vocab_size`, which makes the array compact).
         max_seq_len: tokens in a chunk.
@@ -117,14 +117,14 @@ class TextDataset(Dataset[Sample]):
 
     tokens: Tokens
     text_sha256: str | None
-    file_path: TextFiles | None
+    file_path: StrPath | Sequence[StrPath] | Texts | None
     # The mapped token file, and the index in it of this dataset's first token.
     _mapped: tuple[str, TokenHeader] | None
     _first: int
 
     def __init__(
         self,
-        file_path: TextFiles,
+        file_path: StrPath | Sequence[StrPath] | Texts,
         tokenizer: TextTokenizer,
         max_seq_len: int,
         overlap: int = 0,
@@ -137,13 +137,12 @@ class TextDataset(Dataset[Sample]):
     ) -> None:
         self._configure(tokenizer, max_seq_len, overlap, padding_value)
         self.file_path = file_path
+        texts = file_path if isinstance(file_path, Texts) else find_texts(file_path, text_column)
         if token_file is None:
-            self.tokens = encode_file(
-                file_path, tokenizer, min_line_length, dedup_lines, text_column
-            )
+            self.tokens = encode_texts(texts, tokenizer, min_line_length, dedup_lines)
         else:
-            self.tokens, header = map_file(
-                file_path, tokenizer, token_file, min_line_length, dedup_lines, text_column
+            self.tokens, header = map_texts(
+                texts, tokenizer, token_file, min_line_length, dedup_lines
             )
             self.text_sha256 = header.text_sha256
             self._mapped = (os.path.abspath(token_file), header)

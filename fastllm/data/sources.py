@@ -10,20 +10,22 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from fastllm.data.text import PIECE_BYTES, decode_text
-from fastllm.files import sha256
 
 StrPath = str | os.PathLike[str]
 
 COMPRESSED = (".gz", ".xz", ".zst")
-TABLES = (".jsonl", ".csv", ".parquet")
-KNOWN = (".txt", ".md", *TABLES)  # what is read from a folder
+TABLES = (".jsonl", ".csv", ".parquet", ".json")
+# What is read from a folder: a .json there may be anything.
+IN_FOLDERS = (".txt", ".md", ".jsonl", ".csv", ".parquet")
 # What a file is that begins with these bytes.
 NOT_TEXT = {
     b"\x89PNG": "a PNG image",
@@ -55,7 +57,88 @@ OFFICE = {".docx": "a Word document", ".odt": "an OpenDocument text", ".epub": "
           ".xlsx": "an Excel table", ".pptx": "a PowerPoint presentation"}  # fmt: skip
 
 
-def find_files(words: StrPath | Iterable[StrPath]) -> list[Path]:
+class Content(NamedTuple):
+    """The SHA-256, in hexadecimal, and the length of a text in UTF-8."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Files with text, as `find_texts` found them.
+
+    Tables give the text of one column; other files are text, whatever their ending. All methods
+    raise a `ValueError` that names the file if one has no text, is damaged or lacks the column, and
+    an `ImportError` if the library for a format is not installed.
+
+    Attributes:
+        files: in the order in which they are read.
+        text_column: the column of tables that holds the text.
+    """
+
+    files: tuple[Path, ...]
+    text_column: str = "text"
+
+    def __str__(self) -> str:
+        others = len(self.files) - 1
+        return f"{self.files[0]} and {others} more" if others else str(self.files[0])
+
+    @cached_property
+    def content(self) -> Content:
+        """Of the text as it is read: names, formats and compression make no difference."""
+        digest, size = hashlib.sha256(), 0
+        for piece in self.pieces():
+            data = piece.encode("utf-8", "surrogatepass")  # JSON may hold half a pair
+            digest.update(data)
+            size += len(data)
+        return Content(digest.hexdigest(), size)
+
+    def pieces(self) -> Iterator[str]:
+        """The text in pieces; each file and each row of a table is on lines of its own."""
+        last = "\n"
+        for file in self.files:
+            if last and not last.endswith("\n"):
+                yield "\n"
+            with _damage_named(file):
+                for piece in self._read(file):
+                    last = piece
+                    if is_table(file) and not piece.endswith("\n"):
+                        last += "\n"
+                    yield last
+
+    def lines(self) -> Iterator[str]:
+        """The lines of the text, with their ends."""
+        return _lines(self.pieces())
+
+    def rows(self) -> Iterator[str]:
+        """The texts of the rows, as they are; all files must be tables."""
+        for file in self.files:
+            with _damage_named(file):
+                yield from self._read(file)
+
+    def check(self) -> None:
+        """Reads the beginning of each file."""
+        for file in self.files:
+            next(Texts((file,), self.text_column).pieces(), None)
+
+    def _read(self, file: Path) -> Iterator[str]:
+        """The rows of a table, or the text of another file in pieces."""
+        kind = format_of(file)
+        if kind == ".parquet":
+            yield from _parquet(file, self.text_column)
+            return
+        with _open(file) as stream:
+            pieces = _checked(file, stream)
+            if kind == ".csv":
+                yield from _csv(file, _lines(pieces), self.text_column)
+            elif kind in TABLES:
+                yield from _json(file, pieces, self.text_column)
+            else:
+                yield from pieces
+
+
+def find_texts(words: StrPath | Iterable[StrPath], text_column: str = "text") -> Texts:
     """The files that these words name: each is a path, a folder, or else a pattern.
 
     A folder stands for the texts and tables in it and below, by their endings, without runs and
@@ -73,7 +156,7 @@ def find_files(words: StrPath | Iterable[StrPath]) -> list[Path]:
         if path.is_dir():
             matches = list(_texts_in(path))
             if not matches:
-                raise FileNotFoundError(f"folder {path} holds no text: no {', '.join(KNOWN)}")
+                raise FileNotFoundError(f"folder {path} holds no text: no {', '.join(IN_FOLDERS)}")
         elif os.path.lexists(path):
             matches = [path]
         else:
@@ -92,7 +175,7 @@ def find_files(words: StrPath | Iterable[StrPath]) -> list[Path]:
                 f"{file} is a pipe or a device, which cannot be read twice; save its content in a "
                 "file first"
             )
-    return list(found.values())
+    return Texts(tuple(found.values()), text_column)
 
 
 def _texts_in(folder: Path) -> Iterator[Path]:
@@ -103,8 +186,18 @@ def _texts_in(folder: Path) -> Iterator[Path]:
             is_run = (path / "checkpoints").exists() or (path / "tokens.bin").exists()
             if not is_run and not path.is_symlink():
                 yield from _texts_in(path)
-        elif format_of(path) and path.is_file():
+        elif format_of(path) in IN_FOLDERS and path.is_file():
             yield path
+
+
+def is_local(name: str) -> bool:
+    """Whether this names files or a folder, existing or not, rather than something on a hub."""
+    path = Path(name)
+    if os.path.lexists(path) or path.is_absolute() or glob.has_magic(name):
+        return True
+    if format_of(path) in (*TABLES, *IN_FOLDERS, ".gguf"):
+        return True
+    return name[:1] in ".~" or name.endswith(("/", os.sep)) or len(path.parts) > 2
 
 
 def absolute(word: StrPath) -> Path:
@@ -115,45 +208,20 @@ def absolute(word: StrPath) -> Path:
     return Path(glob.escape(os.getcwd())) / path if glob.has_magic(str(path)) else path.absolute()
 
 
-def format_of(path: Path) -> str | None:
+def format_of(path: Path) -> str:
     """The ending that says how to read a file, without that of its compression."""
-    ending = Path(path.name.removesuffix(compression_of(path.name))).suffix.lower()
-    return ending if ending in KNOWN else None
+    return Path(path.name.removesuffix(compression_of(path.name))).suffix.lower()
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file has rows, rather than text alone."""
+    return format_of(path) in TABLES
 
 
 def compression_of(name: str) -> str:
     """The ending of a compressed file's name, as it is written there; or nothing."""
     ending = Path(name).suffix
     return ending if ending.lower() in COMPRESSED else ""
-
-
-def read_files(files: Sequence[StrPath], text_column: str = "text") -> Iterator[str]:
-    """Yields the text of these files in pieces.
-
-    Tables give the text of one column, each row on lines of its own; other files are text, whatever
-    their ending. The files follow each other on lines of their own.
-
-    Raises:
-        ValueError: a file has no text, is damaged, or lacks the column; the message names it.
-        ImportError: the library for a format is not installed.
-    """
-    last = "\n"
-    for file in map(Path, files):
-        if last and not last.endswith("\n"):
-            yield "\n"
-        with _damage_named(file):
-            for last in _read_file(file, text_column):
-                yield last
-
-
-def files_digest(files: Sequence[StrPath], text_column: str = "text") -> str:
-    """A SHA-256, in hexadecimal: of the content, if it is one plain text, or else of what decides
-    about the text."""
-    paths = [Path(file) for file in files]
-    if len(paths) == 1 and format_of(paths[0]) not in TABLES:
-        return sha256(paths[0])
-    parts = [f"{sha256(path)} {''.join(path.suffixes[-2:])}" for path in paths]
-    return hashlib.sha256("\n".join([*parts, text_column]).encode()).hexdigest()
 
 
 @contextmanager
@@ -164,27 +232,6 @@ def _damage_named(file: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the system; those of the decompressors have no number
         raise ValueError(f"{file} is damaged, or is not what its ending says: {error}") from error
-
-
-def check_texts(files: Sequence[StrPath], text_column: str = "text") -> None:
-    """Raises what `read_files` would raise for the beginning of any of these files."""
-    for file in files:
-        next(read_files([file], text_column), None)
-
-
-def _read_file(file: Path, text_column: str) -> Iterator[str]:
-    kind = format_of(file)
-    if kind == ".parquet":
-        yield from _parquet(file, text_column)
-        return
-    with _open(file) as stream:
-        pieces = _checked(file, stream)
-        if kind == ".jsonl":
-            yield from _json_lines(file, _lines(pieces), text_column)
-        elif kind == ".csv":
-            yield from _csv(file, _lines(pieces), text_column)
-        else:
-            yield from pieces
 
 
 def _open(file: Path) -> Any:
@@ -233,17 +280,33 @@ def _lines(pieces: Iterable[str]) -> Iterator[str]:
         yield last
 
 
-def _json_lines(file: Path, lines: Iterable[str], text_column: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
+def _json(file: Path, pieces: Iterable[str], text_column: str) -> Iterator[str]:
+    if format_of(file) == ".json":  # one list of rows, or rows on lines
+        text = "".join(pieces)
+        if text.lstrip().startswith("["):
+            try:
+                rows = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file} is not JSON: {error}") from error
+            for number, row in enumerate(rows, start=1):
+                yield from _field(file, f"row {number}", row, text_column)
+            return
+        pieces = [text]
+    for number, line in enumerate(_lines(pieces), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}: line {number} is not a JSON object")
-        yield _text(file, row.get(text_column), row, text_column)
+        yield from _field(file, f"line {number}", row, text_column)
+
+
+def _field(file: Path, place: str, row: object, text_column: str) -> Iterator[str]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{file}: {place} is not a JSON object")
+    _check_column(file, row, text_column)
+    yield from _text(file, row[text_column], text_column)
 
 
 def _csv(file: Path, lines: Iterable[str], text_column: str) -> Iterator[str]:
@@ -252,18 +315,17 @@ def _csv(file: Path, lines: Iterable[str], text_column: str) -> Iterator[str]:
     if rows.fieldnames:
         _check_column(file, rows.fieldnames, text_column)
     for row in rows:
-        yield _text(file, row.get(text_column), rows.fieldnames or (), text_column)
+        yield from _text(file, row[text_column], text_column)
 
 
 def _parquet(file: Path, text_column: str) -> Iterator[str]:
     arrow = _pyarrow(file)
     try:
         with arrow.parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            columns = [text_column] if text_column in names else []
-            for batch in table.iter_batches(1_000, columns=columns):
-                for value in batch.column(0).to_pylist() if columns else [None]:
-                    yield _text(file, value, names, text_column)
+            _check_column(file, table.schema_arrow.names, text_column)
+            for batch in table.iter_batches(1_000, columns=[text_column]):
+                for value in batch.column(0).to_pylist():
+                    yield from _text(file, value, text_column)
     except arrow.ArrowException as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
 
@@ -276,10 +338,8 @@ def _check_column(file: Path, columns: Iterable[str], text_column: str) -> None:
         )
 
 
-def _text(file: Path, value: object, columns: Iterable[str], text_column: str) -> str:
-    _check_column(file, columns, text_column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+def _text(file: Path, value: object, text_column: str) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif value is not None:
         raise ValueError(f"{file}: column {text_column!r} holds {type(value).__name__}, not text")
-    return value if value.endswith("\n") else value + "\n"

@@ -11,15 +11,15 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeAlias, TypeGuard
+from typing import Any, BinaryIO, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
-from fastllm.data.sources import files_digest, find_files, read_files
+from fastllm.data.sources import Texts
 from fastllm.data.text import clean_lines, cut_between_words
 from fastllm.files import replace_file, sha256
 from fastllm.tokenization import SimpleCharacterTokenizer, SubwordTokenizer
@@ -29,7 +29,6 @@ HEADER_BYTES = 4096
 FORMAT = "fastllm tokens 1"
 
 Tokens = npt.NDArray[Any]
-TextFiles: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
 
 
 class TextTokenizer(Protocol):
@@ -52,29 +51,25 @@ class TokenHeader:
     tokenizer: str
 
 
-def encode_file(
-    file_path: TextFiles,
+def encode_texts(
+    texts: Texts,
     tokenizer: TextTokenizer,
     min_line_length: int = 0,
     dedup_lines: bool = False,
-    text_column: str = "text",
 ) -> Tokens:
     """The tokens [count] of texts, in memory; raises the errors of reading and of encoding."""
-    pieces = clean_lines(
-        read_files(find_files(file_path), text_column), min_line_length, dedup_lines
-    )
+    pieces = clean_lines(texts.pieces(), min_line_length, dedup_lines)
     ids = io.BytesIO()
     _write_ids(pieces, tokenizer, ids)
     return np.frombuffer(ids.getbuffer(), dtype=_token_dtype(tokenizer))
 
 
-def map_file(
-    file_path: TextFiles,
+def map_texts(
+    texts: Texts,
     tokenizer: TextTokenizer,
     token_file: str | os.PathLike[str],
     min_line_length: int = 0,
     dedup_lines: bool = False,
-    text_column: str = "text",
 ) -> tuple[Tokens, TokenHeader]:
     """The tokens [count] of texts, mapped from `token_file`, and the token file's header.
 
@@ -86,15 +81,15 @@ def map_file(
         OSError: the file cannot be written.
         ValueError: `token_file` is a text file itself; reading and encoding raise as well.
     """
-    token_file, files = Path(token_file), find_files(file_path)
-    if token_file.exists() and any(os.path.samefile(file, token_file) for file in files):
+    token_file = Path(token_file)
+    if token_file.exists() and any(os.path.samefile(file, token_file) for file in texts.files):
         raise ValueError(f"token_file {token_file} is the text file itself; choose another name")
     wanted = TokenHeader(
         format=FORMAT,
         dtype=_token_dtype(tokenizer).str,
         count=0,
         ids_sha256="",
-        text_sha256=files_digest(files, text_column),
+        text_sha256=texts.content.sha256,
         min_line_length=min_line_length,
         dedup_lines=dedup_lines,
         tokenizer=tokenizer.fingerprint if _is_builtin(tokenizer) else "",
@@ -104,7 +99,7 @@ def map_file(
         same = replace(wanted, count=found.count, ids_sha256=found.ids_sha256)
         if found == same and sha256(token_file, HEADER_BYTES) == found.ids_sha256:
             return map_tokens(token_file, found), found
-    pieces = clean_lines(read_files(files, text_column), min_line_length, dedup_lines)
+    pieces = clean_lines(texts.pieces(), min_line_length, dedup_lines)
     try:
         token_file.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(token_file) as file:

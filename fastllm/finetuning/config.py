@@ -63,8 +63,9 @@ fastllm finetune --resume --out_dir runs/gpt2
 
     # Data
     dataset: Words
-    """Files (.txt, .jsonl, .json, .csv, .parquet), or a folder or a name on the hub, these two
-    optionally followed by a configuration: `wikitext wikitext-2-raw-v1`."""
+    """UTF-8 texts, or .jsonl, .json, .csv or .parquet, each also compressed (.gz, .xz, .zst):
+    files, folders or patterns. Or a dataset: a name on the hub or its folder, optionally followed
+    by a configuration: `wikitext wikitext-2-raw-v1`."""
     eval_dataset: Words
     """Evaluate on this dataset, given like --dataset; by default on the validation split of
     --dataset, or else on a val_fraction of it."""
@@ -85,8 +86,8 @@ fastllm finetune --resume --out_dir runs/gpt2
     """Join the documents and cut them into sequences; otherwise each document is a sequence,
     truncated and padded."""
     end_token: bool | None = None
-    """End every document with the end token; by default all but the lines of a .txt file. Switch it
-    off for other datasets of lines, such as wikitext."""
+    """End every document with the end token; by default all but the lines of texts. Switch it off
+    for other datasets of lines, such as wikitext."""
     num_proc: Annotated[int, Field(ge=1, le=1024)] = 1
     """Processes that tokenize."""
 

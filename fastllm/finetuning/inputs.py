@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastllm.data.corpus import file_format
+from fastllm.data.corpus import Corpus, find_corpus
+from fastllm.data.sources import absolute, is_local
 from fastllm.files import replace_file
 from fastllm.finetuning.config import FinetuneConfig
-from fastllm.integrations import hub
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,50 +19,52 @@ if TYPE_CHECKING:
 MODEL_FILES = {".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja"}
 
 
-def check_paths(config: FinetuneConfig) -> None:
-    """Raises an error that names the flag if what it names is not there, or is a pipe.
+def find_inputs(config: FinetuneConfig) -> dict[str, Corpus]:
+    """The documents that --dataset and --eval_dataset name.
 
     Raises:
-        FileNotFoundError: a file or folder does not exist.
-        ValueError: it is neither file nor folder.
+        FileNotFoundError: what a flag names does not exist.
+        ValueError: it is neither file nor folder, or no text.
     """
-    given = {
-        "model": [config.model],
-        "tokenizer": [config.tokenizer] if config.tokenizer else [],
-        "dataset": config.dataset,
-        "eval_dataset": config.eval_dataset,
-    }
-    for flag, words in given.items():
-        for number, word in enumerate(words):
-            path = Path(word)
-            if path.exists() and not path.is_file() and not path.is_dir():
-                raise ValueError(
-                    f"{flag}: {word} is a pipe or a device, which cannot be read twice; save its "
-                    "content in a file"
-                )
-            # Words after the first are files, or the configuration of a dataset.
-            if not path.exists() and hub.is_local(word) and (not number or path.suffix):
-                raise FileNotFoundError(
-                    f"{word} does not exist; if it is elsewhere, give its place by --{flag}"
-                )
+    found = {}
+    for flag in ("model", "tokenizer", "dataset", "eval_dataset"):
+        given = getattr(config, flag)
+        try:
+            if isinstance(given, list) and given:
+                found[flag] = find_corpus(given, config.text_column)
+            elif given and is_local(given):
+                _check_path(given)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}; if it is elsewhere, give its place by --{flag}"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{flag}: {error}") from error
+    return found
+
+
+def _check_path(name: str) -> None:
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"{name} does not exist")
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(
+            f"{name} is a pipe or a device, which cannot be read twice; save its content in a file"
+        )
 
 
 def with_absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
     """The settings as a run records them, for commands in another current folder."""
 
-    def absolute(word: str) -> str:
-        return str(Path(word).absolute()) if Path(word).exists() else word
-
-    def all_absolute(words: list[str]) -> list[str]:
-        files = len(words) if words and file_format(words) else 1
-        return [*map(absolute, words[:files]), *words[files:]]
+    def everywhere(word: str) -> str:
+        return str(absolute(word)) if is_local(word) else word
 
     return config.model_copy(
         update={
-            "model": absolute(config.model),
-            "tokenizer": config.tokenizer and absolute(config.tokenizer),
-            "dataset": all_absolute(config.dataset),
-            "eval_dataset": all_absolute(config.eval_dataset),
+            "model": everywhere(config.model),
+            "tokenizer": config.tokenizer and everywhere(config.tokenizer),
+            "dataset": [everywhere(word) for word in config.dataset],
+            "eval_dataset": [everywhere(word) for word in config.eval_dataset],
         }
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastllm.command import Log
-from fastllm.data.corpus import file_format, load_documents, tokenize
+from fastllm.data.corpus import Corpus, Documents, load_documents, tokenize
 from fastllm.device import choose_precision
 from fastllm.files import replace_file, sha256
 from fastllm.finetuning.checkpoint import complete_or_absent
@@ -60,7 +60,9 @@ def run_name(model: str) -> str:
     return path.stem if path.suffix in (".gguf", ".json") else path.name
 
 
-def prepare(config: FinetuneConfig, run_dir: Path | None, log: Log) -> FinetuneTrainer:
+def prepare(
+    config: FinetuneConfig, corpora: dict[str, Corpus], run_dir: Path | None, log: Log
+) -> FinetuneTrainer:
     """Loads model and data and creates the folder: all that can fail before any work is lost."""
     from fastllm.finetuning.trainer import make_trainer
 
@@ -76,7 +78,7 @@ def prepare(config: FinetuneConfig, run_dir: Path | None, log: Log) -> FinetuneT
     check_limits(config, model_config, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    train_set, val_set = load_sequences(config, tokenizer, log)
+    train_set, val_set = load_sequences(config, corpora, tokenizer, log)
     if config.eval_dataset:
         inputs.add("eval_dataset", partial(sequences_digest, val_set))
         inputs.add("dataset", partial(sequences_digest, train_set))
@@ -132,7 +134,10 @@ def check_limits(
 
 
 def load_sequences(
-    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, log: Log
+    config: FinetuneConfig,
+    corpora: dict[str, Corpus],
+    tokenizer: PreTrainedTokenizerBase,
+    log: Log,
 ) -> tuple[Dataset | None, Dataset | None]:
     """Tokenized sequences to train and to evaluate on; None if there are none.
 
@@ -141,14 +146,13 @@ def load_sequences(
     """
     train_set = val_set = None
     if config.eval_dataset:
-        documents, held_out = load_documents(config.eval_dataset, config.max_samples)
-        documents = documents if held_out is None else held_out
-        val_set = tokenize_documents(config, documents, config.eval_dataset, tokenizer)
+        documents, held_out = load_documents(corpora["eval_dataset"], config.max_samples)
+        val_set = tokenize_documents(config, held_out or documents, tokenizer)
     if config.dataset:
-        documents, held_out = load_documents(config.dataset, config.max_samples)
-        train_set = tokenize_documents(config, documents, config.dataset, tokenizer)
-        if val_set is None and held_out is not None:
-            val_set = tokenize_documents(config, held_out, config.dataset, tokenizer)
+        documents, held_out = load_documents(corpora["dataset"], config.max_samples)
+        train_set = tokenize_documents(config, documents, tokenizer)
+        if val_set is None and held_out:
+            val_set = tokenize_documents(config, held_out, tokenizer)
         elif val_set is None and config.val_fraction:
             train_set, val_set = split_sequences(train_set, config.val_fraction)
     if val_set is not None and config.max_eval_samples:
@@ -167,20 +171,15 @@ def load_sequences(
 
 
 def tokenize_documents(
-    config: FinetuneConfig,
-    documents: Dataset,
-    words: list[str],
-    tokenizer: PreTrainedTokenizerBase,
+    config: FinetuneConfig, documents: list[Documents], tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
-    """Sequences of the documents that `words` name."""
-    end_token = file_format(words) != "text" if config.end_token is None else config.end_token
+    """Sequences of the documents."""
     return tokenize(
         documents,
         tokenizer,
         config.max_seq_len,
-        text_column=config.text_column,
         packing=config.packing,
-        end_token=end_token,
+        end_token=config.end_token,
         masked=config.task == "mlm",
         min_length=config.min_length,
         num_proc=config.num_proc,

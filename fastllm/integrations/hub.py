@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastllm.command import first_line, is_fault, is_out_of_memory, log
+from fastllm.data.sources import is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LOCAL_SUFFIXES = (".gguf", ".json", ".jsonl", ".txt", ".csv", ".parquet")
 
 # A tokenizer.json does not say which of its special tokens has which role.
 SPECIAL_TOKENS = {
@@ -27,14 +26,6 @@ SPECIAL_TOKENS = {
     "sep_token": ("[SEP]",),
     "unk_token": ("[UNK]", "<unk>"),
 }
-
-
-def is_local(name: str) -> bool:
-    """Whether this names a file or folder, existing or not, rather than something on the hub."""
-    path = Path(name)
-    if path.exists() or path.is_absolute() or path.suffix in LOCAL_SUFFIXES:
-        return True
-    return name[:1] in ".~" or name.endswith(("/", os.sep)) or len(path.parts) > 2
 
 
 def go_offline_if_unreachable(names: Iterable[str]) -> None:

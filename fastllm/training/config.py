@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fastllm.command import describe_error, make_settings
 from fastllm.flags import CommandSettings, Device, Precision, Threads, did_you_mean, read_flags
@@ -29,6 +29,15 @@ PositiveCount = Annotated[int, Field(ge=1, le=2**62)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _file_names(value: Any) -> Any:
+    if value == "" or (isinstance(value, list) and "" in value):
+        raise ValueError("the name of a text is empty")
+    return [value] if isinstance(value, (str, Path)) else value
+
+
+FileNames = Annotated[list[Path], BeforeValidator(_file_names)]
 
 
 class RunSettings(CommandSettings):
@@ -160,11 +169,11 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     below."""
 
     # Data
-    file_path: list[Path] | None = None
-    """UTF-8 texts to train on, or .jsonl, .csv or .parquet, each also compressed (.gz, .xz, .zst):
-    files, folders or patterns; by default a demo corpus, Python's own documentation."""
+    file_path: FileNames | None = None
+    """UTF-8 texts to train on, or .jsonl, .json, .csv or .parquet, each also compressed (.gz, .xz,
+    .zst): files, folders or patterns; by default a demo corpus, Python's own documentation."""
     text_column: str = "text"
-    """Column of .jsonl, .csv and .parquet files that holds the text."""
+    """Column of tables that holds the text."""
     max_seq_len: Annotated[int, Field(ge=2, le=2**24)] = 32
     """Tokens in a training sequence, and the longest context of the model."""
     overlap: Count = 0
@@ -250,13 +259,6 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     """deepspeed: where the optimizer runs, and where stage 3 keeps the weights."""
     deepspeed_config: Path | None = None
     """deepspeed: a configuration file to use instead of deepspeed.json in the run's folder."""
-
-    @field_validator("file_path", mode="before")
-    @classmethod
-    def _one_file_is_a_list(cls, value: Any) -> Any:
-        if value == "" or (isinstance(value, list) and "" in value):
-            raise ValueError("must not be empty")
-        return [value] if isinstance(value, (str, Path)) else value
 
     @classmethod
     def of_new_run(cls, given: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from fastllm import command
 from fastllm.command import Log, errors_in_one_line, no_log
 from fastllm.data.loader import TextDataset
-from fastllm.data.sources import check_texts, compression_of, find_files, read_files
+from fastllm.data.sources import Texts, compression_of, find_texts
 from fastllm.data.text import clean_lines
 from fastllm.device import Device, autocast, choose_device, choose_precision
 from fastllm.files import locked, replace_file
@@ -84,12 +84,12 @@ def train(
                 )
             implementation_line(device)  # refuses an implementation before any file is written
             # Before a folder is made.
-            group.broadcast(lambda: check_file_path(config))
+            texts = group.broadcast(lambda: read_texts(config))
             folder = dry_run_folder if config.dry_run else start_or_restart
-            run_dir, resume = group.broadcast(lambda: stack.enter_context(folder(config)))
+            run_dir, resume = group.broadcast(lambda: stack.enter_context(folder(config, texts)))
             run = resolve(config, run_dir, device, resume)
             group.check_agreement({"precision": run.precision})
-            trainer = prepare(run, log, group, engine_class)
+            trainer = prepare(run, log, group, engine_class, texts)
             if config.preset:
                 log(f"preset      {config.preset}: {PRESETS[config.preset].expect}")
             if not config.dry_run:
@@ -112,10 +112,16 @@ def train(
         raise SystemExit(128 + trainer.stopped_by)
 
 
-def check_file_path(config: TrainConfig) -> None:
-    """Raises like `find_files` and `check_texts` if the texts cannot be trained on."""
-    if config.file_path:
-        check_texts(find_files(config.file_path), config.text_column)
+def read_texts(config: TrainConfig) -> Texts | None:
+    """The texts of the settings, read once as a whole; None for the demo corpus.
+
+    Raises like `find_texts` and `Texts.content` if they cannot be trained on.
+    """
+    if not config.file_path:
+        return None
+    texts = find_texts(config.file_path, config.text_column)
+    texts.content  # noqa: B018 - kept for the token file
+    return texts
 
 
 def operations(trainer: Trainer) -> str:
@@ -129,7 +135,7 @@ def operations(trainer: Trainer) -> str:
 
 
 @contextlib.contextmanager
-def start_or_restart(config: TrainConfig) -> Iterator[tuple[Path, bool]]:
+def start_or_restart(config: TrainConfig, texts: Texts | None) -> Iterator[tuple[Path, bool]]:
     """The run's folder, locked, and whether the run in it is resumed.
 
     Processes that torchrun restarts resume from the last checkpoint. A note in the run's folder
@@ -140,7 +146,7 @@ def start_or_restart(config: TrainConfig) -> Iterator[tuple[Path, bool]]:
     """
     launch = torchrun_launch()
     if launch is None:
-        with run_folder(config, run_name(config)) as run_dir:
+        with run_folder(config, run_name(config, texts)) as run_dir:
             yield run_dir, config.resume
         return
     if config.out_dir is None:
@@ -160,7 +166,7 @@ def start_or_restart(config: TrainConfig) -> Iterator[tuple[Path, bool]]:
 
 
 @contextlib.contextmanager
-def dry_run_folder(config: TrainConfig) -> Iterator[tuple[Path, bool]]:
+def dry_run_folder(config: TrainConfig, texts: Texts | None) -> Iterator[tuple[Path, bool]]:
     """A temporary folder in place of the run's, and whether the run in out_dir is resumed.
 
     Raises:
@@ -181,19 +187,15 @@ def torchrun_launch() -> str | None:
     return f"{name} {socket.gethostname()} {os.getppid()}" if name == "none" else name
 
 
-def run_name(config: TrainConfig) -> str:
-    """The name of the first text or folder, without endings; raises like `find_files`."""
-    if not config.file_path:
+def run_name(config: TrainConfig, texts: Texts | None) -> str:
+    """The name of the first folder or text, without endings."""
+    if not config.file_path or texts is None:
         return "demo"
     first = config.file_path[0].resolve()
     if first.is_dir():
         return first.name or "text"
-    name = find_files(config.file_path)[0].name
+    name = texts.files[0].name
     return Path(name.removesuffix(compression_of(name))).stem
-
-
-def describe_texts(files: Sequence[Path]) -> str:
-    return f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
 
 
 @contextlib.contextmanager
@@ -306,8 +308,13 @@ def prepare(
     log: Log,
     group: ProcessGroup = SINGLE,
     engine_class: type[Engine] | None = None,
+    texts: Texts | None = None,
 ) -> Trainer:
-    """Data, tokenizer, model and trainer of a run; errors in its input are found here."""
+    """Data, tokenizer, model and trainer of a run; errors in its input are found here.
+
+    Args:
+        texts: what `read_texts` gives for the settings of the run, if that was called before.
+    """
     resident_at_start = resident_mb()
     checkpoint = None
     if run.resume:  # from out_dir also in a dry run, whose folder is a temporary one
@@ -317,7 +324,7 @@ def prepare(
         if checkpoint:
             model, tokenizer, saved = load_model(checkpoint)
             model.gradient_checkpointing = run.config.gradient_checkpointing
-        texts = run.config.file_path or [demo_text(run.run_dir, log)]
+        texts = texts or read_texts(run.config) or find_texts(demo_text(run.run_dir, log))
         if tokenizer is None:
             tokenizer = run_tokenizer(run, texts, group, log)
         train_set, val_set = read_data(run, texts, tokenizer, log)
@@ -353,15 +360,14 @@ def demo_text(run_dir: Path, log: Log) -> Path:
     return path
 
 
-def run_tokenizer(run: ResolvedRun, texts: list[Path], group: ProcessGroup, log: Log) -> Tokenizer:
+def run_tokenizer(run: ResolvedRun, texts: Texts, group: ProcessGroup, log: Log) -> Tokenizer:
     """The tokenizer of a new run: rank 0 makes or loads it, the other ranks read rank 0's file."""
     config = run.config
     if not group.is_main:
         return load_tokenizer(run.run_dir / "tokenizer.json")
     if isinstance(config.tokenizer, Path):
         return load_tokenizer(config.tokenizer)
-    text = read_files(find_files(texts), config.text_column)
-    pieces = clean_lines(text, config.min_line_length, config.dedup_lines)
+    pieces = clean_lines(texts.pieces(), config.min_line_length, config.dedup_lines)
     if config.tokenizer == "char":
         return SimpleCharacterTokenizer.from_pieces(pieces)
     log(f"tokenizer   {config.tokenizer}: learning {config.vocab_size:,} tokens from the text")
@@ -370,7 +376,7 @@ def run_tokenizer(run: ResolvedRun, texts: list[Path], group: ProcessGroup, log:
 
 
 def read_data(
-    run: ResolvedRun, texts: list[Path], tokenizer: Tokenizer, log: Log
+    run: ResolvedRun, texts: Texts, tokenizer: Tokenizer, log: Log
 ) -> tuple[TextDataset, TextDataset | None]:
     """The training set, and the validation set if the settings hold one out.
 
@@ -379,7 +385,6 @@ def read_data(
     """
     config = run.config
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    text = describe_texts(texts)
     dataset = TextDataset(
         texts,
         tokenizer,
@@ -388,21 +393,21 @@ def read_data(
         min_line_length=config.min_line_length,
         dedup_lines=config.dedup_lines,
         token_file=run.run_dir / "tokens.bin",
-        text_column=config.text_column,
     )
     unknown = unknown_fraction(dataset, tokenizer)
     if unknown > 0.5:
         raise ValueError(
-            f"{unknown:.0%} of the tokens of {text} stand for unknown words: they are too long, as "
-            "in texts without spaces, or the tokenizer lacks their characters; try --tokenizer bpe"
+            f"{unknown:.0%} of the tokens of {texts} stand for unknown words: they are too long, "
+            "as in texts without spaces, or the tokenizer lacks their characters; try --tokenizer "
+            "bpe"
         )
     if len(dataset.tokens) < 2:
-        raise ValueError(f"{text} has no text to learn from, after cleaning")
+        raise ValueError(f"{texts} has no text to learn from, after cleaning")
     train_set, val_set = (
         dataset.split(config.val_fraction) if config.val_fraction else (dataset, None)
     )
     log(
-        f"data        {text}: {len(dataset.tokens):,} tokens of {tokenizer.vocab_size:,} "
+        f"data        {texts}: {len(dataset.tokens):,} tokens of {tokenizer.vocab_size:,} "
         f"kinds, {len(train_set):,} training sequences"
     )
     return train_set, val_set

@@ -1,5 +1,6 @@
 """From datasets to sequences of tokens."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,15 @@ import datasets
 import pytest
 import transformers
 
-from fastllm.data.corpus import PIECE, _pieces, file_format, load_documents, tokenize
+from fastllm.data.corpus import (
+    PIECE,
+    Corpus,
+    Documents,
+    _pieces,
+    find_corpus,
+    load_documents,
+    tokenize,
+)
 
 WORDS = "a b c d e f g h".split()
 SPECIAL = ["<|endoftext|>", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
@@ -34,8 +43,16 @@ def tokenizer() -> Any:
     )
 
 
-def rows(texts: list[str | None]) -> Any:
-    return datasets.Dataset.from_dict({"text": texts})
+def rows(texts: list[str | None]) -> list[Documents]:
+    return [Documents(datasets.Dataset.from_dict({"text": texts}), "text")]
+
+
+def texts_of(words: list[str], max_samples: int = 0, text_column: str = "text") -> Any:
+    """The documents to train on, and those held out."""
+    parts = load_documents(find_corpus(words, text_column), max_samples)
+    return tuple(
+        [text for part in split for text in part.rows[part.text_column]] for split in parts
+    )
 
 
 def test_documents_are_joined_by_the_end_token_and_cut(tokenizer: Any) -> None:
@@ -65,21 +82,50 @@ def test_masked_sequences_have_special_tokens(tokenizer: Any) -> None:
     assert result["input_ids"] == [[1, 5, 6, 2], [1, 8, 2]]
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv", "parquet"])
-def test_files_of_every_format(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize("suffix", ["txt", "text", "jsonl", "json", "csv", "parquet"])
+def test_files_of_every_format(tmp_path: Path, suffix: str, compression: str) -> None:
     path, texts = tmp_path / f"data.{suffix}", ["a b", "c, d"]
-    if suffix == "txt":
+    if suffix in ("txt", "text"):
         path.write_text("a b\nc, d")
         texts = ["a b\n", "c, d"]
     elif suffix == "csv":
         path.write_text('n,text\n1,a b\n2,"c, d"\n')
     elif suffix == "parquet":
-        rows(texts).to_parquet(path)
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
     else:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    documents, held_out = load_documents([str(path)])
-    assert documents["text"][:] == texts and held_out is None
-    assert load_documents([str(path), str(path)], max_samples=3)[0]["text"][:] == [*texts, texts[0]]
+    if compression and suffix != "parquet":
+        path = path.with_name(path.name + compression)
+        path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
+    assert texts_of([str(path)]) == (texts, [])
+    assert texts_of([str(path), str(tmp_path / "d*")], max_samples=1) == (texts[:1], [])
+
+
+def test_texts_and_tables_of_one_folder(tmp_path: Path, tokenizer: Any) -> None:
+    """The lines of texts follow each other; each row ends with the separator, number 2."""
+    (tmp_path / "1.txt").write_text("a b\nc d")
+    (tmp_path / "2.txt").write_text("e\n")
+    (tmp_path / "3.jsonl").write_text('{"text": "f"}\n{"text": "g h"}\n')
+    (tmp_path / "4.csv").write_text("text\n\n")
+    (tmp_path / "5.txt").write_text("a")
+    parts, held_out = load_documents(find_corpus([str(tmp_path)]))
+    assert [part.are_lines for part in parts] == [True, False, True] and not held_out
+    sequences = tokenize(parts, tokenizer, 8)["input_ids"]
+    assert sequences == [[5, 6, 7, 8, 9], [1, 10, 2, 1, 11, 12, 2]]
+    whole = texts_of([str(tmp_path)])[0]
+    assert whole == ["a b\n", "c d\n", "e\n", "f", "g h", "a"]
+    for count in range(1, len(whole) + 2):
+        assert texts_of([str(tmp_path)], count)[0] == whole[:count]
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.txt", "a.jsonl"])
+def test_what_is_no_text_is_named_unread(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"%PDF-1.7\n%\xe2\xe3")
+    (tmp_path / "b.txt").write_text("text")
+    for words in ([name], ["b.txt", name], ["*.*"]):
+        with pytest.raises(ValueError, match=f"{name} is not text but a PDF"):
+            find_corpus([str(tmp_path / word) for word in words])
 
 
 NAMES = ["a1.jsonl", "a?.jsonl", "b[1].jsonl", "b1.jsonl", "*.jsonl", "c::d.jsonl", "e:f.jsonl"]
@@ -94,23 +140,27 @@ def test_a_path_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             (folder / name).write_text(json.dumps({"text": f"{place} {name}"}) + "\n")
         for name in NAMES:
             texts = [f"{place} {name}"]
-            assert load_documents([str(folder / name)])[0]["text"][:] == texts
+            assert texts_of([str(folder / name)]) == (texts, [])
             monkeypatch.chdir(tmp_path / place)
-            assert load_documents([f"data/{name}"])[0]["text"][:] == texts
+            assert texts_of([f"data/{name}"]) == (texts, [])
         everything = sorted(f"{place} {name}" for name in NAMES)
+        assert sorted(texts_of(["data"])[0]) == everything
         for max_samples in (0, 100):  # streamed in the second case
-            assert sorted(load_documents(["data"], max_samples)[0]["text"]) == everything
+            parts, _ = load_documents(Corpus(["data"], "text"), max_samples)
+            assert sorted(parts[0].rows["text"]) == everything
 
 
-@pytest.mark.parametrize("is_folder", [False, True])
-def test_content_decides_what_is_read_again(tmp_path: Path, is_folder: bool) -> None:
+@pytest.mark.parametrize("kind", ["file", "folder", "dataset"])
+def test_content_decides_what_is_read_again(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "folder" / "train.jsonl"
     path.parent.mkdir()
-    words = [str(path.parent if is_folder else path)]
+    words = [str(path if kind == "file" else path.parent)]
+    if kind == "dataset":
+        words.append("default")
     for text in ("one", "two", "one"):
         path.write_text(json.dumps({"text": text}))
         os.utime(path, (1_700_000_000, 1_700_000_000))
-        assert load_documents(words)[0]["text"][:] == [text]
+        assert texts_of(words) == ([text], [])
 
 
 def test_disks_without_links_hold_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +168,9 @@ def test_disks_without_links_hold_copies(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    (tmp_path / "a.txt").write_text("b\n")
-    assert load_documents([str(tmp_path / "a.txt")])[0]["text"][:] == ["b\n"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_text('{"text": "b"}')
+    assert texts_of([str(tmp_path / "data"), "default"]) == (["b"], [])
 
 
 def test_long_documents_are_tokenized_in_pieces(tokenizer: Any) -> None:
@@ -138,36 +189,42 @@ def test_long_documents_are_tokenized_in_pieces(tokenizer: Any) -> None:
     assert "".join(_pieces(text)) == text
 
 
-def test_a_folder_has_a_validation_split(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["names", "card", "configuration"])
+def test_a_folder_has_a_validation_split(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "folder"
-    folder.mkdir()
-    for part in ("train", "validation"):
-        (folder / f"{part}.jsonl").write_text("\n".join([json.dumps({"text": part})] * 3))
+    (folder / "deep").mkdir(parents=True)
+    for part in ("train", "validation", "test"):
+        (folder / f"{part}-1.jsonl").write_text("\n".join([json.dumps({"text": part})] * 3))
+    words = [str(folder)]
+    if kind == "card":
+        files = "data_files:\n  - split: train\n    path: train-*"
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: one\n  {files}\n---\n")
+    elif kind == "configuration":
+        words.append("default")
     for max_samples, count in ((0, 3), (2, 2)):  # streamed in the second case
-        documents, held_out = load_documents([str(folder)], max_samples)
-        assert documents["text"][:] == ["train"] * count
-        assert held_out is not None and held_out["text"][:] == ["validation"] * count
+        held_out = [] if kind == "card" else ["validation"] * count
+        assert texts_of(words, max_samples) == (["train"] * count, held_out)
+    if kind == "names":
+        (folder / "deep/other.txt").write_text("other")
+        others = [text for part in ("test", "train", "validation") for text in [part] * 3]
+        assert texts_of(words) == (["other", *others], [])
 
 
 def test_errors_name_what_cannot_be_read(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
-    with pytest.raises(ValueError, match=r"broken\.jsonl cannot be read as json: "):
-        load_documents([str(tmp_path / "broken.jsonl")])
+    with pytest.raises(ValueError, match=r"broken\.jsonl: line 2 is not JSON: "):
+        texts_of([str(tmp_path / "broken.jsonl")])
+    assert not [*(tmp_path / "cache").rglob("*.arrow")]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty cannot be read as a dataset: "):
-        load_documents([str(tmp_path / "empty")])
+    with pytest.raises(ValueError, match="empty default cannot be read as a dataset: "):
+        texts_of([str(tmp_path / "empty"), "default"])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt does not exist"):
-        file_format(["nowhere.txt"])
-    with pytest.raises(ValueError, match="several formats"):
-        (tmp_path / "a.txt").touch()
-        file_format([str(tmp_path / "a.txt"), str(tmp_path / "broken.jsonl")])
-    (tmp_path / "a.doc").touch()
-    with pytest.raises(ValueError, match=r"a\.doc has an unknown format"):
-        file_format([str(tmp_path / "a.doc")])
-    assert file_format(["wikitext", "wikitext-2-raw-v1"]) is None
+        find_corpus(["nowhere.txt"])
+    assert find_corpus(["wikitext", "wikitext-2-raw-v1"]).texts is None
     with pytest.raises(ValueError, match="no column 'body'; choose .* --text_column: text"):
-        tokenize(rows(["a"]), tokenizer, 4, text_column="body")
+        tokenize([rows(["a"])[0]._replace(text_column="body")], tokenizer, 4)
     with pytest.raises(ValueError, match="holds int64, not text"):
-        tokenize(datasets.Dataset.from_dict({"text": [1]}), tokenizer, 4)
-    with pytest.raises(ValueError, match="no text of at least 9 characters"):
-        tokenize(rows(["a b"]), tokenizer, 4, min_length=9)
+        tokenize([Documents(datasets.Dataset.from_dict({"text": [1]}), "text")], tokenizer, 4)
+    for texts in (["a b"], []):
+        with pytest.raises(ValueError, match="no text of at least 9 characters"):
+            tokenize(rows(texts), tokenizer, 4, min_length=9)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastllm.data.sources import absolute, check_texts, files_digest, find_files, read_files
+from fastllm.data.sources import Texts, absolute, find_texts
 
 ROWS = ["one, two", 'a "quoted"\nline', "é世\U0001f600", ""]
 ZSTD = b"\x28\xb5\x2f\xfd\x20\x04\x21\x00\x00text"  # "text", uncompressed in a frame
@@ -19,7 +19,11 @@ TEXT = 'one, two\na "quoted"\nline\né世\U0001f600\n'
 
 
 def text_of(*files: Path, column: str = "text") -> str:
-    return "".join(read_files(files, column))
+    return "".join(Texts(files, column).pieces())
+
+
+def find(words: str | Path | list[str | Path]) -> list[Path]:
+    return list(find_texts(words).files)
 
 
 def write_csv(path: Path) -> None:
@@ -95,36 +99,36 @@ def test_folders_patterns_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("a?.txt", "a1.txt", "sub/b.csv.gz", "picture.png", "[c].txt", "c.txt"):
         (folder / name).touch()
     monkeypatch.chdir(folder)
-    assert find_files("a?.txt") == [Path("a?.txt")]
-    assert find_files("[c].txt") == [Path("[c].txt")]
-    assert find_files("a*.txt") == [Path("a1.txt"), Path("a?.txt")]
-    assert find_files(["c.txt", "a1.txt"]) == [Path("c.txt"), Path("a1.txt")]
+    assert find("a?.txt") == [Path("a?.txt")]
+    assert find("[c].txt") == [Path("[c].txt")]
+    assert find("a*.txt") == [Path("a1.txt"), Path("a?.txt")]
+    assert find(["c.txt", "a1.txt"]) == [Path("c.txt"), Path("a1.txt")]
     names = ["[c].txt", "a1.txt", "a?.txt", "c.txt", "sub/b.csv.gz"]
-    assert [str(path) for path in find_files(".")] == names
+    assert [str(path) for path in find(".")] == names
     for word in ("a?.txt", "a*.txt", "c.txt", "sub"):
-        given, kept = find_files(word), absolute(word)
+        given, kept = find(word), absolute(word)
         monkeypatch.chdir(tmp_path)
-        assert find_files(kept) == [folder / path for path in given]
+        assert find(kept) == [folder / path for path in given]
         monkeypatch.chdir(folder)
 
 
 @pytest.mark.parametrize("name", ["no.txt", "no*.txt", "[no].txt"])
 def test_files_that_do_not_exist(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        find_files(tmp_path / name)
+        find(tmp_path / name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty holds no text"):
-        find_files(tmp_path / "empty")
+        find(tmp_path / "empty")
     (tmp_path / "broken.txt").symlink_to("nowhere")
     with pytest.raises(FileNotFoundError, match="broken.txt is a link"):
-        find_files(tmp_path / "broken.txt")
+        find(tmp_path / "broken.txt")
 
 
 def test_pipes_are_refused_unread(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(ValueError, match="pipe is a pipe or a device, which cannot be read twice"):
-        find_files(pipe)
+        find(pipe)
 
 
 @pytest.mark.parametrize(
@@ -160,28 +164,26 @@ def test_folders_leave_out_runs_and_what_is_hidden(tmp_path: Path) -> None:
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
-    assert find_files(tmp_path) == [tmp_path / "a.txt"]
+    assert find(tmp_path) == [tmp_path / "a.txt"]
 
 
 def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    assert find_files([tmp_path / "a.txt", tmp_path, str(tmp_path / "*.txt")]) == [
-        tmp_path / "a.txt"
-    ]
+    assert find([tmp_path / "a.txt", tmp_path, str(tmp_path / "*.txt")]) == [tmp_path / "a.txt"]
 
 
 def test_the_beginnings_of_texts_are_checked(tmp_path: Path) -> None:
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     files[0].write_text("text")
-    check_texts(files[:1])
+    find_texts(files[:1]).check()
     files[1].write_bytes(b"%PDF-1.7\n%\xe2\xe3")
     with pytest.raises(ValueError, match="b.txt is not text but a PDF"):
-        check_texts(files)
+        find_texts(files).check()
 
 
 def test_an_empty_name_is_no_folder() -> None:
     with pytest.raises(FileNotFoundError, match="the name of a text is empty"):
-        find_files("")
+        find("")
 
 
 def test_the_column_of_a_table_without_rows(tmp_path: Path) -> None:
@@ -219,16 +221,59 @@ def test_damaged_files_are_named(name: str, content: bytes, wrong: str, tmp_path
         text_of(tmp_path / name)
 
 
-def test_the_digest_decides_about_the_text(tmp_path: Path) -> None:
-    table, plain = tmp_path / "a.csv", tmp_path / "b.txt"
-    write_csv(table)
-    plain.write_text("b")
-    digests = {
-        files_digest([table]),
-        files_digest([table], "id"),
-        files_digest([plain]),
-        files_digest([table, plain]),
-        files_digest([plain, table]),
-    }
-    plain.write_text("c")
-    assert len(digests | {files_digest([plain]), files_digest([table, plain])}) == 7
+def test_the_digest_is_of_the_text_as_it_is_read(tmp_path: Path) -> None:
+    """Names, formats and compression make no difference; the order and every letter do."""
+    first, second = tmp_path / "x.1.txt", tmp_path / "y.txt"
+    first.write_text("one\n")
+    second.write_text("two")
+    digest = find_texts([first, second]).content.sha256
+    second.write_text("two\r\n")
+    other_line_ends = find_texts([first, second]).content.sha256
+    first = first.rename(tmp_path / "x.2.txt")
+    second.write_text("two")
+    whole, table = tmp_path / "whole", tmp_path / "table.jsonl"
+    whole.write_bytes(codecs.BOM_UTF8 + b"one\r\ntwo")
+    table.write_text('{"body": "one"}\n{"body": "two\\n"}')
+    for same in ([first, second], [compress(first, ".gz"), second], [compress(whole, ".xz")]):
+        assert find_texts(same).content == (digest, 7)
+    assert find_texts(table, "body").content == (other_line_ends, 8)
+    others = {find_texts(files).content.sha256 for files in ([first], [second, first])}
+    second.write_text("twO")
+    others |= {find_texts([first, second]).content.sha256, other_line_ends, digest}
+    assert len(others) == 5
+
+
+def test_half_a_pair_of_surrogates_has_a_digest(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d"}')
+    assert find_texts(tmp_path / "a.jsonl").content.size == 4
+
+
+def test_json_holds_a_list_or_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for text in ('[{"text": "a"},\n {"text": "b"}]', '{"text": "a"}\n{"text": "b"}'):
+        path.write_text(text)
+        assert text_of(path) == "a\nb\n"
+    for text, wrong in (
+        ('[{"text": "a"}', "is not JSON"),
+        ('[{"text": "a"}, 3]', "row 2 is not a JSON object"),
+        ('[{"body": "a"}]', "has no column 'text'; .*: body"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"{path}.*{wrong}"):
+            text_of(path)
+    # One that is not named is more likely a file of settings.
+    with pytest.raises(FileNotFoundError):
+        find(tmp_path)
+
+
+def test_lines_and_rows(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one\n\ntwo")
+    (tmp_path / "b").write_text("three")
+    assert [*find_texts([tmp_path / "a", tmp_path / "b"]).lines()] == [
+        "one\n",
+        "\n",
+        "two\n",
+        "three",
+    ]
+    write_csv(tmp_path / "c.csv")
+    assert [*find_texts(tmp_path / "c.csv").rows()] == ROWS

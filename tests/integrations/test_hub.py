@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from fastllm.integrations.hub import go_offline_if_unreachable, is_local, load_tokenizer
+from fastllm.data.sources import is_local
+from fastllm.integrations.hub import go_offline_if_unreachable, load_tokenizer
 
 
 @pytest.mark.parametrize("name", ["./model", "/model", "model/", "m.gguf", "a/b.json", "runs/a/b"])

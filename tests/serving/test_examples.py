@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from fastllm import SimpleCharacterTokenizer
-from fastllm.data.tokens import map_file
+from fastllm.data.sources import find_texts
+from fastllm.data.tokens import map_texts
 from fastllm.serving.examples import COMMON, COUNT, MAX_LENGTH, example_prompts
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
 
@@ -20,7 +21,7 @@ def test_examples_begin_lines_of_the_text(tmp_path: Path, kind: str, text: str) 
         tokenizer = SubwordTokenizer.train([text], kind, 300)
     file = tmp_path / "text.txt"
     file.write_text(text)
-    map_file(file, tokenizer, tmp_path / "tokens.bin")
+    map_texts(find_texts(file), tokenizer, tmp_path / "tokens.bin")
     examples = example_prompts(tmp_path, tokenizer)
     assert len(set(examples)) == len(examples) <= COUNT
     for example in examples:
