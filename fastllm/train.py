@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
             from fastllm.integrations.deepspeed import DeepSpeed
         train(config, engine_class=DeepSpeed)
     else:
-        with errors_in_one_line(ProcessError, OSError, ValueError, ImportError):
+        with errors_in_one_line(ProcessError, OSError, ValueError, KeyError, ImportError):
             launch(config, arguments)
 
 

@@ -1,5 +1,6 @@
 """The train command as its users run it."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -123,6 +124,28 @@ def test_texts_of_several_files_resumed_from_another_folder(tmp_path: Path) -> N
     assert "error: what --file_path names is not the text that this run began" in changed.stderr
 
 
+def test_the_same_text_in_another_form_resumes(tmp_path: Path) -> None:
+    """Under another name, compressed or in a table; another text is refused under any name."""
+    text = "one line\nand two\n" * 9
+    (tmp_path / "x.1.txt").write_text(text)
+    assert train(tmp_path, "x.1.txt", "--out_dir", "run").returncode == 0
+    (tmp_path / "x.1.txt").rename(tmp_path / "x.2.txt")
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/1.txt").write_text(text[:9])
+    (tmp_path / "parts/2.jsonl.gz").write_bytes(gzip.compress(json.dumps({"x": text[9:]}).encode()))
+    steps = iter(range(4, 9))
+    for same in (["x.2.txt"], ["x.txt.gz"], ["parts", "--text_column", "x"]):
+        again = ("--resume", "--out_dir", "run", "--max_steps", str(next(steps)))
+        result = train(tmp_path, *same, *again)
+        assert result.returncode == 0, result.stderr
+    (tmp_path / "x.1.txt").write_text(text.replace("two", "too"))
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(text[:-1].encode()))
+    for other in ("x.1.txt", "x.txt.gz"):
+        result = train(tmp_path, other, "--resume", "--out_dir", "run", "--max_steps", "9")
+        assert "error: what --file_path names is not the text that this run" in result.stderr
+
+
 def test_a_run_is_resumed_from_another_folder_with_its_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("ab" * 99)
     SimpleCharacterTokenizer(["abc"]).save(tmp_path / "t.json")
@@ -162,7 +185,7 @@ def test_a_preset_is_said_and_its_settings_are_kept(tmp_path: Path, text: Path) 
     [
         (None, "", "error: text file text.txt does not exist"),
         (b"", "", "error: text.txt has no text to learn from"),
-        (b"a", "", "error: text.txt has no text to learn from"),
+        (b"a", "", "error: text.txt has a single token, and nothing to predict; use a longer"),
         (b"caf\xe9 au lait", "", "error: text.txt is not UTF-8: bad byte 0xe9 at offset 3"),
         (b"ACGT" * 99, "--tokenizer wordpiece", "100% of the tokens of text.txt stand for unknown"),
         (b"short\n" * 9, "--min_line_length 100", "error: text.txt has no text to learn from"),
@@ -183,6 +206,34 @@ def test_bad_input_is_named_before_anything_is_written(
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs/text/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (b"", "", "text.txt has no text to learn from, after cleaning"),
+        (b"First", "", "text.txt has a single token, and nothing to predict; use a longer text"),
+        (b"to be, or not to be", "", "val_fraction 0.1 of 7 tokens leaves 1 for validation"),
+        (b"to be, or not to be", "--preset medium", "val_fraction 0.1 of 7 tokens leaves 1"),
+        (b"to be" * 9, "--tokenizer char --val_fraction 0.02", "0.02 of 45 tokens leaves 1"),
+        (b"to be" * 9, "--tokenizer wordpiece", "val_fraction 0.1 of 10 tokens leaves 1"),
+        (b"to be\n" * 99_999, "--val_fraction 1e-6", "1e-06 of 599994 tokens leaves 1 for val"),
+        (b"to be\n" * 99_999, "--val_fraction 0.999999", "0.999999 of 599994 tokens leaves 0 for"),
+        (b"to be\n" * 99_999, "--min_line_length 6", "text.txt has no text to learn from, after"),
+        (b"to be\n" * 99_999, "--dedup_lines", "val_fraction 0.1 of 3 tokens leaves"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_text_that_is_too_short_is_refused_before_any_work(
+    tmp_path: Path, content: bytes, flags: str, message: str, ending: str
+) -> None:
+    data = gzip.compress(content) if ending else content
+    (tmp_path / f"text.txt{ending}").write_bytes(data)
+    result = run_command("train", f"text.txt{ending}", *flags.split(), folder=tmp_path)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and message.replace(".txt", f".txt{ending}") in line
+    assert [path.name for path in tmp_path.iterdir()] == [f"text.txt{ending}"]
 
 
 @pytest.mark.subprocess

@@ -242,18 +242,10 @@ class TextDataset(Dataset[Sample]):
             ValueError: `val_fraction` is not between 0 and 1, one part would have fewer than the
                 two tokens that a prediction needs, or `max_seq_len` is 1.
         """
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must be between 0 and 1, not {val_fraction}")
         if self.max_seq_len < 2:
             raise ValueError("max_seq_len must be at least 2 to predict anything, not 1")
         total = len(self.tokens)
-        cut = int(total * (1 - val_fraction))
-        for name, count in (("training", cut), ("validation", total - cut)):
-            if count < 2:
-                raise ValueError(
-                    f"val_fraction {val_fraction} of {total} tokens leaves {count} for {name}, but "
-                    "at least 2 are needed; use a longer text or another val_fraction"
-                )
+        cut = split_point(total, val_fraction)
         return self._slice(0, cut, self.overlap), self._slice(cut, total, 1)
 
     def _slice(self, start: int, stop: int, overlap: int) -> TextDataset:
@@ -275,6 +267,24 @@ class TextDataset(Dataset[Sample]):
         self.__dict__.update(state)
         if self._mapped is not None:
             self.tokens = map_tokens(*self._mapped)[self._first : self._first + state["tokens"]]
+
+
+def split_point(total: int, val_fraction: float) -> int:
+    """How many of so many tokens are for training; the others are for validation.
+
+    Raises:
+        ValueError: `val_fraction` is not between 0 and 1, or leaves fewer than two tokens.
+    """
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction must be between 0 and 1, not {val_fraction}")
+    cut = int(total * (1 - val_fraction))
+    for name, count in (("training", cut), ("validation", total - cut)):
+        if count < 2:
+            raise ValueError(
+                f"val_fraction {val_fraction} of {total} tokens leaves {count} for {name}, but at "
+                "least 2 are needed; use a longer text or another val_fraction"
+            )
+    return cut
 
 
 def collate(samples: Sequence[Sample]) -> Sample:

@@ -100,10 +100,10 @@ class Texts:
         for file in self.files:
             if last and not last.endswith("\n"):
                 yield "\n"
+            has_rows = is_table(file)
             with _damage_named(file):
-                for piece in self._read(file):
-                    last = piece
-                    if is_table(file) and not piece.endswith("\n"):
+                for last in self._read(file):
+                    if has_rows and not last.endswith("\n"):
                         last += "\n"
                     yield last
 

@@ -13,9 +13,10 @@ import torch
 
 from fastllm import command
 from fastllm.command import Log, errors_in_one_line, no_log
-from fastllm.data.loader import TextDataset
+from fastllm.data.loader import TextDataset, split_point
 from fastllm.data.sources import Texts, compression_of, find_texts
 from fastllm.data.text import clean_lines
+from fastllm.data.tokens import Tokens, encode_texts
 from fastllm.device import Device, autocast, choose_device, choose_precision
 from fastllm.files import locked, replace_file
 from fastllm.models.decoder import DecoderModel
@@ -48,6 +49,9 @@ from fastllm.training.loop import LoaderError, Trainer, TrainingError, derive_se
 from fastllm.training.memory import check_memory
 from fastllm.training.metrics import plot_losses, resident_mb, tokens_per_second
 from fastllm.training.presets import PRESETS
+
+# The tokens of a text of fewer characters are counted before a run begins: that takes no time.
+SHORT_TEXT = 2**16
 
 # What a user can fix: told in one line, before any work is lost.
 INPUT_ERRORS = (ImplementationError, CheckpointError, OSError, ValueError, KeyError, ImportError)
@@ -115,13 +119,62 @@ def train(
 def read_texts(config: TrainConfig) -> Texts | None:
     """The texts of the settings, read once as a whole; None for the demo corpus.
 
-    Raises like `find_texts` and `Texts.content` if they cannot be trained on.
+    Raises:
+        FileNotFoundError: a text does not exist.
+        ValueError: a file holds no text, or all of them hold too little.
+        KeyError: the tokenizer lacks a character of a short text.
     """
     if not config.file_path:
         return None
     texts = find_texts(config.file_path, config.text_column)
-    texts.content  # noqa: B018 - kept for the token file
+    size = texts.content.size
+    if not config.resume:
+        check_length(config, texts, at_most=size)
     return texts
+
+
+def check_length(config: TrainConfig, texts: Texts, at_most: int) -> None:
+    """Raises a `ValueError` if the texts have too few tokens.
+
+    Args:
+        at_most: bytes of the texts, which have at most as many tokens.
+    """
+    length, count = 0, at_most
+    for piece in clean_lines(texts.pieces(), config.min_line_length, config.dedup_lines):
+        length += len(piece)
+        if length >= SHORT_TEXT:
+            break
+    else:
+        tokenizer = make_tokenizer(config.model_copy(update={"quiet": True}), texts, no_log)
+        tokens = encode_texts(texts, tokenizer, config.min_line_length, config.dedup_lines)
+        check_known(texts, tokens, tokenizer)
+        count = len(tokens)
+    check_count(texts, count, config.val_fraction)
+
+
+def check_known(texts: Texts, tokens: Tokens, tokenizer: Tokenizer) -> None:
+    """Raises a `ValueError` if most tokens at the beginning stand for unknown words."""
+    unknown_id = getattr(tokenizer, "unknown_token_id", None)
+    beginning = tokens[: 1 << 20]
+    if unknown_id is None or not len(beginning):
+        return
+    unknown = float((beginning == unknown_id).mean())
+    if unknown > 0.5:
+        raise ValueError(
+            f"{unknown:.0%} of the tokens of {texts} stand for unknown words: they are too long, "
+            "as in texts without spaces, or the tokenizer lacks their characters; try --tokenizer "
+            "bpe"
+        )
+
+
+def check_count(texts: Texts, tokens: int, val_fraction: float) -> None:
+    """Raises a `ValueError` if so many tokens are too few to train on."""
+    if not tokens:
+        raise ValueError(f"{texts} has no text to learn from, after cleaning")
+    if tokens == 1:
+        raise ValueError(f"{texts} has a single token, and nothing to predict; use a longer text")
+    if val_fraction:
+        split_point(tokens, val_fraction)
 
 
 def operations(trainer: Trainer) -> str:
@@ -325,8 +378,10 @@ def prepare(
             model, tokenizer, saved = load_model(checkpoint)
             model.gradient_checkpointing = run.config.gradient_checkpointing
         texts = texts or read_texts(run.config) or find_texts(demo_text(run.run_dir, log))
-        if tokenizer is None:
-            tokenizer = run_tokenizer(run, texts, group, log)
+        if tokenizer is None and group.is_main:
+            tokenizer = make_tokenizer(run.config, texts, log)
+        elif tokenizer is None:
+            tokenizer = load_tokenizer(run.run_dir / "tokenizer.json")
         train_set, val_set = read_data(run, texts, tokenizer, log)
         with torch.device("meta"):
             sketch = run.config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
@@ -360,11 +415,8 @@ def demo_text(run_dir: Path, log: Log) -> Path:
     return path
 
 
-def run_tokenizer(run: ResolvedRun, texts: Texts, group: ProcessGroup, log: Log) -> Tokenizer:
-    """The tokenizer of a new run: rank 0 makes or loads it, the other ranks read rank 0's file."""
-    config = run.config
-    if not group.is_main:
-        return load_tokenizer(run.run_dir / "tokenizer.json")
+def make_tokenizer(config: TrainConfig, texts: Texts, log: Log) -> Tokenizer:
+    """The tokenizer of a new run, loaded or made from the texts."""
     if isinstance(config.tokenizer, Path):
         return load_tokenizer(config.tokenizer)
     pieces = clean_lines(texts.pieces(), config.min_line_length, config.dedup_lines)
@@ -394,15 +446,8 @@ def read_data(
         dedup_lines=config.dedup_lines,
         token_file=run.run_dir / "tokens.bin",
     )
-    unknown = unknown_fraction(dataset, tokenizer)
-    if unknown > 0.5:
-        raise ValueError(
-            f"{unknown:.0%} of the tokens of {texts} stand for unknown words: they are too long, "
-            "as in texts without spaces, or the tokenizer lacks their characters; try --tokenizer "
-            "bpe"
-        )
-    if len(dataset.tokens) < 2:
-        raise ValueError(f"{texts} has no text to learn from, after cleaning")
+    check_known(texts, dataset.tokens, tokenizer)
+    check_count(texts, len(dataset.tokens), config.val_fraction)
     train_set, val_set = (
         dataset.split(config.val_fraction) if config.val_fraction else (dataset, None)
     )
@@ -411,14 +456,6 @@ def read_data(
         f"kinds, {len(train_set):,} training sequences"
     )
     return train_set, val_set
-
-
-def unknown_fraction(dataset: TextDataset, tokenizer: Tokenizer) -> float:
-    """The fraction of unknown tokens at the text's beginning."""
-    if not isinstance(tokenizer, SubwordTokenizer) or tokenizer.unknown_token_id is None:
-        return 0.0
-    beginning = dataset.tokens[: 1 << 20]
-    return float((beginning == tokenizer.unknown_token_id).mean()) if len(beginning) else 0.0
 
 
 def new_model(config: TrainConfig, tokenizer: Tokenizer) -> DecoderModel:
