@@ -91,6 +91,8 @@ def train(
             texts = group.broadcast(lambda: read_texts(config))
             folder = dry_run_folder if config.dry_run else start_or_restart
             run_dir, resume = group.broadcast(lambda: stack.enter_context(folder(config, texts)))
+            if config.dry_run:
+                check_shared(run_dir, group)
             run = resolve(config, run_dir, device, resume)
             group.check_agreement({"precision": run.precision})
             trainer = prepare(run, log, group, engine_class, texts)
@@ -228,7 +230,21 @@ def dry_run_folder(config: TrainConfig, texts: Texts | None) -> Iterator[tuple[P
     if config.out_dir is not None:
         refuse_second_run(config, config.out_dir)
     with tempfile.TemporaryDirectory(prefix="fastllm-") as folder:
+        if config.resume and config.out_dir is not None:
+            # The tokens are those of the run; if its text has changed, the link is replaced.
+            with contextlib.suppress(OSError):  # no links on this disk
+                (Path(folder) / "tokens.bin").symlink_to(config.out_dir.absolute() / "tokens.bin")
         yield Path(folder), config.resume
+
+
+def check_shared(folder: Path, group: ProcessGroup) -> None:
+    """Raises a `ProcessError` unless all processes see the folder; a collective operation."""
+    (missing,) = group.all_reduce(not folder.is_dir())
+    if missing:
+        raise ProcessError(
+            f"dry_run works in a temporary folder, {folder}, which other machines do not see; run "
+            "it on one machine, or set TMPDIR to a folder that all of them share"
+        )
 
 
 def torchrun_launch() -> str | None:

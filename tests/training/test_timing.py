@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from fastllm.data import tokens
 from fastllm.files import sha256
 from fastllm.training import loop
+from fastllm.training.distributed import ProcessError, ProcessGroup
 from fastllm.training.loop import Timing, Trainer
 from fastllm.training.metrics import format_duration, read_metrics
+from fastllm.training.run import check_shared
 from tests.commands import run_command
 from tests.conftest import MakeTrainer
 
@@ -142,9 +145,10 @@ def test_there_is_one_speed(tmp_path: Path, text: Path) -> None:
     flags = "--max_steps 30 --log_interval 100 --eval_interval 30 --out_dir run"
     result = run_command("train", *SMALL, "--file_path", str(text), *flags.split(), folder=tmp_path)
     (line,) = read_metrics(tmp_path / "run/metrics.jsonl")
-    speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-    assert f"speed       {speed}\n" in result.stderr
-    assert f", {speed}, " in result.stderr  # the bar
+    found = re.search(r"^speed       (.*) tokens/s$", result.stderr, re.MULTILINE)
+    assert found
+    assert float(found[1].replace(",", "")) == pytest.approx(line["tokens_per_second"], abs=0.6)
+    assert f", {found[1]} tokens/s, " in result.stderr  # the bar
 
 
 def contents(folder: Path) -> dict[Path, tuple[str, int]]:
@@ -197,6 +201,36 @@ def test_a_dry_run_of_a_resumed_run_changes_nothing(tmp_path: Path, text: Path) 
     again = run_command("train", *SMALL, *begin, "--dry_run")
     assert "holds a run already; --resume continues it" in again.stderr
     assert contents(run) == before
+
+
+def test_a_resumed_dry_run_reads_the_tokens_of_the_run(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(tmp_path / "run")
+    begin = ("--file_path", str(text), "--out_dir", run, "--max_steps", "3", "--quiet")
+    assert run_command("train", *SMALL, *begin).returncode == 0
+    monkeypatch.setattr(tokens, "_write_ids", None)  # tokenizing would fail
+    result = run_command("train", "--resume", "--out_dir", run, "--max_steps", "9", "--dry_run")
+    assert result.returncode == 0, result.stderr
+    monkeypatch.undo()
+    before = contents(tmp_path / "run")
+    text.write_text(text.read_text().upper().lower() + "the end")
+    result = run_command("train", "--resume", "--out_dir", run, "--max_steps", "9", "--dry_run")
+    assert "is not the text that this run began with" in result.stderr
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_dry_run_over_machines_that_share_no_folder_is_refused(tmp_path: Path) -> None:
+    """The other rank's machine lacks the folder that rank 0 has made."""
+
+    class TwoRanks(ProcessGroup):
+        def all_reduce(self, *numbers: float) -> list[float]:
+            return [number + 1 for number in numbers]
+
+    check_shared(tmp_path, ProcessGroup())
+    for rank in (0, 1):
+        with pytest.raises(ProcessError, match="dry_run works in a temporary folder, .* TMPDIR"):
+            check_shared(tmp_path, TwoRanks(rank, 2))
 
 
 def test_a_signal_ends_a_dry_run(
