@@ -57,8 +57,8 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
         ("nowhere", "nowhere does not exist; give the folders of runs"),
         ("a a/", "a run is given twice"),
         ("a broken", "broken/config.json is not a run's config.json"),
-        ("a --out curves.txt", "out: must end in .png, .svg or .pdf"),
-        ("", "runs: is required"),
+        ("a --out curves.txt", "--out must end in .png, .svg or .pdf"),
+        ("", "--runs is required"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path: Path, flags: str, message: str) -> None:

@@ -325,7 +325,7 @@ def test_a_licence_is_spelt_as_hugging_face_does(
     capsys: pytest.CaptureFixture[str], license: str
 ) -> None:
     flags = ("--checkpoint", "run", "--format", "hf", "--license", license)
-    assert "license: must be spelt as Hugging Face does" in fails(capsys, *flags)
+    assert "--license must be spelt as Hugging Face does" in fails(capsys, *flags)
 
 
 def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
