@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MLP",
+    "DecoderConfig",
     "DecoderModel",
     "EmbeddingLayer",
     "MultiHeadAttention",

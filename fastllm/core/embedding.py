@@ -25,6 +25,8 @@ class EmbeddingLayer(nn.Module):
         dropout_p: probability of dropping an element of the sum.
         padding_idx: the token whose embedding is zero and stays zero.
         scale_embeddings: scale by sqrt(H) (Vaswani et al. 2017, section 3.4) rather than 1.
+        scale: another factor.
+        positions: add positions to the tokens.
     """
 
     def __init__(
@@ -38,10 +40,14 @@ class EmbeddingLayer(nn.Module):
         device: Any = None,
         dtype: Any = None,
         scale_embeddings: bool = True,
+        scale: float | None = None,
+        positions: bool = True,
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
-        self.scale = math.sqrt(hidden_size) if scale_embeddings else 1.0
+        if scale is None:
+            scale = math.sqrt(hidden_size) if scale_embeddings else 1.0
+        self.scale = scale
         self.token_embeddings = nn.Embedding(
             vocab_size, hidden_size, padding_idx=padding_idx, device=device, dtype=dtype
         )
@@ -59,6 +65,7 @@ class EmbeddingLayer(nn.Module):
             learned=pos_encoding_learned,
             device=device,
             dtype=dtype,
+            positions=positions,
         )
 
     def forward(self, input_ids: Tensor, offset: int = 0) -> Tensor:
@@ -100,17 +107,20 @@ class EmbeddingLayer(nn.Module):
         if tokens.max_norm is not None or tokens.scale_grad_by_freq or tokens.sparse:
             return None
         encoding.check_length(offset + length)
+        table = self.position_table()
         return records.Embedding(
             tokens.weight,
-            self.position_table()[offset : offset + length],
+            None if table is None else table[offset : offset + length],
             self.scale,
             tokens.padding_idx,
             records.Dropout(dropout.active_p()),
         )
 
-    def position_table(self) -> Tensor:
-        """A vector for each position, [max_seq_len, H]."""
+    def position_table(self) -> Tensor | None:
+        """A vector for each position, [max_seq_len, H], if positions are added."""
         (encoding,) = submodules(self, "positional_encoding")
+        if not encoding.positions:
+            return None
         return encoding.pos_embedding.weight if encoding.learned else encoding.pe[0]
 
 

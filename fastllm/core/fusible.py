@@ -39,12 +39,20 @@ def all_are(cls: type[nn.Module], *modules: Any) -> bool:
 
 def plain_norm(module: Any, hidden_size: int) -> Norm | None:
     """The record of a plain norm over the last `hidden_size` elements, else None."""
-    if type(module) not in (nn.LayerNorm, nn.RMSNorm) or not is_plain(module):
+    if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not is_plain(module):
         return None
     if module.normalized_shape != (hidden_size,):
         return None
-    if type(module) is nn.LayerNorm:
+    if isinstance(module, nn.LayerNorm):
         return Norm(*weight_and_bias(module), module.eps)
     if module.eps is None:  # it depends on the type of the input
         return None
-    return Norm(module.weight, None, module.eps, "rms")
+    return Norm(module.weight, None, module.eps, "rms", getattr(module, "offset", 0.0))
+
+
+def plain_norms(*modules: tuple[Any, int]) -> list[Norm | None] | None:
+    """As `plain_norm` for each module and its width, with None for no module; None if one of them
+    is not plain."""
+    norms = [None if module is None else plain_norm(module, size) for module, size in modules]
+    missing = sum(module is None for module, _ in modules)
+    return norms if norms.count(None) == missing else None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm.core.dropout import Dropout
-from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm
+from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm, plain_norms
 from fastllm.ops import decoder as records
 from fastllm.ops.dropout import fresh_seeds
 from fastllm.ops.mlp import mlp
@@ -51,12 +51,14 @@ class MLP(nn.Module):
         include_norm_residual: include the norm and the residual connection.
         gated: multiply the activation by a third linear layer of the input, `up` (Shazeer 2020):
             SwiGLU with `silu`, GeGLU with `gelu` or `gelu_tanh`, ReGLU with `relu`.
+        out_norm: builds a norm of the output from H, applied before the residual connection.
 
     Raises:
         ValueError: an unknown activation.
     """
 
     up: nn.Linear | None
+    out_norm: nn.Module | None
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class MLP(nn.Module):
         device: Any = None,
         dtype: Any = None,
         gated: bool = False,
+        out_norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
@@ -90,6 +93,7 @@ class MLP(nn.Module):
         self.dropout = Dropout(dropout_p)
         self.fc2 = linear(self.intermediate_size, hidden_size)
         self.register_module("up", linear(hidden_size, self.intermediate_size) if gated else None)
+        self.register_module("out_norm", None if out_norm is None else out_norm(hidden_size))
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -109,7 +113,8 @@ class MLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Maps every vector of `hidden_states` [..., H] on its own; returns [..., H]."""
         norm = None if self.norm is None else plain_norm(self.norm, self.hidden_size)
-        if self.norm is None or norm is not None:
+        # In the record, a norm of the output brings the residual connection.
+        if self.out_norm is None if self.norm is None else norm is not None:
             record = self.record(norm, self.norm_first)
             if record is not None:
                 return mlp(hidden_states, record.with_seeds(fresh_seeds()))
@@ -120,6 +125,8 @@ class MLP(nn.Module):
         if self.up is not None:
             hidden = hidden * self.up(x)
         out = self.fc2(self.dropout(hidden))
+        if self.out_norm is not None:
+            out = self.out_norm(out)
         if self.norm is None:
             return out
         out = hidden_states + out
@@ -132,12 +139,13 @@ class MLP(nn.Module):
         Args:
             norm: the norm to include, if any.
         """
-        names = "fc1", "activation", "dropout", "fc2", "up"
-        fc1, activation, dropout, fc2, up = submodules(self, *names)
+        names = "fc1", "activation", "dropout", "fc2", "up", "out_norm"
+        fc1, activation, dropout, fc2, up, out_norm = submodules(self, *names)
         linears = [fc1, fc2] if up is None else [fc1, fc2, up]
         if not all_are(nn.Linear, *linears) or not is_plain(*linears, activation, dropout):
             return None
-        if (name := activation_name(activation)) is None:
+        norms = plain_norms((out_norm, self.hidden_size))
+        if norms is None or (name := activation_name(activation)) is None:
             return None
         return records.Mlp(
             records.Linear(*weight_and_bias(fc1)),
@@ -147,6 +155,7 @@ class MLP(nn.Module):
             norm_first,
             records.Dropout(dropout.active_p()),
             up=None if up is None else records.Linear(*weight_and_bias(up)),
+            out_norm=norms[0],
         )
 
 

@@ -21,6 +21,7 @@ class PositionalEncoding(nn.Module):
         max_seq_len: the longest sequence, in tokens.
         dropout_p: probability of dropping an element of the sum.
         learned: learn the vectors instead of computing them.
+        positions: add vectors; without them, only dropout and the limit of the length are left.
     """
 
     pe: Tensor
@@ -33,20 +34,22 @@ class PositionalEncoding(nn.Module):
         learned: bool = False,
         device: Any = None,
         dtype: Any = None,
+        positions: bool = True,
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.max_seq_len = max_seq_len
-        self.learned = learned
+        self.learned = learned and positions
+        self.positions = positions
         self.dropout_p = dropout_p
         self.dropout = Dropout(dropout_p)
-        if learned:
+        if self.learned:
             self.pos_embedding = nn.Embedding(max_seq_len, hidden_size, device=device, dtype=dtype)
             nn.init.normal_(self.pos_embedding.weight, std=0.02)
-        else:
-            positions = torch.arange(max_seq_len, dtype=torch.float64)[:, None]
+        elif positions:
+            steps = torch.arange(max_seq_len, dtype=torch.float64)[:, None]
             exponents = torch.arange(0, hidden_size, 2, dtype=torch.float64) / hidden_size
-            angles = positions * torch.exp(-math.log(10000) * exponents)
+            angles = steps * torch.exp(-math.log(10000) * exponents)
             pe = torch.zeros(1, max_seq_len, hidden_size, dtype=torch.float64)
             pe[0, :, 0::2] = angles.sin()
             pe[0, :, 1::2] = angles.cos()[:, : hidden_size // 2]
@@ -66,10 +69,10 @@ class PositionalEncoding(nn.Module):
         end = offset + x.size(1)
         self.check_length(end)
         if self.learned:
-            positions = self.pos_embedding(torch.arange(offset, end, device=x.device))
-        else:
-            positions = self.pe[0, offset:end]
-        return self.dropout(x + positions)
+            x = x + self.pos_embedding(torch.arange(offset, end, device=x.device))
+        elif self.positions:
+            x = x + self.pe[0, offset:end]
+        return self.dropout(x)
 
     def check_length(self, length: int) -> None:
         """Raises a `ValueError` if there are fewer positions than `length`."""

@@ -1,5 +1,7 @@
 """One layer of a transformer."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from fastllm.core.attn.mha import KeyValueCache, MultiHeadAttention
 from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm
 from fastllm.core.mlp import MLP
+from fastllm.core.rotary import RotaryEncoding
 from fastllm.ops.decoder import Layer
 from fastllm.ops.dropout import fresh_seeds
 from fastllm.ops.mlp import mlp
@@ -15,7 +18,7 @@ from fastllm.ops.torch_private import submodules
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and MLP, each with a layer norm and a residual connection.
+    """Self-attention and MLP, each with a norm and a residual connection.
 
     Args:
         hidden_size: H.
@@ -23,11 +26,21 @@ class TransformerBlock(nn.Module):
         mlp_intermediate_size: I; 4 H unless given.
         attn_dropout_p: see `MultiHeadAttention`.
         mlp_dropout_p, mlp_activation: see `MLP`.
-        norm_eps: of both layer norms.
+        norm_eps: of all norms.
         norm_first: Pre-LN, `x + f(norm(x))`, rather than Post-LN, `norm(x + f(x))`.
         is_causal: hide later positions unless `forward` says otherwise.
         qkv_bias: biases in the attention's projections.
         mlp_bias: biases in the MLP.
+        num_kv_heads, head_dim, separate_qkv, out_bias, rotary, qk_norm: see `MultiHeadAttention`.
+        window, attn_scale, attn_softcap: its `window`, `scale` and `softcap`.
+        gated: see `MLP`.
+        norm_type: builds every norm from `(hidden_size, eps=, device=, dtype=)`.
+        out_norms: norms of the sublayers' outputs too, before they are added (Gemma 2).
+        parallel: `x + attention(norm1(x)) + mlp(norm2(x))`, as in GPT-NeoX.
+        residual_scale: factor of what each sublayer adds to x.
+
+    Raises:
+        ValueError: Post-LN with parallel sublayers, or a setting that a part refuses.
     """
 
     def __init__(
@@ -45,11 +58,31 @@ class TransformerBlock(nn.Module):
         mlp_bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        separate_qkv: bool = False,
+        out_bias: bool | None = None,
+        rotary: RotaryEncoding | None = None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        window: int | None = None,
+        attn_scale: float | None = None,
+        attn_softcap: float | None = None,
+        gated: bool = False,
+        norm_type: Callable[..., nn.Module] = nn.LayerNorm,
+        out_norms: bool = False,
+        parallel: bool = False,
+        residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        if parallel and not norm_first:
+            raise ValueError("parallel sublayers need norm_first: their norms are of the input")
         self.hidden_size = hidden_size
         self.norm_first = norm_first
-        self.norm1 = nn.LayerNorm(hidden_size, eps=norm_eps, device=device, dtype=dtype)
+        self.parallel = parallel
+        self.residual_scale = residual_scale
+        make_norm = partial(norm_type, eps=norm_eps, device=device, dtype=dtype)
+        make_out_norm = make_norm if out_norms else None
+        self.norm1 = make_norm(hidden_size)
         self.self_attn = MultiHeadAttention(
             hidden_size,
             num_heads,
@@ -61,8 +94,18 @@ class TransformerBlock(nn.Module):
             include_norm_residual=False,
             device=device,
             dtype=dtype,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            separate_qkv=separate_qkv,
+            out_bias=out_bias,
+            rotary=rotary,
+            qk_norm=qk_norm,
+            window=window,
+            scale=attn_scale,
+            softcap=attn_softcap,
+            out_norm=make_out_norm,
         )
-        self.norm2 = nn.LayerNorm(hidden_size, eps=norm_eps, device=device, dtype=dtype)
+        self.norm2 = make_norm(hidden_size)
         self.mlp = MLP(
             hidden_size,
             mlp_intermediate_size,
@@ -74,6 +117,8 @@ class TransformerBlock(nn.Module):
             include_norm_residual=False,
             device=device,
             dtype=dtype,
+            gated=gated,
+            out_norm=make_out_norm,
         )
 
     def forward(
@@ -87,15 +132,23 @@ class TransformerBlock(nn.Module):
         if cache is None and (layer := self.record(attn_mask, is_causal)) is not None:
             seeds = fresh_seeds()
             x = multi_head_attention(hidden_states, layer.attention.with_seeds(seeds))
+            if self.parallel:
+                return mlp(hidden_states, layer.mlp.with_seeds(seeds), x)
             return mlp(x, layer.mlp.with_seeds(seeds))
         # A module that replaces ours need not know about caches.
         extra = {} if cache is None else {"cache": cache}
+        attend = partial(self.self_attn, attn_mask=attn_mask, is_causal=is_causal, **extra)
         x = hidden_states
-        if self.norm_first:
-            x = x + self.self_attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal, **extra)
-            return x + self.mlp(self.norm2(x))
-        x = self.norm1(x + self.self_attn(x, attn_mask=attn_mask, is_causal=is_causal, **extra))
-        return self.norm2(x + self.mlp(x))
+        if not self.norm_first:
+            x = self.norm1(x + self._scaled(attend(x)))
+            return self.norm2(x + self._scaled(self.mlp(x)))
+        x = x + self._scaled(attend(self.norm1(x)))
+        mlp_input = hidden_states if self.parallel else x
+        return x + self._scaled(self.mlp(self.norm2(mlp_input)))
+
+    def _scaled(self, out: Tensor) -> Tensor:
+        """What a sublayer with this output adds to x."""
+        return out if self.residual_scale == 1 else out * self.residual_scale
 
     def record(
         self, attn_mask: Tensor | None = None, is_causal: bool | None = None
@@ -114,7 +167,12 @@ class TransformerBlock(nn.Module):
         mlp_record = mlp.record(norms[1], self.norm_first)
         if attention_record is None or mlp_record is None:
             return None
-        return Layer(attention_record, mlp_record)
+        scale = self.residual_scale
+        return Layer(
+            attention_record._replace(residual_scale=scale),
+            mlp_record._replace(residual_scale=scale),
+            self.parallel,
+        )
 
 
 FORWARDS[TransformerBlock] = TransformerBlock.forward

@@ -96,10 +96,13 @@ class _Logits(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         model, table = self.model, self.model.embedding_layer
-        positions = table.position_table()[: input_ids.size(1)]
+        positions = table.position_table()
+        if positions is not None:
+            positions = positions[: input_ids.size(1)]
         x = embedding_ref(
             input_ids, Embedding(table.token_embeddings.weight, positions, table.scale)
         )
         for block in model.transformer_blocks:
             x = block(x)
-        return model.lm_head(x if model.final_norm is None else model.final_norm(x))
+        x = x if model.final_norm is None else model.final_norm(x)
+        return model.capped(model.lm_head(x))

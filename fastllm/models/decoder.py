@@ -1,9 +1,11 @@
 """The decoder-only language model."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from fastllm.core.attn.mha import KeyValueCache
 from fastllm.core.embedding import EmbeddingLayer
 from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm
+from fastllm.core.norm import OffsetRMSNorm
+from fastllm.core.rotary import RotaryEncoding
 from fastllm.core.transformer_block import TransformerBlock
+from fastllm.models.config import DecoderConfig, Rotation
 from fastllm.ops.decode import forget_packed
 from fastllm.ops.decoder import Decoder, Linear
 from fastllm.ops.decoder_loss import decoder_loss, why_not
@@ -25,7 +30,10 @@ from fastllm.ops.torch_private import children, submodules, weight_and_bias
 
 
 class DecoderModel(nn.Module):
-    """Embedding, transformer blocks, final layer norm (Pre-LN only) and a linear head.
+    """Embedding, transformer blocks, final norm (unless Post-LN) and a linear head.
+
+    The arguments are a short form of the most common settings of a `DecoderConfig`; `from_config`
+    takes all of them.
 
     Args:
         vocab_size: V.
@@ -47,7 +55,9 @@ class DecoderModel(nn.Module):
         scale_embeddings: token embeddings are multiplied by sqrt(H).
 
     Attributes:
-        settings: the arguments of the constructor, without device and dtype.
+        config: everything that the model was made from.
+        settings: the arguments of the constructor, without device and dtype; or for `from_config`,
+            the fields of the configuration.
         gradient_checkpointing: save only each block's input and rerun its forward in the backward:
             less memory, a third more time. Off by default.
     """
@@ -82,52 +92,89 @@ class DecoderModel(nn.Module):
             for name, argument in locals().items()
             if name not in ("self", "__class__", "device", "dtype")
         }
+        config = DecoderConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            max_seq_len=max_seq_len,
+            mlp_intermediate_size=mlp_intermediate_size or 0,
+            pos_encoding="learned" if pos_encoding_learned else "sinusoidal",
+            embedding_dropout_p=embedding_dropout_p,
+            attn_dropout_p=attn_dropout_p,
+            mlp_dropout_p=mlp_dropout_p,
+            mlp=cast(Any, mlp_activation),  # checked by the configuration
+            norm_eps=norm_eps,
+            norm_order="pre" if norm_first else "post",
+            causal=is_causal,
+            padding_idx=padding_idx,
+            qkv_bias=qkv_bias,
+            mlp_bias=mlp_bias,
+            lm_head_bias=lm_head_bias,
+            tie_word_embeddings=tie_word_embeddings,
+            embedding_scale=math.sqrt(hidden_size) if scale_embeddings else 1.0,
+        )
+        self._build(config, settings, device, dtype)
+
+    @classmethod
+    def from_config(
+        cls, config: DecoderConfig, device: Any = None, dtype: Any = None
+    ) -> "DecoderModel":
+        """An untrained model with all settings of a configuration, in training mode."""
+        model = cls.__new__(cls)
+        model._build(config, config.model_dump(), device, dtype)
+        return model
+
+    @classmethod
+    def from_settings(
+        cls, settings: dict[str, Any], device: Any = None, dtype: Any = None
+    ) -> "DecoderModel":
+        """An untrained model with the `settings` of another."""
+        if "norm_order" in settings:
+            return cls.from_config(DecoderConfig(**settings), device, dtype)
+        return cls(**settings, device=device, dtype=dtype)
+
+    def _build(
+        self, config: DecoderConfig, settings: dict[str, Any], device: Any, dtype: Any
+    ) -> None:
         super().__init__()
+        self.config = config
         self.settings = settings
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.max_seq_len = max_seq_len
-        self.norm_first = norm_first
+        self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
+        self.max_seq_len = config.max_seq_len
+        self.norm_first = config.norm_order != "post"
         self.gradient_checkpointing = False
         self.embedding_layer = EmbeddingLayer(
-            vocab_size,
-            hidden_size,
-            max_seq_len,
-            pos_encoding_learned,
-            embedding_dropout_p,
-            padding_idx,
+            config.vocab_size,
+            config.hidden_size,
+            config.max_seq_len,
+            config.pos_encoding == "learned",
+            config.embedding_dropout_p,
+            config.padding_idx,
             device=device,
             dtype=dtype,
-            scale_embeddings=scale_embeddings,
+            scale=config.embedding_scale,
+            positions=config.pos_encoding in ("sinusoidal", "learned"),
         )
         self.padding_idx = self.embedding_layer.padding_idx
+        rotaries: dict[Rotation, RotaryEncoding] = {}
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(
-                hidden_size,
-                num_heads,
-                mlp_intermediate_size,
-                attn_dropout_p,
-                mlp_dropout_p,
-                mlp_activation,
-                norm_eps,
-                norm_first,
-                is_causal,
-                qkv_bias,
-                mlp_bias,
-                device=device,
-                dtype=dtype,
-            )
-            for _ in range(num_layers)
+            make_block(config, i, rotaries, device, dtype) for i in range(config.num_layers)
         )
         self.final_norm = (
-            nn.LayerNorm(hidden_size, eps=norm_eps, device=device, dtype=dtype)
-            if norm_first
+            norm_type(config)(config.hidden_size, eps=config.norm_eps, device=device, dtype=dtype)
+            if self.norm_first
             else None
         )
         self.lm_head = nn.Linear(
-            hidden_size, vocab_size, bias=lm_head_bias, device=device, dtype=dtype
+            config.hidden_size,
+            config.vocab_size,
+            bias=config.lm_head_bias,
+            device=device,
+            dtype=dtype,
         )
-        if tie_word_embeddings:
+        if config.tie_word_embeddings:
             self._tie()
 
     @classmethod
@@ -202,7 +249,12 @@ class DecoderModel(nn.Module):
             IndexError: an id is outside the vocabulary.
             ValueError: the sequence is longer than `max_seq_len`.
         """
-        return self.lm_head(self.hidden_states(input_ids, attn_mask, caches))
+        return self.capped(self.lm_head(self.hidden_states(input_ids, attn_mask, caches)))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The head's output with the configuration's `head_softcap`."""
+        softcap = self.config.head_softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def hidden_states(
         self,
@@ -266,7 +318,8 @@ class DecoderModel(nn.Module):
             targets = F.pad(targets, (0, unscored), value=ignore_index)
             x = self.hidden_states(input_ids, attn_mask)
             head = Linear(self.lm_head.weight, self.lm_head.bias)
-            return linear_cross_entropy(x, head, targets, ignore_index)
+            softcap = self.config.head_softcap
+            return linear_cross_entropy(x, head, targets, ignore_index, softcap)
         logits = self(input_ids, attn_mask)[:, :-1]
         check_token_ids(targets[targets != ignore_index], logits.size(-1))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
@@ -313,7 +366,8 @@ class DecoderModel(nn.Module):
                 f"transformer_blocks.{layers.index(None)} has a part unknown to the operations, "
                 "or something is attached to it"
             )
-        return Decoder(embedding, layers, norm, Linear(*weight_and_bias(head)), length)
+        head_record = Linear(*weight_and_bias(head))
+        return Decoder(embedding, layers, norm, head_record, length, self.config.head_softcap)
 
     def train(self, mode: bool = True) -> "DecoderModel":
         """As for every module; training mode also frees the packed weights kept for generation."""
@@ -357,6 +411,78 @@ class DecoderModel(nn.Module):
                 first = nn.Parameter(first)  # otherwise each name gets its own
             state_dict.update(dict.fromkeys(names, first))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+def norm_type(config: DecoderConfig) -> Callable[..., nn.Module]:
+    """Builds a norm of the configuration from `(hidden_size, eps=, device=, dtype=)`."""
+    if config.norm == "layer":
+        affine, bias = config.norm_weight, config.norm_bias
+        return partial(nn.LayerNorm, elementwise_affine=affine, bias=bias)
+    if config.norm_offset:
+        return partial(OffsetRMSNorm, offset=config.norm_offset)
+    return partial(nn.RMSNorm, elementwise_affine=config.norm_weight)
+
+
+def head_norm_type(
+    config: DecoderConfig, device: Any, dtype: Any
+) -> Callable[[int], nn.Module] | None:
+    """Builds the norm of a head of the queries or keys from D; None if they have none."""
+    if config.qk_norm is None:
+        return None
+    make: Callable[..., nn.Module] = partial(nn.RMSNorm, elementwise_affine=False)
+    if config.qk_norm == "weight":
+        offset = config.norm_offset
+        make = partial(OffsetRMSNorm, offset=offset) if offset else nn.RMSNorm
+    return partial(make, eps=config.norm_eps, device=device, dtype=dtype)
+
+
+def make_block(
+    config: DecoderConfig,
+    layer: int,
+    rotaries: dict[Rotation, RotaryEncoding],
+    device: Any,
+    dtype: Any,
+) -> TransformerBlock:
+    """An untrained block for this layer.
+
+    Args:
+        rotaries: of the layers before; one that is missing is added.
+    """
+    rotation = config.rotation_of(layer)
+    if rotation is not None and rotation not in rotaries:
+        angles, factor = rotation
+        rotaries[rotation] = RotaryEncoding(
+            angles, config.max_seq_len, factor, config.rope_interleaved, device
+        )
+    return TransformerBlock(
+        config.hidden_size,
+        config.num_heads,
+        config.mlp_intermediate_size,
+        config.attn_dropout_p,
+        config.mlp_dropout_p,
+        config.activation,
+        config.norm_eps,
+        config.norm_order != "post",
+        config.causal,
+        config.qkv_bias,
+        config.mlp_bias,
+        device=device,
+        dtype=dtype,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        separate_qkv=config.separate_qkv,
+        out_bias=config.out_bias,
+        rotary=None if rotation is None else rotaries[rotation],
+        qk_norm=head_norm_type(config, device, dtype),
+        window=config.window_of(layer),
+        attn_scale=config.attn_scale,
+        attn_softcap=config.attn_softcap,
+        gated=config.gated,
+        norm_type=norm_type(config),
+        out_norms=config.norm_order == "sandwich",
+        parallel=config.norm_order == "parallel",
+        residual_scale=config.residual_scale,
+    )
 
 
 def same_implementation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -301,7 +301,8 @@ def _converted_weights(
         }
     tokens, positions = "embedding_layer.token_embeddings", "embedding_layer.positional_encoding"
     new[f"{tokens}.weight"] = residual(old[f"{tokens}.weight"] * table.scale)
-    new[f"{positions}.pos_embedding.weight"] = residual(table.position_table().double().cpu())
+    table_of_positions = cast(Tensor, table.position_table())
+    new[f"{positions}.pos_embedding.weight"] = residual(table_of_positions.double().cpu())
     new["lm_head.weight"] = channels(old["lm_head.weight"])
     if extra:
         new["final_norm.bias"][H] = 1
@@ -462,6 +463,8 @@ def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str
                 f"{name}, a {type(module).__name__}, has no counterpart in GPT-2, or a hook, "
                 "a patched forward or the like is attached to it"
             )
+    if not model.embedding_layer.positional_encoding.positions:
+        yield "its embeddings have no positions, which are rotary or missing"
     if not convertible and not model.embedding_layer.positional_encoding.learned:
         yield "its positions are sinusoidal, not learned (pos_encoding_learned=True)"
     decoder = model.record(model.max_seq_len)
@@ -476,6 +479,32 @@ def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str
     if norm is None or not all(mlp.norm_first for mlp in mlps):
         yield "it is Post-LN, not Pre-LN (norm_first=True)"
         return
+    unknown = {
+        "shares heads of keys and values": any(a.kv_heads_or_heads != a.heads for a in attentions),
+        "has heads of another width than H / N": any(
+            a.widths[0] != model.hidden_size for a in attentions
+        ),
+        "has separate projections for queries, keys and values": any(
+            len(a.projections) > 1 for a in attentions
+        ),
+        "has rotary positions": any(a.rope for a in attentions),
+        "normalizes queries and keys": any(a.q_norm or a.k_norm for a in attentions),
+        "has a window": any(a.window for a in attentions),
+        "has a scale of attention": any(a.scale is not None for a in attentions),
+        "caps its scores or logits": decoder.softcap is not None
+        or any(a.softcap is not None for a in attentions),
+        "has gated MLPs": any(m.up for m in mlps),
+        "normalizes what its sublayers return": any(
+            s.out_norm for a, m, _ in layers for s in (a, m)
+        ),
+        "scales its sublayers' outputs": any(
+            s.residual_scale != 1 for a, m, _ in layers for s in (a, m)
+        ),
+        "has parallel sublayers": any(layer.parallel for layer in layers),
+    }
+    for feature, found in unknown.items():
+        if found:
+            yield f"it {feature}"
     if not convertible and decoder.embedding.scale != 1:
         yield "its token embeddings are multiplied by sqrt(H) (scale_embeddings=False prevents it)"
     if not all(attention.causal for attention in attentions):
@@ -511,12 +540,13 @@ def config_json(model: "DecoderModel") -> dict[str, Any]:
     """The content of config.json for a model that `check_gpt2` accepts."""
     table, block = model.embedding_layer, cast(TransformerBlock, model.transformer_blocks[0])
     V, H = table.token_embeddings.weight.shape
+    positions = cast(Tensor, table.position_table())
     layer = cast(Layer, block.record())
     written = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     config = GPT2Config(
         model_type="gpt2",
         vocab_size=V,
-        n_positions=table.position_table().size(0),
+        n_positions=positions.size(0),
         n_embd=H,
         n_layer=len(model.transformer_blocks),
         n_head=layer.attention.heads,

@@ -290,8 +290,10 @@ class Pipeline(Engine):
         if not predicted:  # the mean over no tokens is NaN
             return x.sum() * 0
         head = Linear(self.model.lm_head.weight, self.model.lm_head.bias)
+        softcap = self.model.config.head_softcap
         with autocast(self.device.type, self.run.precision):
-            return linear_cross_entropy(x, head, targets) * (predicted * self._scale)
+            loss = linear_cross_entropy(x, head, targets, softcap=softcap)
+        return loss * (predicted * self._scale)
 
     def clip(self) -> float:
         parameters = list(self.model.parameters())

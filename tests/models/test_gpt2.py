@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastllm import MLP, DecoderModel
+from fastllm import MLP, DecoderConfig, DecoderModel
 from fastllm.models import gpt2
 from fastllm.optim import AdamW
 from tests.conftest import assert_as_accurate
@@ -465,7 +465,7 @@ def no_norm(model: DecoderModel) -> None:
         (no_norm, "Post-LN"),
         (no_norm_bias, "a norm lacks its weight or bias"),
         (rms_norm, "norm1 is a RMSNorm, not a LayerNorm"),
-        (gated, "no name for '.*up.(weight|bias)'"),
+        (gated, "it has gated MLPs"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -478,6 +478,38 @@ def test_modified_models_that_gpt2s_format_cannot_express(
     with pytest.raises(ValueError, match=f"cannot express this model: .*{message}"):
         model.save_gpt2(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"pos_encoding": "rope"}, "embeddings have no positions"),
+        ({"num_kv_heads": 1}, "shares heads of keys and values"),
+        ({"head_dim": 4}, "heads of another width"),
+        ({"separate_qkv": True}, "separate projections"),
+        ({"qk_norm": "no_weight"}, "normalizes queries and keys"),
+        ({"window": 3}, "has a window"),
+        ({"attn_scale": 0.1}, "scale of attention"),
+        ({"attn_softcap": 5.0}, "caps its scores"),
+        ({"head_softcap": 5.0}, "caps its scores or logits"),
+        ({"norm_order": "sandwich"}, "normalizes its sublayers' outputs"),
+        ({"residual_scale": 0.5}, "scales its sublayers' outputs"),
+        ({"norm_order": "parallel"}, "parallel sublayers"),
+        ({"norm_bias": False}, "a norm lacks its weight or bias"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_configurations_that_gpt2s_format_cannot_express(
+    tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    sizes = {"vocab_size": 11, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    own = {"pos_encoding": "learned", "lm_head_bias": False}
+    DecoderModel.from_config(DecoderConfig(**sizes, **own)).save_gpt2(tmp_path / "gpt2")
+    model = DecoderModel.from_config(DecoderConfig(**{**sizes, **own, **settings}))
+    with pytest.raises(ValueError, match=f"cannot express this model: .*{reason}"):
+        model.save_gpt2(tmp_path / "new")
+    with pytest.raises(ValueError, match=f"cannot express this model: .*{reason}"):
+        gpt2.convert_to_gpt2(model)
 
 
 @pytest.mark.parametrize("fail_at", ["save_file", "flush"])

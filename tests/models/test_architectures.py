@@ -1,0 +1,229 @@
+"""Models of the known architectures against transformers, and their fused against their own
+forward."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastllm
+from fastllm import DecoderConfig, DecoderModel
+from fastllm.models.architectures import ARCHITECTURES
+from fastllm.models.config import RopeScaling
+from tests.conftest import assert_as_accurate, needs_extension
+
+V, S = 61, 24
+# More heads than keys and values have, heads wider than H / N, and a window shorter than S.
+SIZES = {
+    "vocab_size": V, "hidden_size": 48, "num_layers": 3, "num_heads": 4, "max_seq_len": S,
+    "mlp_intermediate_size": 80,
+}  # fmt: skip
+SHARED = {**SIZES, "num_kv_heads": 2, "head_dim": 16}
+WINDOW = {"window": 5, "window_pattern": (True, True, False)}
+CONFIGS = {
+    "gpt2": ARCHITECTURES["gpt2"](**SIZES),
+    "llama": ARCHITECTURES["llama"](**SHARED),
+    "qwen3": ARCHITECTURES["qwen3"](**SHARED),
+    "gemma3": ARCHITECTURES["gemma3"](**{**SHARED, **WINDOW}),
+    "nanochat": ARCHITECTURES["nanochat"](**SHARED, window=7),
+    "neox": DecoderConfig(
+        **SIZES, norm_order="parallel", pos_encoding="rope", rope_fraction=0.5, mlp="gelu"
+    ),
+    "gptj": DecoderConfig(
+        **SIZES, norm_order="parallel", pos_encoding="rope", rope_interleaved=True, mlp="reglu",
+        rope_fraction=2 / 3, norm_bias=False, residual_scale=0.5,
+    ),
+    "capped": DecoderConfig(
+        **SHARED, norm="rms", norm_order="post", pos_encoding="none", attn_softcap=5.0,
+        head_softcap=3.0, attn_scale=0.1, mlp="geglu", qkv_bias=True, out_bias=False,
+    ),
+}  # fmt: skip
+
+
+def make_model(config: DecoderConfig) -> DecoderModel:
+    """A model whose norms and biases are not what they start as."""
+    torch.manual_seed(0)
+    model = DecoderModel.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, V, (13, S), generator=torch.Generator().manual_seed(1))
+
+
+def run(model: DecoderModel, ids: Tensor) -> list[Tensor]:
+    """Logits, loss and gradients."""
+    loss = model.loss(ids, ids)
+    loss.backward()
+    with torch.no_grad():
+        return [model(ids), loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@needs_extension
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kernels_and_modules_compute_the_same(name: str, ids: Tensor) -> None:
+    """The whole model in one operation; its layers; and its modules, which a hook makes run."""
+    model = make_model(CONFIGS[name])
+    hooked = copy.deepcopy(model)
+    for block in hooked.transformer_blocks:
+        for module in (block.self_attn.out_proj, block.mlp.fc2):
+            module.register_forward_hook(lambda *_: None)
+    assert model.why_not_fused_loss(ids) is None
+    assert "attached" in str(hooked.why_not_fused_loss(ids))
+    assert "too few" in str(model.why_not_fused_loss(ids[:2]))
+    results = ["logits", "loss", *(each for each, _ in model.named_parameters())]
+    for batch in (ids, ids[:2]):
+        with fastllm.use("ref"):
+            oracle = run(copy.deepcopy(model).double(), batch)
+            plain = run(copy.deepcopy(model), batch)
+        for kind, each in (("kernels", copy.deepcopy(model)), ("modules", copy.deepcopy(hooked))):
+            for i, found in enumerate(run(each, batch)):
+                assert_as_accurate(found, plain[i], oracle[i], f"{results[i]} by the {kind}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_caches_give_what_the_whole_sequence_gives(name: str, ids: Tensor) -> None:
+    model = make_model(CONFIGS[name]).eval()
+    with torch.no_grad():
+        whole = model(ids)
+        for pieces in ((S,), (1,) * S, (9, 1, 6, 1, 7)):
+            caches, ends = model.new_caches(), list(itertools.accumulate(pieces))
+            found = [
+                model(ids[:, end - size : end], caches=caches)
+                for size, end in zip(pieces, ends, strict=True)
+            ]
+            torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_keeps_only_the_window(ids: Tensor) -> None:
+    model = make_model(CONFIGS["gemma3"]).eval()
+    caches = model.new_caches()
+    for t in range(S):
+        model(ids[:, t : t + 1], caches=caches)
+    kept = [cache._keys.shape for cache in caches]
+    assert kept == [(13, 2, 4, 16), (13, 2, 4, 16), (13, 2, S, 16)]
+    hidden = torch.zeros(S, dtype=torch.bool)
+    hidden[-3:] = True  # of the keys of all positions
+    model, caches = make_model(CONFIGS["gemma3"]).eval(), model.new_caches()
+    model(ids[:, :-1], caches=caches)
+    last = model(ids[:, -1:], hidden, caches)
+    torch.testing.assert_close(last, model(ids, hidden)[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_is_made_again_from_its_settings(name: str, ids: Tensor) -> None:
+    model = make_model(CONFIGS[name])
+    again = DecoderModel.from_settings(model.settings, device="meta").to_empty(device="cpu")
+    again.load_state_dict(model.state_dict())
+    assert again.config == model.config
+    assert torch.equal(again(ids), model(ids))
+
+
+def test_rotary_tables_outlive_conversions(ids: Tensor) -> None:
+    config = ARCHITECTURES["gemma3"](**{**SHARED, **WINDOW})
+    model = DecoderModel.from_config(config)
+    tables = [block.self_attn.rotary.table.clone() for block in model.transformer_blocks]
+    assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
+    for changed in (
+        copy.deepcopy(model).to(torch.bfloat16),
+        copy.deepcopy(model).double(),
+        copy.deepcopy(model).to_empty(device="cpu"),
+        copy.deepcopy(model).to("meta").to_empty(device="cpu"),
+    ):
+        rotaries = [block.self_attn.rotary for block in changed.transformer_blocks]
+        assert rotaries[0] is rotaries[1]
+        assert all(map(torch.equal, [each.table for each in rotaries], tables))
+    assert not any("rotary" in name for name in model.state_dict())
+
+
+# From a module of ours to the modules of transformers' Llama, Qwen3 and Gemma 3.
+NAMES = {
+    "transformer_blocks": "model.layers",
+    "embedding_layer.token_embeddings": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "self_attn.out_proj": "self_attn.o_proj",
+    "mlp.fc1": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.fc2": "mlp.down_proj",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+}
+SANDWICH = {
+    "self_attn.out_norm": "post_attention_layernorm",
+    "mlp.out_norm": "post_feedforward_layernorm",
+    "norm2": "pre_feedforward_layernorm",
+}
+
+
+def copied(config: DecoderConfig, theirs: nn.Module, **names: str) -> DecoderModel:
+    """Our model with the weights of one of transformers."""
+    weights = theirs.state_dict()
+    found = {}
+    for name in (model := DecoderModel.from_config(config)).state_dict():
+        their_name = name
+        for ours, replacement in {**names, **NAMES}.items():
+            their_name = their_name.replace(ours, names.get(ours, replacement))
+        found[name] = weights[their_name]
+    model.load_state_dict(found)
+    return model.eval()
+
+
+SCALINGS = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", *SCALINGS])
+def test_logits_are_those_of_transformers(name: str, ids: Tensor) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = {
+        "vocab_size": V, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 80,
+        "max_position_embeddings": 64, "pad_token_id": None,
+    }  # fmt: skip
+    names: dict[str, str] = {}
+    if name == "qwen3":
+        config = CONFIGS["qwen3"]
+        theirs |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+        kind, their_config = transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**theirs)
+    elif name == "gemma3":
+        config, names = ARCHITECTURES["gemma3"](**{**SHARED, **WINDOW}, attn_scale=0.2), SANDWICH
+        kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+        theirs |= {
+            "sliding_window": 5, "layer_types": kinds, "query_pre_attn_scalar": 25,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        }  # fmt: skip
+        kind = transformers.Gemma3ForCausalLM
+        their_config = transformers.Gemma3TextConfig(**theirs)
+    else:
+        scaling = SCALINGS.get(name)
+        rope = RopeScaling(rope_type=name, **scaling) if scaling else None
+        config = ARCHITECTURES["llama"](**SHARED, rope_scaling=rope, norm_eps=1e-6)
+        parameters = {"rope_type": name if scaling else "default", "rope_theta": 1e4}
+        theirs |= {"rope_parameters": {**parameters, **(scaling or {})}}
+        kind, their_config = transformers.LlamaForCausalLM, transformers.LlamaConfig(**theirs)
+    torch.manual_seed(0)
+    their_model = kind(their_config).eval()
+    with torch.no_grad():
+        for parameter in their_model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        expected = their_model(ids).logits
+        ours = copied(config, their_model, **names)
+        for implementation in ("auto", "ref"):
+            with fastllm.use(implementation):
+                difference = (ours(ids) - expected).abs().max() / expected.abs().max()
+            assert difference < 1e-5, implementation
