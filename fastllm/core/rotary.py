@@ -49,12 +49,15 @@ class RotaryEncoding(nn.Module):
         return Rope(self.table, self.interleaved)
 
     def _make_table(self, device: torch.device | str | None) -> Tensor:
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type == "meta":
+            return torch.empty(self.max_seq_len, 2 * len(self.angles), device=device)
         # A position of 10^5 times an angle in fp32 would be wrong by hundredths of a radian.
         positions = torch.arange(self.max_seq_len, dtype=torch.float64, device="cpu")
         angles = torch.tensor(self.angles, dtype=torch.float64, device="cpu")
         products = torch.outer(positions, angles)
         table = torch.cat((products.cos(), products.sin()), -1) * self.factor
-        return table.to(device or torch.get_default_device(), torch.float32)
+        return table.to(device, torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEncoding":
         # Only a change of the device applies to the table, not one of the type, nor `to_empty`.

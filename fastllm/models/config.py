@@ -14,7 +14,7 @@ NormName = Literal["layer", "rms"]
 NormOrder = Literal["pre", "post", "sandwich", "parallel"]
 PosEncoding = Literal["sinusoidal", "learned", "rope", "none"]
 MlpName = Literal[
-    "gelu", "gelu_tanh", "relu", "silu", "swish", "leaky_relu", "relu_squared",
+    "gelu", "gelu_tanh", "relu", "silu", "relu_squared",
     "swiglu", "geglu", "geglu_tanh", "reglu",
 ]  # fmt: skip
 
@@ -103,7 +103,7 @@ class DecoderConfig(_Record):
     """Factor of what each sublayer adds to x."""
 
     # MLP
-    mlp: MlpName | Callable[..., Any] = "gelu"
+    mlp: MlpName | Literal["swish", "leaky_relu"] | Callable[..., Any] = "gelu"
     """An activation, or a gated MLP: swiglu (with silu), geglu (gelu), geglu_tanh (gelu_tanh) or
     reglu (relu). A module of your own is an activation."""
     mlp_bias: bool = True

@@ -494,9 +494,7 @@ def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str
         "caps its scores or logits": decoder.softcap is not None
         or any(a.softcap is not None for a in attentions),
         "has gated MLPs": any(m.up for m in mlps),
-        "normalizes what its sublayers return": any(
-            s.out_norm for a, m, _ in layers for s in (a, m)
-        ),
+        "normalizes its sublayers' outputs": any(s.out_norm for a, m, _ in layers for s in (a, m)),
         "scales its sublayers' outputs": any(
             s.residual_scale != 1 for a, m, _ in layers for s in (a, m)
         ),

@@ -224,7 +224,7 @@ def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig |
                 config = read_config(checkpoint / "config.json", TrainConfig)
                 model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
             else:
-                model = DecoderModel(**saved)
+                model = DecoderModel.from_settings(saved)
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     except (TypeError, ArithmeticError, RuntimeError) as error:
@@ -245,7 +245,7 @@ def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig |
 
 
 def read_saved_settings(folder: Path) -> dict[str, Any] | None:
-    """The arguments of `DecoderModel` that `save_model` wrote; None if it wrote none here."""
+    """The `settings` of a model that `save_model` wrote; None if it wrote none here."""
     settings = _read_settings(folder / "config.json").get("model")
     return settings if isinstance(settings, dict) else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fastllm.command import describe_error, make_settings
 from fastllm.flags import CommandSettings, Device, Precision, Threads, did_you_mean, read_flags
+from fastllm.models.architectures import ARCHITECTURES, ArchitectureName
+from fastllm.models.config import DecoderConfig, MlpName, NormName, PosEncoding
 from fastllm.training.presets import DEFAULT_PRESET, PRESETS, PresetName, is_by_hand
 from fastllm.version import __version__
 
@@ -133,8 +136,9 @@ class TrainConfig(OptimizationSettings):
     )  # fmt: skip
     fixed: ClassVar = (
         "max_seq_len", "overlap", "tokenizer", "vocab_size", "min_line_length", "dedup_lines",
-        "val_fraction", "hidden_size", "num_layers", "num_heads", "dropout", "norm_first",
-        "pos_encoding", "activation", "tie_word_embeddings", "batch_size", "grad_accum",
+        "val_fraction", "arch", "hidden_size", "num_layers", "num_heads", "num_kv_heads",
+        "head_dim", "dropout", "norm", "norm_first", "pos_encoding", "rope_base", "activation",
+        "mlp", "qk_norm", "window", "tie_word_embeddings", "batch_size", "grad_accum",
         "optimizer", "seed",
     )  # fmt: skip
     positional: ClassVar = "file_path"
@@ -142,6 +146,7 @@ class TrainConfig(OptimizationSettings):
     examples: ClassVar = """
 fastllm train book.txt
 fastllm train book.txt --preset medium
+fastllm train book.txt --preset medium --arch llama
 fastllm train book.txt --out_dir runs/wide --hidden_size 128 --epochs 3
 fastllm train --resume --out_dir runs/wide
 torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
@@ -150,8 +155,8 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
         "Size": "preset",
         "Data": "file_path text_column tokenizer vocab_size max_seq_len overlap min_line_length "
         "dedup_lines val_fraction",
-        "Model": "hidden_size num_layers num_heads dropout norm_first pos_encoding activation "
-        "tie_word_embeddings",
+        "Model": "arch hidden_size num_layers num_heads num_kv_heads head_dim dropout norm "
+        "norm_first pos_encoding rope_base activation mlp qk_norm window tie_word_embeddings",
         "Length of the run": "epochs max_steps max_minutes patience dry_run",
         "Optimization": "batch_size grad_accum lr lr_schedule warmup_steps min_lr optimizer "
         "muon_lr weight_decay beta1 beta2 max_grad_norm seed",
@@ -191,22 +196,44 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     """Fraction of the text, at its end, held out for validation; 0 for no validation."""
 
     # Model
+    arch: ArchitectureName | None = None
+    """Build the model like a known one; the flags below override its norms, positions and MLPs.
+    gpt2: learned positions, layer norms, GELU. llama: RMS norms, rotary positions, SwiGLU, no
+    biases. qwen3: that with norms of queries and keys. gemma3: that with GeGLU, norms after each
+    part too, and a window in five of six layers. nanochat: llama with ReLU², norms of queries and
+    keys, norms without weights, and capped logits."""
     hidden_size: Annotated[int, Field(ge=1, le=2**17)] = 64
     """Width of the model."""
     num_layers: Annotated[int, Field(ge=1, le=2**10)] = 2
     """Transformer blocks."""
     num_heads: Annotated[int, Field(ge=1, le=2**12)] = 2
-    """Attention heads; must divide the width."""
+    """Attention heads; must divide the width unless --head_dim is given."""
+    num_kv_heads: Annotated[int, Field(ge=0, le=2**12)] = 0
+    """Heads of keys and values, which the attention heads share; must divide their number. 0 for as
+    many."""
+    head_dim: Annotated[int, Field(ge=0, le=2**12)] = 0
+    """Width of an attention head; 0 for an equal part of the model's."""
     dropout: Probability = 0.1
     """Dropout probability throughout the model."""
+    norm: NormName = "layer"
+    """Layer norms, or RMS norms."""
     norm_first: bool = True
     """Pre-LN blocks; --post_norm for Post-LN."""
-    pos_encoding: Literal["sinusoidal", "learned"] = "sinusoidal"
-    """Positional encoding."""
+    pos_encoding: PosEncoding = "sinusoidal"
+    """Positional encoding: added to the embeddings (sinusoidal, learned), rotating queries and keys
+    (rope), or none."""
+    rope_base: Positive = 10000.0
+    """Base of the rotary angles; larger for longer contexts."""
     activation: Literal[
         "gelu", "gelu_tanh", "relu", "silu", "swish", "leaky_relu", "relu_squared"
     ] = "gelu"
-    """Activation of the MLPs."""
+    """Activation of the MLPs, unless --mlp names one."""
+    mlp: MlpName | None = None
+    """An activation, or a gated MLP: swiglu, geglu, geglu_tanh or reglu."""
+    qk_norm: bool = False
+    """RMS norms of each head's queries and keys."""
+    window: Count = 0
+    """Tokens that each one attends to, itself and those before it; 0 for all."""
     tie_word_embeddings: bool = False
     """Share one matrix between the embeddings and the head: fewer parameters when the vocabulary is
     large."""
@@ -267,12 +294,15 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
-        preset = PRESETS.get(str(values.get("preset")))
-        if preset is None:
-            return values
-        # Steps would go before the epochs that are asked for.
-        steps = {"max_steps": 0} if "epochs" in values else {}
-        return {**preset.settings, **steps, **values}
+        preset, arch = PRESETS.get(str(values.get("preset"))), values.get("arch")
+        chosen = dict(preset.settings) if preset else {}
+        if preset and "epochs" in values:
+            chosen["max_steps"] = 0  # which would go first
+        if arch in ARCHITECTURES:
+            chosen.update(flags_of(arch))
+            if "activation" in values:
+                del chosen["mlp"]
+        return {**chosen, **values}
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
@@ -282,11 +312,10 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
             raise ValueError(
                 f"--overlap ({self.overlap}) must be less than --max_seq_len ({self.max_seq_len})"
             )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"--hidden_size ({self.hidden_size}) must be divisible by "
-                f"--num_heads ({self.num_heads})"
-            )
+        try:
+            self.decoder_config(1, None)
+        except ValidationError as error:
+            raise ValueError(describe_error(error)) from None
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr ({self.min_lr}) must not exceed --lr ({self.lr})")
         if self.patience and not self.val_fraction:
@@ -320,23 +349,61 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
         """An untrained model with these settings."""
         from fastllm.models.decoder import DecoderModel
 
-        model = DecoderModel(
-            vocab_size,
-            self.hidden_size,
-            self.num_layers,
-            self.num_heads,
-            self.max_seq_len,
-            pos_encoding_learned=self.pos_encoding == "learned",
-            embedding_dropout_p=self.dropout,
-            attn_dropout_p=self.dropout,
-            mlp_dropout_p=self.dropout,
-            mlp_activation=self.activation,
-            norm_first=self.norm_first,
-            padding_idx=padding_idx,
-            tie_word_embeddings=self.tie_word_embeddings,
-        )
+        model = DecoderModel.from_config(self.decoder_config(vocab_size, padding_idx))
         model.gradient_checkpointing = self.gradient_checkpointing
         return model
+
+    def decoder_config(self, vocab_size: int, padding_idx: int | None) -> DecoderConfig:
+        """The configuration of the model.
+
+        Raises:
+            ValidationError: the settings cannot be combined.
+        """
+        given: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_seq_len": self.max_seq_len,
+            "norm": self.norm,
+            "pos_encoding": self.pos_encoding,
+            "rope_base": self.rope_base,
+            "mlp": self.mlp or self.activation,
+            "window": self.window or None,
+            "embedding_dropout_p": self.dropout,
+            "attn_dropout_p": self.dropout,
+            "mlp_dropout_p": self.dropout,
+            "padding_idx": padding_idx,
+            "tie_word_embeddings": self.tie_word_embeddings,
+        }
+        if not self.norm_first:
+            given["norm_order"] = "post"
+        if not self.qk_norm:
+            given["qk_norm"] = None
+        elif self.arch in (None, "gpt2", "llama"):  # the others have their own kind
+            given["qk_norm"] = "weight"
+        if not self.window or self.pos_encoding != "rope":
+            given["local_rope_base"] = None
+        if self.arch is None:
+            return DecoderConfig(**given, embedding_scale=math.sqrt(self.hidden_size))
+        return ARCHITECTURES[self.arch](**given)
+
+
+def flags_of(arch: ArchitectureName) -> dict[str, Any]:
+    """The settings of `TrainConfig` that an architecture chooses."""
+    config = ARCHITECTURES[arch](vocab_size=1, hidden_size=2, num_layers=1, num_heads=1)
+    flags = {
+        "norm": config.norm,
+        "pos_encoding": config.pos_encoding,
+        "rope_base": config.rope_base,
+        "mlp": config.mlp,
+        "qk_norm": config.qk_norm is not None,
+        "window": config.window or 0,
+    }
+    # A preset may tie them for the sake of a small model.
+    return {**flags, "tie_word_embeddings": True} if config.tie_word_embeddings else flags
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,10 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[DecoderModel, Tokenizer]
 
 def _check_plain(model: DecoderModel) -> None:
     """Raises a `ValueError` unless the constructor makes a model of the same modules."""
-    if not isinstance(model.settings["mlp_activation"], str):
+    if not isinstance(model.config.mlp, str):
         raise ValueError("only activations with a name can be saved; give mlp_activation its name")
     with torch.device("meta"):
-        again = DecoderModel(**model.settings)
+        again = DecoderModel.from_settings(model.settings)
     own, expected = ({n: type(m) for n, m in each.named_modules()} for each in (model, again))
     for name in {**expected, **own}:
         if own.get(name) is not expected.get(name):

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 import fastllm
 from fastllm import DecoderConfig, DecoderModel
+from fastllm.generation.decoding import start_decoding
 from fastllm.models.architectures import ARCHITECTURES
 from fastllm.models.config import RopeScaling
+from fastllm.ops.decode import Decoding
 from tests.conftest import assert_as_accurate, needs_extension
 
 V, S = 61, 24
@@ -99,6 +101,19 @@ def test_caches_give_what_the_whole_sequence_gives(name: str, ids: Tensor) -> No
                 for size, end in zip(pieces, ends, strict=True)
             ]
             torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_decoding_kernel_continues_as_the_whole_sequence(name: str, ids: Tensor) -> None:
+    model, rows = make_model(CONFIGS[name]).eval(), ids[:2].tolist()
+    decoding = start_decoding(model, 2)
+    assert isinstance(decoding, Decoding)
+    found = [decoding.extend([row[:9] for row in rows]).clone()]
+    found += [decoding.extend([row[t : t + 1] for row in rows]).clone() for t in range(9, S)]
+    with torch.no_grad(), fastllm.use("ref"):
+        whole = model(ids[:2])[:, 8:]
+    torch.testing.assert_close(torch.stack(found, 1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cache_keeps_only_the_window(ids: Tensor) -> None:

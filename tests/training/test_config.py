@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from fastllm.models.architectures import ARCHITECTURES
 from fastllm.training.config import TrainConfig, parse_train_config, read_config
 from fastllm.training.presets import BY_HAND, PRESETS
 from fastllm.training.run import resolve
@@ -246,3 +247,56 @@ def test_byte_order_marks_in_settings_are_dropped(tmp_path: Path) -> None:
     saved = tmp_path / "config.json"
     saved.write_bytes(b"\xef\xbb\xbf" + config.to_json().encode())
     assert read_config(saved, TrainConfig).hidden_size == 32
+
+
+SMALL = {"vocab_size": 7, "hidden_size": 48, "num_layers": 6, "num_heads": 4, "max_seq_len": 16}
+FLAGS = "--hidden_size 48 --num_layers 6 --num_heads 4 --max_seq_len 16 --dropout 0".split()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_arch_makes_a_model_of_that_architecture(arch: str, tmp_path: Path) -> None:
+    config = parse_train_config([*FLAGS, "--arch", arch])
+    assert config.decoder_config(7, None) == ARCHITECTURES[arch](**SMALL)
+    (tmp_path / "config.json").write_text(config.to_json())
+    again = read_config(tmp_path / "config.json", TrainConfig)
+    assert again.decoder_config(7, None) == config.decoder_config(7, None)
+
+
+def test_flags_override_the_architecture() -> None:
+    flags = "--arch gemma3 --mlp swiglu --num_kv_heads 2 --head_dim 16 --window 0 --no-qk_norm"
+    config = parse_train_config([*FLAGS, *flags.split(), "--rope_base", "500"])
+    own = {"mlp": "swiglu", "num_kv_heads": 2, "head_dim": 16, "window": None, "qk_norm": None}
+    own |= {"rope_base": 500, "local_rope_base": None}
+    assert config.decoder_config(7, None) == ARCHITECTURES["gemma3"](**SMALL, **own)
+    plain = parse_train_config([*FLAGS, "--arch", "llama", "--activation", "relu"])
+    assert plain.decoder_config(7, None) == ARCHITECTURES["llama"](**SMALL, mlp="relu")
+    by_preset = parse_train_config(["--preset", "medium", "--arch", "llama"])
+    model = by_preset.decoder_config(7, None)
+    assert (model.hidden_size, model.mlp_intermediate_size, model.tie_word_embeddings) == (
+        384, 1024, True
+    )  # fmt: skip
+
+
+def test_flags_without_an_architecture() -> None:
+    flags = "--norm rms --pos_encoding rope --num_kv_heads 2 --mlp swiglu --qk_norm --window 5"
+    model = parse_train_config([*FLAGS, *flags.split()]).decoder_config(7, None)
+    assert (model.norm, model.pos_encoding, model.num_kv_heads) == ("rms", "rope", 2)
+    assert (model.mlp, model.qk_norm, model.window) == ("swiglu", "weight", 5)
+    assert model.embedding_scale == 48**0.5  # as without these flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--num_kv_heads 3", "num_kv_heads (3) must divide num_heads (4)"),
+        ("--arch gemma3 --norm layer", "norm_offset needs norm rms"),
+        ("--pos_encoding rope --head_dim 7", "7 elements, not an even number"),
+        ("--arch lama", "arch: Input should be 'gpt2', 'llama'"),
+    ],
+)
+def test_impossible_models_are_refused(
+    flags: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        parse_train_config([*FLAGS, *flags.split()])
+    assert reason in f"{error.value}{capsys.readouterr().err}"

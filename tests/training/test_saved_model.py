@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 import fastllm
-from fastllm import DecoderModel, SimpleCharacterTokenizer, TextDataset, create_dataloader
+from fastllm import (
+    DecoderConfig,
+    DecoderModel,
+    SimpleCharacterTokenizer,
+    TextDataset,
+    create_dataloader,
+)
 from fastllm.generation import generate_text
 from fastllm.optim import AdamW
 from fastllm.tokenization import SubwordTokenizer
@@ -22,7 +28,12 @@ def trained(text: Path, **settings: Any) -> tuple[DecoderModel, SimpleCharacterT
     torch.manual_seed(0)
     tokenizer = SimpleCharacterTokenizer([text.read_text()])
     dataset = TextDataset(str(text), tokenizer, max_seq_len=32)
-    model = DecoderModel(tokenizer.vocab_size, 16, 1, 2, max_seq_len=32, **settings)
+    sizes = {"vocab_size": tokenizer.vocab_size, "num_layers": 1, "num_heads": 2}
+    sizes |= {"hidden_size": 16, "max_seq_len": 32}
+    if "norm_order" in settings:
+        model = DecoderModel.from_config(DecoderConfig(**sizes, **settings))
+    else:
+        model = DecoderModel(**sizes, **settings)
     optimizer = AdamW(model.parameters(), lr=1e-2, max_grad_norm=1.0)
     for batch in create_dataloader(dataset, batch_size=16):
         model.loss(batch["input_ids"], batch["labels"]).backward()
@@ -36,6 +47,20 @@ SETTINGS: list[dict[str, Any]] = [
     {"pos_encoding_learned": True, "norm_first": False, "mlp_activation": "relu"},
     {"tie_word_embeddings": True, "mlp_intermediate_size": 24, "qkv_bias": False},
     {"lm_head_bias": False, "mlp_bias": False, "norm_eps": 1e-3, "scale_embeddings": False},
+    {
+        "norm_order": "sandwich",
+        "norm": "rms",
+        "norm_offset": 1.0,
+        "num_kv_heads": 1,
+        "pos_encoding": "rope",
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "mlp": "swiglu",
+        "qk_norm": "weight",
+        "window": 5,
+        "window_pattern": (True, False),
+        "separate_qkv": True,
+        "tie_word_embeddings": True,
+    },
 ]
 
 
