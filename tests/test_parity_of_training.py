@@ -1,5 +1,6 @@
 """Whole runs: the C++ kernels learn what the reference learns, step by step."""
 
+from collections.abc import Callable
 from pydoc_data import topics
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor
 
 import fastllm
-from fastllm.benchmarking.shapes import CONFIGS, MeasuredPrecision
+from fastllm import DecoderModel
+from fastllm.benchmarking.shapes import CONFIGS, MeasuredPrecision, StepShape
 from fastllm.benchmarking.steps import build_fastllm
 from fastllm.device import autocast
+from fastllm.models.architectures import llama
 from fastllm.ops.precision import why_not_autocast
 from fastllm.optim import Adam
 from fastllm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
@@ -24,14 +27,35 @@ def read_text() -> str:
     return "\n".join(topics.topics.values())
 
 
+def small_llama(shape: StepShape) -> DecoderModel:
+    """A Llama with shared heads and this shape."""
+    config = llama(
+        vocab_size=shape.V,
+        hidden_size=shape.H,
+        num_layers=shape.L,
+        num_heads=shape.N,
+        num_kv_heads=1,
+        max_seq_len=shape.S,
+        embedding_dropout_p=shape.dropout,
+        attn_dropout_p=shape.dropout,
+        mlp_dropout_p=shape.dropout,
+    )
+    return DecoderModel.from_config(config)
+
+
 def losses(
-    implementation: str, ids: Tensor, steps: int, precision: MeasuredPrecision = "fp32"
+    implementation: str,
+    ids: Tensor,
+    steps: int,
+    precision: MeasuredPrecision = "fp32",
+    build: Callable[[StepShape], DecoderModel] = build_fastllm,
+    lr: float = 3e-3,
 ) -> list[float]:
     """The losses of benchmark configuration A, trained with dropout on windows of a text."""
     config = CONFIGS["A"]
     torch.manual_seed(0)
-    model = build_fastllm(config)
-    optimizer = Adam(model.parameters(), lr=3e-3, max_grad_norm=1.0)
+    model = build(config)
+    optimizer = Adam(model.parameters(), lr=lr, max_grad_norm=1.0)
     found = []
     with fastllm.use(implementation):
         for _ in range(steps):
@@ -58,12 +82,18 @@ def ids() -> Tensor:
 
 
 @needs_extension
-def test_two_hundred_steps_have_the_same_losses(ids: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("build", "lr"), [(build_fastllm, 3e-3), (small_llama, 1e-3)], ids=["gpt2", "llama"]
+)
+def test_two_hundred_steps_have_the_same_losses(
+    ids: Tensor, build: Callable[[StepShape], DecoderModel], lr: float
+) -> None:
     """Both draw the same dropout masks, so they differ only by rounding.
 
-    Measured: at most 2e-7 of a loss, two units in the last place, with every instruction set.
+    Measured: at most 3e-7 of a loss, three units in the last place. The Llama at the higher rate is
+    chaotic: even weights that differ by 1e-7 lead the reference away from itself by 7e-4.
     """
-    actual, expected = (losses(implementation, ids, 200) for implementation in ("cpu", "ref"))
+    actual, expected = (losses(each, ids, 200, build=build, lr=lr) for each in ("cpu", "ref"))
     assert actual == pytest.approx(expected, rel=1e-4)
     assert sum(actual[-10:]) / 10 < actual[0] - 1  # it learned
 
