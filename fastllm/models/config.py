@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fastllm.command import describe_error
 
 Size = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -18,12 +20,20 @@ MlpName = Literal[
     "swiglu", "geglu", "geglu_tanh", "reglu",
 ]  # fmt: skip
 
+MoreActivations = Literal["swish", "leaky_relu"]
+
 # The activations of gated MLPs (Shazeer 2020).
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:  # whose own text takes several lines and a link
+            raise ValueError(describe_error(error)) from None
 
 
 class RopeScaling(_Record):
@@ -62,8 +72,10 @@ class RopeScaling(_Record):
 class DecoderConfig(_Record):
     """Everything that makes a `DecoderModel`, checked when the record is made.
 
-    A record that names an impossible combination raises pydantic's `ValidationError`, a
-    `ValueError`, with the reason. Sizes given as 0 are replaced by their defaults.
+    Sizes given as 0 are replaced by their defaults.
+
+    Raises:
+        ValueError: a value or a combination is impossible; the message says why.
     """
 
     # Sizes
@@ -103,7 +115,7 @@ class DecoderConfig(_Record):
     """Factor of what each sublayer adds to x."""
 
     # MLP
-    mlp: MlpName | Literal["swish", "leaky_relu"] | Callable[..., Any] = "gelu"
+    mlp: MlpName | MoreActivations | Callable[..., Any] = "gelu"
     """An activation, or a gated MLP: swiglu (with silu), geglu (gelu), geglu_tanh (gelu_tanh) or
     reglu (relu). A module of your own is an activation."""
     mlp_bias: bool = True
@@ -156,6 +168,14 @@ class DecoderConfig(_Record):
     """Of the attention's weights and of its output."""
     mlp_dropout_p: Probability = 0.0
     """Of the MLP's activations."""
+
+    @field_validator("mlp", mode="before")
+    @classmethod
+    def _check_mlp(cls, value: Any) -> Any:
+        names = get_args(MlpName) + get_args(MoreActivations)
+        if value not in names and not callable(value):
+            raise ValueError(f"choose from {', '.join(names)}, or pass a torch.nn.Module")
+        return value
 
     @model_validator(mode="after")
     def _fill_in_and_check(self) -> "DecoderConfig":

@@ -312,10 +312,7 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
             raise ValueError(
                 f"--overlap ({self.overlap}) must be less than --max_seq_len ({self.max_seq_len})"
             )
-        try:
-            self.decoder_config(1, None)
-        except ValidationError as error:
-            raise ValueError(describe_error(error)) from None
+        self.decoder_config(1, None)  # refuses settings that cannot be combined
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr ({self.min_lr}) must not exceed --lr ({self.lr})")
         if self.patience and not self.val_fraction:
@@ -357,7 +354,7 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
         """The configuration of the model.
 
         Raises:
-            ValidationError: the settings cannot be combined.
+            ValueError: the settings cannot be combined.
         """
         given: dict[str, Any] = {
             "vocab_size": vocab_size,

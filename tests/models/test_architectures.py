@@ -89,6 +89,22 @@ def test_kernels_and_modules_compute_the_same(name: str, ids: Tensor) -> None:
                 assert_as_accurate(found, plain[i], oracle[i], f"{results[i]} by the {kind}")
 
 
+@needs_extension
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kernels_and_modules_draw_the_same_dropout(name: str, ids: Tensor) -> None:
+    dropout = {"embedding_dropout_p": 0.1, "attn_dropout_p": 0.2, "mlp_dropout_p": 0.3}
+    model = make_model(DecoderConfig(**{**CONFIGS[name].model_dump(), **dropout}))
+    losses = []
+    for hook in (False, True):
+        for block in model.transformer_blocks if hook else ():
+            for module in (block.self_attn.out_proj, block.mlp.fc2):
+                module.register_forward_hook(lambda *_: None)
+        torch.manual_seed(3)
+        losses.append(model.loss(ids, ids).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] != pytest.approx(model.eval().loss(ids, ids).item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_caches_give_what_the_whole_sequence_gives(name: str, ids: Tensor) -> None:
     model = make_model(CONFIGS[name]).eval()
