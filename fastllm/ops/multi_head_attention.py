@@ -27,8 +27,10 @@ def multi_head_attention_ref(x: Tensor, mha: MultiHeadAttention) -> Tensor:
     if mha.starts is not None:
         rows, mask = unpacked_rows(mha.starts, S, x.device)
         qkv = qkv.new_zeros(B, S, qkv.size(-1)).masked_scatter(rows[..., None], qkv)
+    D = mha.head_dim
     q, k, v = (
-        part.view(B, S, -1, mha.head_dim).transpose(1, 2) for part in qkv.split(mha.widths, -1)
+        part.unflatten(-1, (width // D, D)).transpose(1, 2)
+        for part, width in zip(qkv.split(mha.widths, -1), mha.widths, strict=True)
     )
     q, k = position_heads(q, k, mha)
     settings = *mha.weights_dropout, mha.window, mha.scale, mha.softcap
@@ -191,6 +193,6 @@ def multi_head_attention(x: Tensor, mha: MultiHeadAttention) -> Tensor:
     if mha.starts is not None:
         check_starts(mha.starts, x.size(0), mha.mask)
     if (reason := mha.why_not_sizes(mha.sizes(x)[1], x.size(-1))) is not None:
-        raise ValueError(reason)
+        raise ValueError(f"the attention does not fit: {reason}")
     arguments = (autocast_input(x, mha.out.weight), mha)
     return dispatch.choose("multi_head_attention", IMPLEMENTATIONS, *arguments).run(*arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 def _file_names(value: Any) -> Any:
     if value == "" or (isinstance(value, list) and "" in value):
-        raise ValueError("the name of a text is empty")
+        raise ValueError("must not be empty")
     return [value] if isinstance(value, (str, Path)) else value
 
 
@@ -312,7 +313,11 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
             raise ValueError(
                 f"--overlap ({self.overlap}) must be less than --max_seq_len ({self.max_seq_len})"
             )
-        self.decoder_config(1, None)  # refuses settings that cannot be combined
+        try:
+            self.decoder_config(1, None)
+        except ValueError as error:  # settings that cannot be combined, which are flags here
+            names = "|".join(type(self).model_fields)
+            raise ValueError(re.sub(rf"\b({names})\b", r"--\1", str(error))) from None
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr ({self.min_lr}) must not exceed --lr ({self.lr})")
         if self.patience and not self.val_fraction:

@@ -141,10 +141,10 @@ class Calls(list[tuple[str, dict[str, Any]]]):
         """Where kernels were told to save something for the backward."""
         addresses = []
         for name, fields in self:
-            if name == "MlpSaved":
+            if name in ("ResidualSaved", "HeadNormSaved"):
                 addresses += fields.values()
-            elif name == "MultiHeadAttentionSaved":  # qkv and attn_out are its workspace as well
-                addresses += [fields["stats"], fields["residual"]]
+            elif name == "MlpSaved":  # qkv and attn_out of attention are its workspace as well
+                addresses += [fields["hidden"], fields["up"]]
         return [address for address in addresses if address]
 
 

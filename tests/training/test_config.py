@@ -288,10 +288,10 @@ def test_flags_without_an_architecture() -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ("--num_kv_heads 3", "num_kv_heads (3) must divide num_heads (4)"),
-        ("--arch gemma3 --norm layer", "norm_offset needs norm rms"),
+        ("--num_kv_heads 3", "--num_kv_heads (3) must divide --num_heads (4)"),
+        ("--arch gemma3 --norm layer", "norm_offset needs --norm rms"),
         ("--pos_encoding rope --head_dim 7", "7 elements, not an even number"),
-        ("--arch lama", "arch: Input should be 'gpt2', 'llama'"),
+        ("--arch lama", "--arch must be 'gpt2', 'llama'"),
     ],
 )
 def test_impossible_models_are_refused(
