@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from fastllm.command import Log
+from fastllm.models.config import DecoderConfig
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import decoder_loss, dispatch, extension
 from fastllm.ops.memory import LARGE
@@ -85,19 +86,27 @@ def estimate_memory_mb(model: DecoderModel, config: TrainConfig, threads: int) -
         # there are groups. Weights are packed twice.
         sequences = math.ceil(decoder_loss.GROUP_ROWS / S)
         busy_threads = min(threads, math.ceil(B / sequences))
-        per_row = (10 * L + 16) * H + V
+        per_row = L * _floats_of_layer(model.config) + 16 * H + V
         floats = 5 * parameters + gradients + busy_threads * sequences * S * per_row
     else:
-        # A layer keeps 10 H floats a token, and its backward works on as many. With gradient
-        # checkpointing, a third of that remains in the allocator.
+        # The backward of a layer works on as many floats as it keeps. With gradient checkpointing,
+        # a third of those remains in the allocator.
         layers = 1 + L // 3 if config.gradient_checkpointing else L
-        activations = B * S * H * (10 * layers + L + 10)
+        activations = B * S * ((layers + 1) * _floats_of_layer(model.config) + L * H)
         logits = min(B * S * V, 2**24)
         floats = 3 * parameters + max(V * H + activations, gradients) + logits
         # Saving copies one weight at a time, in room that gradients have left, except gradients so
         # large that their memory goes back to the system.
         floats += 2 * max((p.numel() for p in model.parameters() if p.nbytes >= LARGE), default=0)
     return LIBRARIES_MB + 4 * floats / 2**20
+
+
+def _floats_of_layer(config: DecoderConfig) -> int:
+    """What the kernels keep of a layer for its backward, per token; 10 H for GPT-2's."""
+    H, heads = config.hidden_size, config.num_heads + config.num_kv_heads
+    inputs = 2 * H * (2 if config.norm_order == "sandwich" else 1)
+    attention = heads * config.head_dim * (3 if config.qk_norm else 2)
+    return inputs + attention + config.mlp_intermediate_size * (2 if config.gated else 1)
 
 
 def _reference_floats(config: TrainConfig, V: int) -> int:

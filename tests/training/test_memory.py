@@ -8,7 +8,7 @@ import torch
 
 from fastllm.ops import decoder_loss
 from fastllm.training.config import parse_train_config
-from fastllm.training.memory import available_mb, estimate_memory_mb
+from fastllm.training.memory import LIBRARIES_MB, available_mb, estimate_memory_mb
 from tests.conftest import needs_extension
 
 
@@ -46,3 +46,18 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, membership: str, file: 
         assert available_mb(tmp_path, of_process) == machine
     limit.write_text(f"{64 * 2**20}\n")
     assert available_mb(tmp_path, of_process) == (64, f"the container or cgroup ({limit})")
+
+
+@needs_extension
+def test_gated_mlps_and_more_norms_take_more_memory() -> None:
+    """Measured on top of the weights: 696, 801 and 1,000 MiB."""
+    flags = "--preset small --hidden_size 256 --max_seq_len 512 --batch_size 16 --num_layers 4"
+    estimates = []
+    for arch in ("gpt2", "llama", "gemma3"):
+        config = parse_train_config([*flags.split(), "--arch", arch])
+        with torch.device("meta"):
+            model = config.build_model(8192, None)
+        estimates.append(estimate_memory_mb(model, config, 2) - LIBRARIES_MB)
+    gpt2, llama, gemma3 = estimates
+    assert llama / gpt2 == pytest.approx(801 / 696, abs=0.1)
+    assert gemma3 / gpt2 == pytest.approx(1000 / 696, abs=0.1)
