@@ -137,9 +137,9 @@ def cases() -> Iterator[Case]:
         tables = random(dtype, 66, 384), random(dtype, 8, 384)
         embedding_triton(ids, Embedding(*tables, dropout=Dropout(0.1, 5)))
 
-    def cross_entropy(dtype: str) -> None:
+    def cross_entropy(dtype: str, softcap: float | None) -> None:
         head, targets = Linear(random(dtype, 50257, 16), None), torch.zeros(2, dtype=torch.long)
-        linear_cross_entropy_triton(random(dtype, 2, 16), head, targets, -100)
+        linear_cross_entropy_triton(random(dtype, 2, 16), head, targets, -100, softcap)
 
     def dropout(dtype: str) -> None:
         dropout_triton.dropout_triton(random(dtype, 1024), 0.1, 5, 0)
@@ -151,7 +151,8 @@ def cases() -> Iterator[Case]:
             yield Case("H=384", dtype, partial(mlp, dtype, 0.0))
             yield Case("H=8192", dtype, partial(norm, dtype, 8192))
         yield Case("dropout", dtype, partial(embedding, dtype))
-        yield Case("V=50257", dtype, partial(cross_entropy, dtype))
+        yield Case("V=50257", dtype, partial(cross_entropy, dtype, None))
+        yield Case("V=50257, capped", dtype, partial(cross_entropy, dtype, 30.0))
         yield Case("", dtype, partial(dropout, dtype))
 
     yield Case("H=2048, dropout", "bf16", partial(mlp, "bf16", 0.1, 2048))

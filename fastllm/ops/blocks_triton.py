@@ -71,6 +71,17 @@ def rounded(x, DTYPE: tl.constexpr):
     return x.to(DTYPE)
 
 
+@triton.jit
+def tanh(x):
+    """Accurate near 0 too, where 1 - exp(-2 x) cancels: by the polynomial of Cephes there."""
+    size, z = tl.abs(x), x * x
+    decayed = tl.exp(-2 * size)
+    large = (1 - decayed) / (1 + decayed)
+    terms = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z
+    small = x + x * z * ((terms + 1.33314422036e-1) * z - 3.33332819422e-1)
+    return tl.where(size < 0.625, small, tl.where(x < 0, -large, large))
+
+
 # Elements per program of an elementwise kernel: 16 bytes per thread, several transactions in
 # flight.
 ELEMENTS = 1024

@@ -95,8 +95,6 @@ def why_not_cpu(ids: Tensor, embedding: Embedding) -> str | None:
 
 
 def why_not_triton(ids: Tensor, embedding: Embedding) -> str | None:
-    if embedding.positions is None:
-        return "there are no positions to add"
     return why_not(ids, embedding) or dispatch.why_not_triton(embedding.weight, embedding.positions)
 
 

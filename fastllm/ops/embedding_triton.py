@@ -27,7 +27,8 @@ def embedding_fwd(
     row, h = at // H, at % H
     token = tl.load(ids + row, inside, other=0).to(tl.int64)
     x = tl.load(weight + token * H + h, inside, other=0).to(tl.float32) * scale
-    x += tl.load(positions + row % S * H + h, inside, other=0).to(tl.float32)
+    if positions is not None:
+        x += tl.load(positions + row % S * H + h, inside, other=0).to(tl.float32)
     if DROPOUT:
         x *= tl.where(keep_mask(first, seed, 0, dropped, ELEMENTS // 64, 64), factor, 0.0)
     tl.store(out + at, rounded(x, out.dtype.element_ty), inside)
@@ -38,7 +39,7 @@ class EmbeddingFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, embedding: Embedding, weight: Tensor, positions: Tensor
+        ctx: Any, ids: Tensor, embedding: Embedding, weight: Tensor, positions: Tensor | None
     ) -> Tensor:
         (B, S), H = ids.shape, weight.size(1)
         out = weight.new_empty(B, S, H)

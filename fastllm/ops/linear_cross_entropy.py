@@ -102,8 +102,6 @@ def why_not_cpu(
 def why_not_triton(
     x: Tensor, head: Linear, targets: Tensor, ignore_index: int, softcap: float | None
 ) -> str | None:
-    if softcap is not None:
-        return "the logits are capped"
     reason = why_not(x, head, targets, ignore_index, softcap)
     return reason or dispatch.why_not_triton(x, *head)
 

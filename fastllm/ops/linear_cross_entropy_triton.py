@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllm.ops.autograd import check_first_derivative, needs_grad
-from fastllm.ops.blocks_triton import in_autocast, rounded
+from fastllm.ops.blocks_triton import in_autocast, rounded, tanh
 from fastllm.ops.decoder import Linear
 
 # Logits per chunk: 128 MB in 16 bits, large enough for products at full speed.
@@ -23,9 +23,20 @@ BLOCK_V = 4096
 
 
 @triton.jit
+def _capped(x, softcap):
+    """`softcap * tanh(x / softcap)` and its derivative."""
+    if softcap is None:
+        return x, 1.0
+    else:
+        share = tanh(x / softcap)
+        return softcap * share, 1 - share * share
+
+
+@triton.jit
 def cross_entropy(
-    losses, logits, targets, scale, V, ignore_index, KEEP: tl.constexpr, BLOCK_V: tl.constexpr
-):
+    losses, logits, targets, scale, softcap, V, ignore_index,
+    KEEP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """Replaces a row of logits by its gradient times `scale`; the loss is 0 for an ignored row."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
@@ -34,7 +45,9 @@ def cross_entropy(
     total = tl.zeros((), tl.float32)
     for first in range(0, V, BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
-        x = tl.load(logits + v, v < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + v, v < V, other=0).to(tl.float32)
+        x, _ = _capped(x, softcap)
+        x = tl.where(v < V, x, float("-inf"))
         larger = tl.maximum(largest, tl.max(x))
         # Until a row has a finite logit, avoid -inf - -inf.
         base = tl.where(larger == float("-inf"), 0.0, larger)
@@ -42,6 +55,7 @@ def cross_entropy(
         largest = larger
     scored = target != ignore_index
     at_target = tl.load(logits + tl.where(scored, target, 0)).to(tl.float32)
+    at_target, _ = _capped(at_target, softcap)
     loss = largest + tl.log(total) - at_target
     tl.store(losses + row, tl.where(scored, loss, 0.0))
     if KEEP:
@@ -49,9 +63,10 @@ def cross_entropy(
         factor = tl.where(scored, scale, 0.0)
         for first in range(0, V, BLOCK_V):
             v = first + tl.arange(0, BLOCK_V)
-            x = tl.load(logits + v, v < V, other=float("-inf")).to(tl.float32)
+            x = tl.load(logits + v, v < V, other=0).to(tl.float32)
+            x, slope = _capped(x, softcap)
             grad = tl.exp(x - largest) / total - tl.where(v == target, 1.0, 0.0)
-            grad = tl.where(scored, grad * factor, 0.0)
+            grad = tl.where(scored, grad * slope * factor, 0.0)
             tl.store(logits + v, rounded(grad, logits.dtype.element_ty), v < V)
 
 
@@ -78,6 +93,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         ignore_index: int,
+        softcap: float | None,
         keep: bool,
         loss_type: torch.dtype,
     ) -> Tensor:
@@ -95,7 +111,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             part = slice(first, first + chunk)
             logits = torch.nn.functional.linear(rows[part], weight, bias)
             cross_entropy[(logits.size(0),)](
-                losses[part], logits, targets[part], SCALES[x.dtype], V, ignore_index,
+                losses[part], logits, targets[part], SCALES[x.dtype], softcap, V, ignore_index,
                 KEEP=keep, BLOCK_V=min(BLOCK_V, triton.next_power_of_2(V)), num_warps=8,
             )  # fmt: skip
             if grad_x is not None:
@@ -115,7 +131,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         factor = grad_out.float() / (scored * SCALES[ctx.dtype])
         grad_x, *others = [None if g is None else (g.float() * factor).to(ctx.dtype) for g in grads]
         grad_x = None if grad_x is None else grad_x.view(ctx.shape)
-        return grad_x, *others, None, None, None, None
+        return grad_x, *others, None, None, None, None, None
 
 
 def linear_cross_entropy_triton(
@@ -126,5 +142,5 @@ def linear_cross_entropy_triton(
     x, weight, bias = in_autocast(x, *head)  # type: ignore[assignment]
     keep = needs_grad(x, weight, bias)
     return LinearCrossEntropyFunction.apply(
-        x, weight, bias, targets.long().contiguous(), ignore_index, keep, loss_type
+        x, weight, bias, targets.long().contiguous(), ignore_index, softcap, keep, loss_type
     )

@@ -261,6 +261,29 @@ def test_embedding(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert_parity(run, dtype, randn(V, H), randn(S, H))
 
 
+def test_embedding_without_positions(dtype: torch.dtype) -> None:
+    ids = (randn(3, 7).abs() * 30).int() % 30
+
+    def run(weight: Tensor) -> Tensor:
+        return embedding(ids, Embedding(weight, None, 4.0, 0, Dropout(0.25, 77)))
+
+    assert_parity(run, dtype, randn(30, 20))
+
+
+@pytest.mark.parametrize("softcap", [1e-3, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("shape", [(19, 20, 66), (5, 8, 5000)], ids=shape_name("RHV"))
+def test_capped_linear_cross_entropy(shape: tuple[int, ...], softcap: float) -> None:
+    """With caps far above and far below the logits, and an ignored row."""
+    R, H, V = shape
+    targets = (randn(R).abs() * 10 * V).long() % V
+    targets[1] = -100
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(x, Linear(weight, None), targets, softcap=softcap)
+
+    assert_parity(run, torch.float32, randn(R, H), randn(V, H) / 4)
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
 @pytest.mark.parametrize("shape", [(1, 1, 2), (19, 20, 66), (5, 8, 5000)], ids=shape_name("RHV"))
 def test_linear_cross_entropy(
