@@ -12,8 +12,10 @@ from fastllm.serving.model import ServedModel
 from fastllm.serving.scheduler import AnyDecoding
 from fastllm.training.checkpoint import CheckpointError, find_checkpoint, read_progress
 
-# Seconds between two looks for a newer checkpoint; a look reads one small file.
+# Seconds between two looks for a newer checkpoint; a look reads one small file. After a failure
+# they grow to RETRY_S: a damaged checkpoint must not be read all the time.
 INTERVAL_S = 2.0
+RETRY_S = 60.0
 
 Load = Callable[[Path], tuple[ServedModel, DecoderModel]]
 
@@ -21,26 +23,29 @@ Load = Callable[[Path], tuple[ServedModel, DecoderModel]]
 async def keep_newest(service: Service, run: Path, load: Load) -> None:
     """Loads every newer checkpoint of the run; later requests are computed with it.
 
-    One that cannot be loaded is reported, and the model that is served stays. For a while both are
-    in memory.
+    One that cannot be loaded is reported once and tried again, since it may be incomplete or out of
+    reach only for a while; the model that is served stays meanwhile. During a load both are in
+    memory.
 
     Args:
         run: what `load` takes: a run folder, or a checkpoint, which never becomes newer.
     """
-    seen = service.served.step
+    wait, reported = INTERVAL_S, None
     while True:
-        await asyncio.sleep(INTERVAL_S)
+        await asyncio.sleep(wait)
         step = await asyncio.to_thread(_newest_step, run)
-        if step is None or step == seen:
+        if step is None or step == service.served.step:
             continue
-        seen = step
         try:
             served, decoding = await asyncio.to_thread(_prepare, service, run, load)
         except Exception as error:  # nothing that a training run writes may end the server
+            wait = min(2 * wait, RETRY_S)
             # Unless training has replaced the checkpoint while it was read.
-            if await asyncio.to_thread(_newest_step, run) == step:
+            if step != reported and await asyncio.to_thread(_newest_step, run) == step:
+                reported = step
                 log(f"cannot serve step {step:,}: {error}")
             continue
+        wait = INTERVAL_S
         service.renew(served, decoding)
         log(f"serving step {served.step:,}")
 

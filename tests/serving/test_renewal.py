@@ -12,7 +12,7 @@ import torch
 from fastllm import DecoderModel, SimpleCharacterTokenizer
 from fastllm.serving import renewal
 from fastllm.serving.app import create_app
-from fastllm.serving.model import load_served_model
+from fastllm.serving.model import ServedModel, load_served_model
 from fastllm.serving.renewal import keep_newest
 from fastllm.tokenization import Tokenizer
 from fastllm.training.checkpoint import Progress, save_checkpoint
@@ -115,6 +115,53 @@ def test_newer_checkpoints_are_served(
             expected(newest),
             {"step-10"},
         )
+
+
+@pytest.mark.parametrize("fault", ["half-written", "weights missing", "folder missing", "no disk"])
+def test_a_checkpoint_that_cannot_be_loaded_at_first_is_tried_again(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(renewal, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(renewal, "RETRY_S", 0.05)
+    run, elsewhere = tmp_path / "book", tmp_path / "elsewhere"
+    save(run, 2)
+    served, model = load(run)
+    failures: list[Exception] = []
+
+    def load_or_fail(run: Path) -> tuple[ServedModel, DecoderModel]:
+        try:
+            if fault == "no disk" and len(failures) < 3:
+                raise OSError(5, "Input/output error")
+            return load(run)
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    app = create_app(served, model, slots=2, max_queue=9)
+    service = app.state.service
+    newer = save(elsewhere, 4)
+    weights = elsewhere / "checkpoints/step-00000004/model.safetensors"
+    content = weights.read_bytes()
+    if fault == "half-written":
+        weights.write_bytes(content[: len(content) // 2])
+    elif fault != "no disk":
+        weights.unlink()
+    with running_app(app, renewal=partial(keep_newest, service, run, load_or_fail)) as server:
+        checkpoint = run / "checkpoints/step-00000004"
+        weights.parent.rename(checkpoint)
+        wait_until(lambda: len(failures) >= 3)
+        if fault == "folder missing":
+            checkpoint.rename(weights.parent)
+            assert answer_of(events_of(server, max_tokens=40, seed=5))[1] == {"step-2"}
+            weights.write_bytes(content)
+            weights.parent.rename(checkpoint)
+        elif fault != "no disk":
+            partial_file = checkpoint / "partial"
+            partial_file.write_bytes(content)
+            partial_file.replace(checkpoint / weights.name)
+        log = wait_until_logged(capsys, "serving step 4")
+        assert log.count("cannot serve step 4: ") == 1
+        assert answer_of(events_of(server, max_tokens=40, seed=5)) == (expected(newer), {"step-4"})
 
 
 def test_a_checkpoint_stays_the_one_that_was_asked_for(
