@@ -53,6 +53,9 @@ def plain_norm(module: Any, hidden_size: int) -> Norm | None:
 def plain_norms(*modules: tuple[Any, int]) -> list[Norm | None] | None:
     """As `plain_norm` for each module and its width, with None for no module; None if one of them
     is not plain."""
-    norms = [None if module is None else plain_norm(module, size) for module, size in modules]
-    missing = sum(module is None for module, _ in modules)
-    return norms if norms.count(None) == missing else None
+    norms: list[Norm | None] = []
+    for module, size in modules:
+        norms.append(None if module is None else plain_norm(module, size))
+        if norms[-1] is None and module is not None:
+            return None
+    return norms

@@ -167,12 +167,10 @@ class TransformerBlock(nn.Module):
         mlp_record = mlp.record(norms[1], self.norm_first)
         if attention_record is None or mlp_record is None:
             return None
-        scale = self.residual_scale
-        return Layer(
-            attention_record._replace(residual_scale=scale),
-            mlp_record._replace(residual_scale=scale),
-            self.parallel,
-        )
+        if (scale := self.residual_scale) != 1:
+            attention_record = attention_record._replace(residual_scale=scale)
+            mlp_record = mlp_record._replace(residual_scale=scale)
+        return Layer(attention_record, mlp_record, self.parallel)
 
 
 FORWARDS[TransformerBlock] = TransformerBlock.forward
