@@ -27,7 +27,7 @@ from fastllm.optim import AdamW
 from fastllm.threads import set_threads
 
 Letter = Literal["F", "G", "H"]
-SECONDS = 40
+SECONDS = 15
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 # The configuration, and sequences and tokens of a batch.
