@@ -60,7 +60,7 @@ def assert_parity(model: DecoderModel, *arguments: Any) -> None:
         return results(scaled, implementation, *arguments)
 
     kinds = ((model, "cpu"), (model, "ref"), (double, "ref"))
-    runs = (stacked([run(*kind, factor) for factor in factors(False)]) for kind in kinds)
+    runs = (stacked([run(*kind, factor) for factor in factors()]) for kind in kinds)
     for name, *three in zip(names, *runs, strict=True):
         assert_as_accurate(*three, name)
 
