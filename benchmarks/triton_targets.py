@@ -126,7 +126,7 @@ def cases() -> Iterator[Case]:
         fc1 = Linear(random(dtype, I, H), random(dtype, I))
         fc2 = Linear(random(dtype, H, I), random(dtype, H))
         x = random(dtype, 64, H)
-        mlp_triton(x, Mlp(fc1, fc2, hidden_dropout=Dropout(dropout_p, 5))).sum().backward()
+        mlp_triton(x, Mlp(fc1, fc2, hidden_dropout=Dropout(dropout_p, 5)), None).sum().backward()
 
     def norm(dtype: str, H: int) -> None:
         record = Norm(random(dtype, H), random(dtype, H), 1e-5)

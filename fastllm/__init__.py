@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fastllm.version import __version__
 
 if TYPE_CHECKING:
+    from fastllm.models.config import DecoderConfig
     from fastllm.public import *
     from fastllm.training.saved_model import load_model, save_model
 
@@ -28,11 +29,18 @@ __all__ = [
     "use",
 ]
 
+# These check settings, with a library that the rest does not need.
+CHECKING_SETTINGS = {
+    "DecoderConfig": "fastllm.models.config",
+    "load_model": "fastllm.training.saved_model",
+    "save_model": "fastllm.training.saved_model",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Imports what is used, when it is used: a command's help needs no PyTorch."""
-    if name in ("load_model", "save_model"):  # which read settings, unlike the rest
-        return getattr(import_module("fastllm.training.saved_model"), name)
+    if name in CHECKING_SETTINGS:
+        return getattr(import_module(CHECKING_SETTINGS[name]), name)
     public = import_module("fastllm.public")
     globals().update({each: getattr(public, each) for each in public.__all__})
     if name not in globals():

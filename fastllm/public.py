@@ -7,7 +7,6 @@ from fastllm.core.mlp import MLP
 from fastllm.core.positional_encoding import PositionalEncoding
 from fastllm.core.transformer_block import TransformerBlock
 from fastllm.data.loader import TextDataset, create_dataloader
-from fastllm.models.config import DecoderConfig
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import implementations
 from fastllm.ops.dispatch import use
@@ -15,7 +14,6 @@ from fastllm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
 
 __all__ = [
     "MLP",
-    "DecoderConfig",
     "DecoderModel",
     "EmbeddingLayer",
     "MultiHeadAttention",

@@ -1,11 +1,13 @@
 """The decoder-only language model."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,6 @@ from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm
 from fastllm.core.norm import OffsetRMSNorm
 from fastllm.core.rotary import RotaryEncoding
 from fastllm.core.transformer_block import TransformerBlock
-from fastllm.models.config import DecoderConfig, Rotation
 from fastllm.ops.decode import forget_packed
 from fastllm.ops.decoder import Decoder, Linear
 from fastllm.ops.decoder_loss import decoder_loss, why_not
@@ -27,6 +28,9 @@ from fastllm.ops.embedding import check_token_ids
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.norm import norm
 from fastllm.ops.torch_private import children, submodules, weight_and_bias
+
+if TYPE_CHECKING:
+    from fastllm.models.config import DecoderConfig, Rotation
 
 
 class DecoderModel(nn.Module):
@@ -92,6 +96,8 @@ class DecoderModel(nn.Module):
             for name, argument in locals().items()
             if name not in ("self", "__class__", "device", "dtype")
         }
+        from fastllm.models.config import DecoderConfig  # which takes a tenth of a second
+
         config = DecoderConfig(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
@@ -119,7 +125,7 @@ class DecoderModel(nn.Module):
     @classmethod
     def from_config(
         cls, config: DecoderConfig, device: Any = None, dtype: Any = None
-    ) -> "DecoderModel":
+    ) -> DecoderModel:
         """An untrained model with all settings of a configuration, in training mode."""
         model = cls.__new__(cls)
         model._build(config, config.model_dump(), device, dtype)
@@ -128,9 +134,11 @@ class DecoderModel(nn.Module):
     @classmethod
     def from_settings(
         cls, settings: dict[str, Any], device: Any = None, dtype: Any = None
-    ) -> "DecoderModel":
+    ) -> DecoderModel:
         """An untrained model with the `settings` of another."""
         if "norm_order" in settings:
+            from fastllm.models.config import DecoderConfig
+
             return cls.from_config(DecoderConfig(**settings), device, dtype)
         return cls(**settings, device=device, dtype=dtype)
 
@@ -180,7 +188,7 @@ class DecoderModel(nn.Module):
     @classmethod
     def from_gpt2(
         cls, source: Any, padding_idx: int | None = None, device: Any = None, dtype: Any = None
-    ) -> "DecoderModel":
+    ) -> DecoderModel:
         """A GPT-2 in Hugging Face's format, or a new model of its architecture; in training mode.
 
         A folder provides weights. For a configuration alone, they are random as in GPT-2: normal
@@ -369,7 +377,7 @@ class DecoderModel(nn.Module):
         head_record = Linear(*weight_and_bias(head))
         return Decoder(embedding, layers, norm, head_record, length, self.config.head_softcap)
 
-    def train(self, mode: bool = True) -> "DecoderModel":
+    def train(self, mode: bool = True) -> DecoderModel:
         """As for every module; training mode also frees the packed weights kept for generation."""
         if mode:
             forget_packed(self)
@@ -385,7 +393,7 @@ class DecoderModel(nn.Module):
     def _tie(self) -> None:
         self.lm_head.weight = self.embedding_layer.token_embeddings.weight
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoderModel":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DecoderModel:
         # Functions such as `to_empty` make a new parameter for each name of a tied weight.
         tied = self.tie_word_embeddings
         super()._apply(fn, recurse)
