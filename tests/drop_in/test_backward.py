@@ -126,10 +126,13 @@ def test_gradients_handed_out_are_never_overwritten(
 @needs_extension
 @each_kind
 def test_memory_of_large_gradients_is_used_again(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(memory, "LARGE", 8)
-    gc.collect()  # garbage of other tests would free memory of the same sizes later
+    # Garbage of other tests would free memory of the same sizes, now or in the middle.
+    gc.collect()
+    gc.disable()
+    request.addfinalizer(gc.enable)
     extension.kernels.Memory(12345)  # a size not in the free list empties it
     case = Case(kind)
     if not case.is_model:
