@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastllm.command import first_line, is_fault, is_out_of_memory, log
+from fastllm.command import first_line, is_fault, is_out_of_memory
 from fastllm.data.sources import is_local
+from fastllm.models import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,21 +27,9 @@ SPECIAL_TOKENS = {
 
 
 def go_offline_if_unreachable(names: Iterable[str]) -> None:
-    """If one of these is on the hub and the hub does not answer, uses earlier downloads alone.
-
-    Otherwise the libraries would retry for 20 seconds per file. They read the variable when they
-    are imported, so call this first.
-    """
-    if all(map(is_local, names)) or os.environ.get("HF_HUB_OFFLINE"):
-        return
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError as error:
-        log(f"warning: {hub} cannot be reached ({error}); using earlier downloads")
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    """`hub.go_offline_if_unreachable` if one of these is on the hub."""
+    if not all(map(is_local, names)):
+        hub.go_offline_if_unreachable()
 
 
 def load_config(name: str) -> Any:

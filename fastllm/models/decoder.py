@@ -186,6 +186,55 @@ class DecoderModel(nn.Module):
             self._tie()
 
     @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> DecoderModel:
+        """A model in Hugging Face's format, in training mode.
+
+        Its dropout of attention weights is also that of the attention's output here, and its
+        dropout of an MLP's output that of the activations.
+
+        Args:
+            source: a folder with config.json and model.safetensors (or its shards and their index),
+                a run of `fastllm finetune`, or the name of a model on the hub.
+            padding_idx: as in the constructor. `pad_token_id` is not used for it, because it is
+                often the end-of-text token, which is also to be learnt.
+            dtype: the weights' type; PyTorch's default unless given.
+
+        Raises:
+            FileNotFoundError: a file is missing; the message names it.
+            ValueError: this class does not have the architecture or one of its settings, or weights
+                and configuration do not match; the message names the key or the tensor.
+        """
+        from fastllm.models.pretrained import load_pretrained
+
+        return load_pretrained(cls, source, padding_idx, device, dtype)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], **token_ids: int | list[int] | None
+    ) -> None:
+        """Writes config.json and model.safetensors for transformers.
+
+        The architecture is the first that computes the same as this model. `padding_idx` is written
+        as `pad_token_id`.
+
+        Args:
+            token_ids: `bos_token_id`, `eos_token_id` and the like, for config.json.
+
+        Raises:
+            ValueError: no architecture computes the same, or modules were replaced; the message
+                says why, and nothing is written.
+        """
+        from fastllm.models.pretrained import save_pretrained
+
+        check_as_built(self)
+        save_pretrained(self, folder, **token_ids)
+
+    @classmethod
     def from_gpt2(
         cls, source: Any, padding_idx: int | None = None, device: Any = None, dtype: Any = None
     ) -> DecoderModel:
@@ -419,6 +468,27 @@ class DecoderModel(nn.Module):
                 first = nn.Parameter(first)  # otherwise each name gets its own
             state_dict.update(dict.fromkeys(names, first))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+def check_as_built(model: DecoderModel) -> None:
+    """Raises a `ValueError` unless the model's settings make a model of the same modules."""
+    if not isinstance(model.config.mlp, str):
+        raise ValueError("only activations with a name can be saved; give mlp_activation its name")
+    with torch.device("meta"):
+        again = DecoderModel.from_settings(model.settings)
+    own, expected = ({n: type(m) for n, m in each.named_modules()} for each in (model, again))
+    for name in {**expected, **own}:
+        if own.get(name) is not expected.get(name):
+            found = own[name].__name__ if name in own else "nothing"
+            place = f"'{name}'" if name else "the model"
+            raise ValueError(
+                f"{place} is {found}, not what DecoderModel was built with; put the original "
+                "module back before saving, or save its state_dict with torch.save"
+            )
+    shapes, wanted = ({n: p.shape for n, p in each.state_dict().items()} for each in (model, again))
+    if shapes != wanted:
+        name = min(n for n in {*shapes, *wanted} if shapes.get(n) != wanted.get(n))
+        raise ValueError(f"'{name}' does not have the shape that DecoderModel gives it")
 
 
 def norm_type(config: DecoderConfig) -> Callable[..., nn.Module]:

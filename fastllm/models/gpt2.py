@@ -1,150 +1,35 @@
-"""GPT-2 in Hugging Face's format: a folder with config.json and model.safetensors.
+"""GPT-2: its initial weights, and models of other settings converted to its architecture.
 
 GPT-2 (Radford et al. 2019) is a Pre-LN decoder with learned positions, unscaled embeddings that the
-head shares, and the tanh approximation of GELU. The linear layers in its blocks store weights as
-[inputs, outputs], and c_attn returns q, k and v side by side, each by head, as `qkv_proj` does.
+head shares, and the tanh approximation of GELU.
 """
 
-import json
 import math
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastllm.command import describe_error
 from fastllm.core.fusible import is_plain
 from fastllm.core.transformer_block import TransformerBlock
-from fastllm.files import replace_file
+from fastllm.models.huggingface import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    check_value,
+    read_settings,
+    refuse,
+    tensor_names,
+)
+from fastllm.models.pretrained import load_model, missing, read_json, write_model
 from fastllm.ops.decoder import Layer, Norm
 
 if TYPE_CHECKING:
     from fastllm.models.decoder import DecoderModel  # which imports this module
 
-Size = Annotated[int, Field(ge=1, le=2**24)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-
-# fastllm's activation for each of GPT-2's names. The first three compute the same up to rounding.
-# Files are written with the first name of an activation.
-ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-
-# Settings that transformers can vary and `DecoderModel` cannot: the only value, and why.
-FIXED = {
-    "scale_attn_weights": (True, "attention scores are always divided by sqrt(D)"),
-    "scale_attn_by_inverse_layer_idx": (False, "attention scores are scaled alike in all layers"),
-    "add_cross_attention": (False, "there is no encoder to attend to"),
-}
-
-# GPT-2's name for each of fastllm's tensors; {i} is the layer, {kind} is weight and bias.
-TENSORS = {
-    "embedding_layer.token_embeddings.weight": "wte.weight",
-    "embedding_layer.positional_encoding.pos_embedding.weight": "wpe.weight",
-    "lm_head.weight": "lm_head.weight",
-    "final_norm.{kind}": "ln_f.{kind}",
-    "transformer_blocks.{i}.norm1.{kind}": "h.{i}.ln_1.{kind}",
-    "transformer_blocks.{i}.self_attn.qkv_proj.{kind}": "h.{i}.attn.c_attn.{kind}",
-    "transformer_blocks.{i}.self_attn.out_proj.{kind}": "h.{i}.attn.c_proj.{kind}",
-    "transformer_blocks.{i}.norm2.{kind}": "h.{i}.ln_2.{kind}",
-    "transformer_blocks.{i}.mlp.fc1.{kind}": "h.{i}.mlp.c_fc.{kind}",
-    "transformer_blocks.{i}.mlp.fc2.{kind}": "h.{i}.mlp.c_proj.{kind}",
-}
-# Causal masks that older versions of transformers saved among the weights.
-MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
-
-
-def either_name(name: str, alias: str) -> Any:
-    """A field with two names in transformers."""
-    return Field(validation_alias=AliasChoices(name, alias))
-
-
-class GPT2Config(BaseModel):
-    """The relevant part of config.json, with names and defaults of transformers' `GPT2Config`."""
-
-    model_config = ConfigDict(strict=True, validate_default=True)
-
-    model_type: Literal["gpt2"]
-    vocab_size: Size = 50257
-    n_positions: Annotated[Size, either_name("n_positions", "max_position_embeddings")] = 1024
-    n_embd: Annotated[Size, either_name("n_embd", "hidden_size")] = 768
-    n_layer: Annotated[int, either_name("n_layer", "num_hidden_layers"), Field(ge=1, le=2**10)] = 12
-    n_head: Annotated[Size, either_name("n_head", "num_attention_heads")] = 12
-    n_inner: Size | None = None
-    activation_function: str = "gelu_new"
-    embd_pdrop: Probability = 0.1
-    attn_pdrop: Probability = 0.1
-    resid_pdrop: Probability = 0.1
-    layer_norm_epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
-    initializer_range: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
-    add_cross_attention: bool = False
-    tie_word_embeddings: bool = True
-
-    @field_validator(*FIXED)
-    @classmethod
-    def _check_fixed(cls, value: bool, info: ValidationInfo) -> bool:
-        only, reason = FIXED[info.field_name or ""]
-        if value is not only:
-            raise ValueError(f"must be {only}, because {reason} in fastllm")
-        return value
-
-    @field_validator("activation_function")
-    @classmethod
-    def _check_activation(cls, name: str) -> str:
-        if name not in ACTIVATIONS:
-            raise ValueError(f"fastllm supports {', '.join(ACTIVATIONS)}")
-        return name
-
-    @field_validator("n_head")
-    @classmethod
-    def _check_heads(cls, n_head: int, info: ValidationInfo) -> int:
-        n_embd = info.data.get("n_embd", n_head)  # missing if it was invalid itself
-        if n_embd % n_head:
-            raise ValueError(f"n_embd ({n_embd}) must be divisible by n_head")
-        return n_head
-
-    def decoder_arguments(self) -> dict[str, Any]:
-        """The arguments of `DecoderModel`."""
-        return {
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.n_embd,
-            "num_layers": self.n_layer,
-            "num_heads": self.n_head,
-            "max_seq_len": self.n_positions,
-            "mlp_intermediate_size": self.n_inner,
-            "pos_encoding_learned": True,
-            "embedding_dropout_p": self.embd_pdrop,
-            "attn_dropout_p": self.attn_pdrop,
-            "mlp_dropout_p": self.resid_pdrop,
-            "mlp_activation": ACTIVATIONS[self.activation_function],
-            "norm_eps": self.layer_norm_epsilon,
-            "lm_head_bias": False,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "scale_embeddings": False,
-        }
+GPT2 = ARCHITECTURES["gpt2"]
 
 
 def load_gpt2(
@@ -155,44 +40,37 @@ def load_gpt2(
     dtype: Any = None,
 ) -> "DecoderModel":
     """See `DecoderModel.from_gpt2`."""
-    folder, config = _read_config(source)
-    arguments = {**config.decoder_arguments(), "padding_idx": padding_idx, "dtype": dtype}
-    if folder is None:
-        model = model_class(**arguments, device=device)
-        _initialise(model, config.initializer_range)
-        return model
-    # Compare shapes before allocating: a config.json of other weights may ask for terabytes.
-    model = model_class(**arguments, device="meta")
-    weights = _to_state_dict(_read_tensors(folder), model, folder)
-    model.to_empty(device=torch.get_default_device() if device is None else device)
-    model.load_state_dict(weights)
+    folder, name = None, "the configuration"
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.is_dir():
+            folder, path = path, path / "config.json"
+        if not path.is_file():
+            raise missing(path)
+        name, settings = str(path), read_json(path)
+    else:
+        # A configuration in memory may leave out the model_type.
+        given = source.to_dict() if hasattr(source, "to_dict") else source
+        settings = {"model_type": "gpt2", **given}
+    try:
+        if isinstance(settings, Mapping) and settings.get("model_type", "gpt2") != "gpt2":
+            refuse("model_type", "must be 'gpt2'", settings["model_type"])
+        _, config = read_settings(settings, padding_idx)
+        std = settings.get("initializer_range", 0.02)
+        check_value("initializer_range", std, 0.02)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if folder is not None:
+        return load_model(model_class, folder, GPT2, config, device, dtype)
+    model = model_class.from_config(config, device, dtype)
+    _initialise(model, std)
     return model
 
 
 def save_gpt2(model: "DecoderModel", directory: str | os.PathLike[str]) -> None:
     """See `DecoderModel.save_gpt2`."""
     check_gpt2(model)
-    weights = model.state_dict()
-    if model.tie_word_embeddings:
-        del weights["lm_head.weight"]
-    names = tensor_names(TENSORS, len(model.transformer_blocks))
-    tensors = {}
-    for ours, tensor in weights.items():
-        name = names[ours]
-        prefix = "" if name.startswith("lm_head") else "transformer."
-        tensors[prefix + name] = _transposed(name, tensor.detach().cpu()).contiguous()
-    text = json.dumps(config_json(model), indent=2, sort_keys=True) + "\n"
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Both files are complete before either replaces its predecessor.
-    with (
-        replace_file(folder / "config.json") as config_file,
-        replace_file(folder / "model.safetensors") as weights_file,
-    ):
-        config_file.write(text.encode())
-        mode = os.fstat(weights_file.fileno()).st_mode
-        save_file(tensors, weights_file.name, metadata={"format": "pt"})
-        os.chmod(weights_file.name, mode)  # safetensors writes files that only the owner can read
+    write_model(model, directory, GPT2, config_json(model))
 
 
 def check_gpt2(model: "DecoderModel", convertible: bool = False) -> None:
@@ -319,107 +197,6 @@ def _padded(tensor: Tensor, dim: int, parts: int, extra: int) -> Tensor:
     return torch.cat((split, split.new_zeros(shape)), dim + 1).flatten(dim, dim + 1)
 
 
-def _read_config(source: Any) -> tuple[Path | None, GPT2Config]:
-    """The folder of the weights, if there is one, and the configuration."""
-    folder, name = None, "the configuration"
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if path.is_dir():
-            folder, path = path, path / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist; give a folder with config.json and model.safetensors, "
-                "such as `hf download distilbert/distilgpt2 --local-dir distilgpt2` creates"
-            )
-        name, settings = str(path), _read_json(path)
-    else:
-        # A configuration in memory may leave out the model_type.
-        given = source.to_dict() if hasattr(source, "to_dict") else source
-        settings = {"model_type": "gpt2", **given}
-    try:
-        return folder, GPT2Config.model_validate(settings)
-    except ValidationError as error:
-        raise ValueError(f"{name}: {describe_error(error)}") from None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor but the masks, by its name without the prefix `transformer.`."""
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-    if not files[0].exists():
-        if not index.exists():
-            raise FileNotFoundError(
-                f"{folder} has neither model.safetensors nor {index.name}; transformers' "
-                "save_pretrained converts a pytorch_model.bin"
-            )
-        try:
-            shards = set(_read_json(index)["weight_map"].values())
-            files = [folder / shard for shard in sorted(shards)]
-        except (LookupError, TypeError, AttributeError):
-            raise ValueError(f"{index} has no weight_map from names to files") from None
-    tensors = {}
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(
-                f"{file} does not exist, but {index.name} lists it; download it"
-            )
-        try:
-            tensors.update(load_file(file))
-        except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-    # The original upload was saved without the head, and therefore without the prefix.
-    named = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in named.items() if not MASKS.fullmatch(name)}
-
-
-def _to_state_dict(
-    tensors: dict[str, Tensor], model: "DecoderModel", folder: Path
-) -> dict[str, Tensor]:
-    """The tensors as a state dict for the model, which may be on the meta device."""
-    names = tensor_names(TENSORS, len(model.transformer_blocks))
-    if model.tie_word_embeddings:
-        del names["lm_head.weight"]
-        head = tensors.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
-            raise ValueError(
-                f"{folder}: 'lm_head.weight' differs from 'wte.weight', but config.json says "
-                "tie_word_embeddings; set it to false there to keep both"
-            )
-    state = model.state_dict()
-    expected = {
-        theirs: list(_transposed(theirs, state[ours]).shape) for ours, theirs in names.items()
-    }
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    for name in [*expected, *sorted(found)]:
-        if found.get(name) != expected.get(name):
-            raise ValueError(
-                f"{folder}: the weights do not fit config.json: '{name}' is "
-                f"{found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
-            )
-    return {ours: _transposed(theirs, tensors[theirs]) for ours, theirs in names.items()}
-
-
-def tensor_names(table: dict[str, str], num_layers: int) -> dict[str, str]:
-    """A table such as `TENSORS` with {i} and {kind} filled in, for a model with layers."""
-    return {
-        ours.format(i=i, kind=kind): theirs.format(i=i, kind=kind)
-        for ours, theirs in table.items()
-        for i in range(num_layers)
-        for kind in ("weight", "bias")
-    }
-
-
-def _transposed(name: str, tensor: Tensor) -> Tensor:
-    """Transposes weights of linear layers in blocks: GPT-2 stores them as [inputs, outputs]."""
-    return tensor.mT if name.startswith("h.") and tensor.ndim == 2 else tensor
-
-
 @torch.no_grad()
 def _initialise(model: "DecoderModel", std: float) -> None:
     """GPT-2's initial weights (Radford et al. 2019, section 2.3), as in transformers."""
@@ -527,7 +304,7 @@ def _obstacles(model: "DecoderModel", convertible: bool = False) -> Iterator[str
         yield "its head does not have the size of its embeddings"
     if len(dtypes := {str(tensor.dtype) for tensor in model.state_dict().values()}) > 1:
         yield f"its parameters differ in type: {', '.join(sorted(dtypes))}"
-    unnamed = set(model.state_dict()).difference(tensor_names(TENSORS, len(layers)))
+    unnamed = set(model.state_dict()).difference(tensor_names(GPT2.tensors, len(layers)))
     if convertible:
         unnamed -= {"lm_head.bias", "embedding_layer.positional_encoding.pe"}
     for name in unnamed:
@@ -541,28 +318,21 @@ def config_json(model: "DecoderModel") -> dict[str, Any]:
     positions = cast(Tensor, table.position_table())
     layer = cast(Layer, block.record())
     written = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    config = GPT2Config(
-        model_type="gpt2",
-        vocab_size=V,
-        n_positions=positions.size(0),
-        n_embd=H,
-        n_layer=len(model.transformer_blocks),
-        n_head=layer.attention.heads,
-        n_inner=layer.mlp.fc1.weight.size(0),
-        activation_function=written[layer.mlp.activation],
-        embd_pdrop=table.positional_encoding.dropout.p,
-        attn_pdrop=block.self_attn.p,
-        resid_pdrop=block.mlp.dropout.p,
-        layer_norm_epsilon=cast(Norm, layer.mlp.norm).eps,
-        tie_word_embeddings=model.tie_word_embeddings,
-    )
+    settings = {
+        "model_type": "gpt2",
+        "vocab_size": V,
+        "n_positions": positions.size(0),
+        "n_embd": H,
+        "n_layer": len(model.transformer_blocks),
+        "n_head": layer.attention.heads,
+        "n_inner": layer.mlp.fc1.weight.size(0),
+        "activation_function": written[layer.mlp.activation],
+        "embd_pdrop": table.positional_encoding.dropout.p,
+        "attn_pdrop": block.self_attn.p,
+        "resid_pdrop": block.mlp.dropout.p,
+        "layer_norm_epsilon": cast(Norm, layer.mlp.norm).eps,
+        "tie_word_embeddings": model.tie_word_embeddings,
+    }
     # GPT-2's own vocabulary ends with <|endoftext|>; the tokens of others are not known here.
     end = 50256 if V == 50257 else None
-    return {
-        **config.model_dump(),
-        "architectures": ["GPT2LMHeadModel"],
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "pad_token_id": model.padding_idx,
-        "dtype": str(table.token_embeddings.weight.dtype).removeprefix("torch."),
-    }
+    return {**settings, "bos_token_id": end, "eos_token_id": end}

@@ -4,11 +4,10 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from fastllm.files import writing_aside
-from fastllm.models.decoder import DecoderModel
+from fastllm.models.decoder import DecoderModel, check_as_built
 from fastllm.tokenization import Tokenizer
 from fastllm.training.checkpoint import find_checkpoint, read_saved_settings
 from fastllm.training.checkpoint import load_model as load_checkpoint
@@ -34,7 +33,7 @@ def save_model(model: DecoderModel, tokenizer: Tokenizer, folder: str | os.PathL
     settings = {**model.settings, "padding_idx": model.padding_idx}
     if model.padding_idx is None:
         settings["padding_idx"] = tokenizer.pad_token_id
-    _check_plain(model)
+    check_as_built(model)
     if model.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"the model has {model.vocab_size} tokens and the tokenizer {tokenizer.vocab_size}; "
@@ -64,24 +63,3 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[DecoderModel, Tokenizer]
     """
     model, tokenizer, _ = load_checkpoint(find_checkpoint(folder))
     return model.eval(), tokenizer
-
-
-def _check_plain(model: DecoderModel) -> None:
-    """Raises a `ValueError` unless the constructor makes a model of the same modules."""
-    if not isinstance(model.config.mlp, str):
-        raise ValueError("only activations with a name can be saved; give mlp_activation its name")
-    with torch.device("meta"):
-        again = DecoderModel.from_settings(model.settings)
-    own, expected = ({n: type(m) for n, m in each.named_modules()} for each in (model, again))
-    for name in {**expected, **own}:
-        if own.get(name) is not expected.get(name):
-            found = own[name].__name__ if name in own else "nothing"
-            place = f"'{name}'" if name else "the model"
-            raise ValueError(
-                f"{place} is {found}, not what DecoderModel was built with; put the original "
-                "module back before saving, or save its state_dict with torch.save"
-            )
-    shapes, wanted = ({n: p.shape for n, p in each.state_dict().items()} for each in (model, again))
-    if shapes != wanted:
-        name = min(n for n in {*shapes, *wanted} if shapes.get(n) != wanted.get(n))
-        raise ValueError(f"'{name}' does not have the shape that DecoderModel gives it")

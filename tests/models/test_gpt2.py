@@ -521,7 +521,7 @@ def test_a_failing_disk_leaves_the_existing_files(
     def fail(*arguments: Any, **keywords: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    owner = "fastllm.files" if fail_at == "flush" else "fastllm.models.gpt2"
+    owner = "fastllm.files" if fail_at == "flush" else "fastllm.models.pretrained"
     monkeypatch.setattr(f"{owner}.{fail_at}", fail)
     with pytest.raises(OSError, match="No space left"):
         make_model(norm_eps=0.1).save_gpt2(folder)

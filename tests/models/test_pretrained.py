@@ -1,0 +1,183 @@
+"""Models in Hugging Face's format against transformers, with random weights of small, odd sizes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastllm
+from fastllm import DecoderModel
+from fastllm.generation.decoding import generate_batch, start_decoding
+from fastllm.ops.sampling import Sampling
+
+V, S = 61, 24
+SIZES: dict[str, Any] = {
+    "vocab_size": V, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "intermediate_size": 76, "max_position_embeddings": 40,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e3, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+# The class of transformers, and what its configuration changes in SIZES.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama, tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 3}),
+    "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
+    "llama, scaled": ("Llama", {"rope_parameters": LLAMA3}),
+}
+
+
+def reference(name: str, **changes: Any) -> Any:
+    """A model of transformers with random weights, norms and biases included."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    kind, own = CASES[name]
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **own, **changes})
+    torch.manual_seed(0)
+    # Gemma 2 caps its scores only so.
+    model = getattr(transformers, f"{kind}ForCausalLM")._from_config(
+        config, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def load_in_transformers(folder: Path) -> Any:
+    """The model that transformers loads, without missing or unexpected tensors."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, V, (3, S), generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_logits_are_those_of_transformers_both_ways(name: str, ids: Tensor, tmp_path: Path) -> None:
+    theirs = reference(name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs(ids).logits
+    ours = DecoderModel.from_pretrained(tmp_path / "theirs")
+    assert ours.training and ours.tie_word_embeddings == theirs.config.tie_word_embeddings
+    for implementation in ("auto", "ref"):
+        with fastllm.use(implementation):
+            assert_close(ours.eval()(ids), expected)
+    ours.save_pretrained(tmp_path / "ours")
+    again = DecoderModel.from_pretrained(tmp_path / "ours")
+    assert again.config == ours.config
+    assert all(map(torch.equal, ours.state_dict().values(), again.state_dict().values()))
+    assert_close(load_in_transformers(tmp_path / "ours")(ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_caches_and_padding_give_the_logits_of_transformers(
+    name: str, ids: Tensor, tmp_path: Path
+) -> None:
+    """One step at a time, by the kernel if it can and by the modules; and padded on the right."""
+    theirs = reference(name)
+    theirs.save_pretrained(tmp_path)
+    expected = theirs(ids).logits
+    ours = DecoderModel.from_pretrained(tmp_path).eval()
+    decoding, caches = start_decoding(ours, len(ids)), ours.new_caches()
+    steps = [decoding.extend(ids[:, :9].tolist()).clone()]
+    steps += [decoding.extend(ids[:, t : t + 1].tolist()).clone() for t in range(9, S)]
+    assert_close(torch.stack(steps, 1), expected[:, 8:])
+    pieces = [ours(piece, caches=caches) for piece in ids.split((9, *[1] * (S - 9)), 1)]
+    assert_close(torch.cat(pieces, 1), expected)
+    padded, is_padding = ids.clone(), torch.arange(S) >= 15
+    padded[:, is_padding] = 0
+    assert_close(ours(padded)[:, :15], expected[:, :15])
+    assert_close(ours(padded, is_padding)[:, :15], expected[:, :15])
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_greedy_generation_is_that_of_transformers(name: str, ids: Tensor, tmp_path: Path) -> None:
+    """Of prompts of several lengths, which transformers pads on the left."""
+    theirs = reference(name)
+    theirs.save_pretrained(tmp_path)
+    is_token = torch.arange(10) >= torch.tensor([[0], [3], [7]])
+    prompts = ids[:, :10].masked_fill(~is_token, 0)
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    expected = theirs.generate(prompts, attention_mask=is_token.long(), **options)[:, 10:]
+    ours = DecoderModel.from_pretrained(tmp_path).eval()
+    rows = [ids[i, first:10].tolist() for i, first in enumerate((0, 3, 7))]
+    for use_cache in (True, False):
+        tokens = generate_batch(ours, rows, 9, Sampling(temperature=0.0), use_cache=use_cache)
+        assert torch.equal(torch.tensor(list(tokens)).T, expected)
+
+
+@torch.no_grad()
+def test_shards_and_files_without_the_head(ids: Tensor, tmp_path: Path) -> None:
+    theirs = reference("llama, tied")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    assert_close(DecoderModel.from_pretrained(tmp_path / "shards")(ids), theirs(ids).logits)
+    theirs.model.save_pretrained(tmp_path / "headless")  # without the prefix
+    assert_close(DecoderModel.from_pretrained(tmp_path / "headless")(ids), theirs(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_files_of_16_bits(dtype: torch.dtype, ids: Tensor, tmp_path: Path) -> None:
+    theirs = reference("llama")
+    theirs.to(dtype).save_pretrained(tmp_path)
+    ours = DecoderModel.from_pretrained(tmp_path)
+    assert ours.lm_head.weight.dtype == torch.float32
+    # A conversion of the model itself would round its rotary angles.
+    assert_close(ours(ids), load_in_transformers(tmp_path)(ids).logits)
+    same = DecoderModel.from_pretrained(tmp_path, dtype=dtype)
+    same.save_pretrained(tmp_path / "ours", eos_token_id=[3, 5])
+    settings = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert settings["dtype"] == str(dtype).removeprefix("torch.")
+    assert (settings["eos_token_id"], settings["bos_token_id"]) == ([3, 5], None)
+    again = DecoderModel.from_pretrained(tmp_path / "ours", dtype=dtype)
+    assert torch.equal(again.lm_head.weight, same.lm_head.weight)
+
+
+def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # asks for no connection
+    reference("llama").save_pretrained(tmp_path)
+    names = []
+
+    def downloaded(name: str, **options: Any) -> str:
+        names.append(name)
+        if name == "distilgpt2":
+            raise OSError("there is no network")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", downloaded)
+    assert DecoderModel.from_pretrained("someone/Llama-3.2_tiny").vocab_size == V
+    with pytest.raises(ValueError, match="distilgpt2 is not a folder .* there is no network On a"):
+        DecoderModel.from_pretrained("distilgpt2")
+    for local in ("./distilgpt2", "/distilgpt2", "a/b/c", "~/distilgpt2", tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match="does not exist; give a folder with config"):
+            DecoderModel.from_pretrained(local)
+    assert names == ["someone/Llama-3.2_tiny", "distilgpt2"]
+
+
+def test_runs(tmp_path: Path) -> None:
+    """A run of finetune has a model in this format, one of train has not."""
+    (tmp_path / "config.json").write_text('{"fastllm_version": "1"}')
+    with pytest.raises(ValueError, match=r"fastllm's own; load it with fastllm.load_model"):
+        DecoderModel.from_pretrained(tmp_path)
+    reference("llama").save_pretrained(tmp_path / "model")
+    assert DecoderModel.from_pretrained(tmp_path).vocab_size == V
