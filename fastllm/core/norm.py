@@ -1,4 +1,4 @@
-"""An RMS norm that learns the difference of its weight from a constant."""
+"""RMS norms besides PyTorch's."""
 
 from typing import Any
 
@@ -37,3 +37,12 @@ class OffsetRMSNorm(nn.RMSNorm):
 
 
 FORWARDS[OffsetRMSNorm] = OffsetRMSNorm.forward
+
+
+class AllHeadsRMSNorm(nn.RMSNorm):
+    """An RMS norm over all heads of a position together, with a weight of [N D] (OLMo 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes x [B, N, S, D]."""
+        positions = super().forward(x.transpose(1, 2).flatten(2))
+        return positions.unflatten(-1, x.shape[1::2]).transpose(1, 2)

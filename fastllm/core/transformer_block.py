@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastllm.core.attn.mha import KeyValueCache, MultiHeadAttention
-from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm
+from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norms
 from fastllm.core.mlp import MLP
 from fastllm.core.rotary import RotaryEncoding
 from fastllm.ops.decoder import Layer
@@ -31,17 +31,23 @@ class TransformerBlock(nn.Module):
         is_causal: hide later positions unless `forward` says otherwise.
         qkv_bias: biases in the attention's projections.
         mlp_bias: biases in the MLP.
-        num_kv_heads, head_dim, separate_qkv, out_bias, rotary, qk_norm: see `MultiHeadAttention`.
+        num_kv_heads, head_dim, separate_qkv, out_bias, rotary, qk_norm, qk_norm_of_all_heads: see
+            `MultiHeadAttention`.
         window, attn_scale, attn_softcap: its `window`, `scale` and `softcap`.
         gated: see `MLP`.
         norm_type: builds every norm from `(hidden_size, eps=, device=, dtype=)`.
         out_norms: norms of the sublayers' outputs too, before they are added (Gemma 2).
+        in_norms: norms of the sublayers' inputs; without, only `out_norms` (OLMo 2).
         parallel: `x + attention(norm1(x)) + mlp(norm2(x))`, as in GPT-NeoX.
         residual_scale: factor of what each sublayer adds to x.
 
     Raises:
-        ValueError: Post-LN with parallel sublayers, or a setting that a part refuses.
+        ValueError: Post-LN with parallel sublayers, sublayers without a norm, or a setting that a
+            part refuses.
     """
+
+    norm1: nn.Module | None
+    norm2: nn.Module | None
 
     def __init__(
         self,
@@ -72,17 +78,21 @@ class TransformerBlock(nn.Module):
         out_norms: bool = False,
         parallel: bool = False,
         residual_scale: float = 1.0,
+        in_norms: bool = True,
+        qk_norm_of_all_heads: bool = False,
     ) -> None:
         super().__init__()
         if parallel and not norm_first:
             raise ValueError("parallel sublayers need norm_first: their norms are of the input")
+        if not in_norms and (parallel or not norm_first or not out_norms):
+            raise ValueError("without in_norms, sublayers need out_norms, and to be in series")
         self.hidden_size = hidden_size
         self.norm_first = norm_first
         self.parallel = parallel
         self.residual_scale = residual_scale
         make_norm = partial(norm_type, eps=norm_eps, device=device, dtype=dtype)
         make_out_norm = make_norm if out_norms else None
-        self.norm1 = make_norm(hidden_size)
+        self.register_module("norm1", make_norm(hidden_size) if in_norms else None)
         self.self_attn = MultiHeadAttention(
             hidden_size,
             num_heads,
@@ -104,8 +114,9 @@ class TransformerBlock(nn.Module):
             scale=attn_scale,
             softcap=attn_softcap,
             out_norm=make_out_norm,
+            qk_norm_of_all_heads=qk_norm_of_all_heads,
         )
-        self.norm2 = make_norm(hidden_size)
+        self.register_module("norm2", make_norm(hidden_size) if in_norms else None)
         self.mlp = MLP(
             hidden_size,
             mlp_intermediate_size,
@@ -138,13 +149,14 @@ class TransformerBlock(nn.Module):
         # A module that replaces ours need not know about caches.
         extra = {} if cache is None else {"cache": cache}
         attend = partial(self.self_attn, attn_mask=attn_mask, is_causal=is_causal, **extra)
+        norm1, norm2 = self.norm1 or nn.Identity(), self.norm2 or nn.Identity()
         x = hidden_states
         if not self.norm_first:
-            x = self.norm1(x + self._scaled(attend(x)))
-            return self.norm2(x + self._scaled(self.mlp(x)))
-        x = x + self._scaled(attend(self.norm1(x)))
+            x = norm1(x + self._scaled(attend(x)))
+            return norm2(x + self._scaled(self.mlp(x)))
+        x = x + self._scaled(attend(norm1(x)))
         mlp_input = hidden_states if self.parallel else x
-        return x + self._scaled(self.mlp(self.norm2(mlp_input)))
+        return x + self._scaled(self.mlp(norm2(mlp_input)))
 
     def _scaled(self, out: Tensor) -> Tensor:
         """What a sublayer with this output adds to x."""
@@ -160,12 +172,17 @@ class TransformerBlock(nn.Module):
             return None
         if not is_plain(attention, mlp) or attention.norm is not None or mlp.norm is not None:
             return None
-        norms = plain_norm(norm1, self.hidden_size), plain_norm(norm2, self.hidden_size)
-        if None in norms:
+        norms = plain_norms((norm1, self.hidden_size), (norm2, self.hidden_size))
+        if norms is None:
             return None
         attention_record = attention.record(norms[0], self.norm_first, attn_mask, is_causal)
         mlp_record = mlp.record(norms[1], self.norm_first)
         if attention_record is None or mlp_record is None:
+            return None
+        # In the records, a norm of the input or the output brings the residual connection.
+        if any(
+            each.norm is None and each.out_norm is None for each in (attention_record, mlp_record)
+        ):
             return None
         if (scale := self.residual_scale) != 1:
             attention_record = attention_record._replace(residual_scale=scale)

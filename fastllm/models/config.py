@@ -13,7 +13,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Base = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NormName = Literal["layer", "rms"]
-NormOrder = Literal["pre", "post", "sandwich", "parallel"]
+NormOrder = Literal["pre", "post", "sandwich", "output", "parallel"]
 PosEncoding = Literal["sinusoidal", "learned", "rope", "none"]
 MlpName = Literal[
     "gelu", "gelu_tanh", "relu", "silu", "relu_squared",
@@ -110,7 +110,8 @@ class DecoderConfig(_Record):
     """Added to the weight of an RMS norm; with 1, its weight starts at 0 (Gemma)."""
     norm_order: NormOrder = "pre"
     """pre: `x + f(norm(x))`. post: `norm(x + f(x))`, without a final norm. sandwich: `x +
-    norm(f(norm(x)))`. parallel: `x + attention(norm1(x)) + mlp(norm2(x))`."""
+    norm(f(norm(x)))`. output: `x + norm(f(x))`. parallel: `x + attention(norm1(x)) +
+    mlp(norm2(x))`."""
     residual_scale: float = 1.0
     """Factor of what each sublayer adds to x."""
 
@@ -137,8 +138,9 @@ class DecoderConfig(_Record):
     """Of the attention's output; by default as `qkv_bias`."""
     separate_qkv: bool = False
     """Three projections for queries, keys and values rather than one."""
-    qk_norm: Literal["weight", "no_weight"] | None = None
-    """An RMS norm of each head of the queries and keys, before the rotation."""
+    qk_norm: Literal["weight", "no_weight", "all_heads"] | None = None
+    """An RMS norm of each head of the queries and keys, before the rotation; or one, with a weight,
+    of all heads together."""
     window: Size | None = None
     """A query sees this many keys at most, its own included."""
     window_pattern: Annotated[tuple[bool, ...], Field(min_length=1)] = (True,)
@@ -201,6 +203,8 @@ class DecoderConfig(_Record):
         return {
             "norm_offset needs norm rms with norm_weight": self.norm_offset != 0
             and (self.norm != "rms" or not self.norm_weight),
+            "qk_norm all_heads has no norm_offset": self.qk_norm == "all_heads"
+            and self.norm_offset != 0,
             f"padding_idx ({padding}) is outside the vocabulary of {V}": padding is not None
             and not -V <= padding < V,
             "a window needs a causal attention": self.window is not None and not self.causal,

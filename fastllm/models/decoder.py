@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fastllm.core.attn.mha import KeyValueCache
 from fastllm.core.embedding import EmbeddingLayer
 from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm
-from fastllm.core.norm import OffsetRMSNorm
+from fastllm.core.norm import AllHeadsRMSNorm, OffsetRMSNorm
 from fastllm.core.rotary import RotaryEncoding
 from fastllm.core.transformer_block import TransformerBlock
 from fastllm.ops.decode import forget_packed
@@ -504,10 +504,12 @@ def norm_type(config: DecoderConfig) -> Callable[..., nn.Module]:
 def head_norm_type(
     config: DecoderConfig, device: Any, dtype: Any
 ) -> Callable[[int], nn.Module] | None:
-    """Builds the norm of a head of the queries or keys from D; None if they have none."""
+    """Builds the norm of queries or keys from its width; None if they have none."""
     if config.qk_norm is None:
         return None
     make: Callable[..., nn.Module] = partial(nn.RMSNorm, elementwise_affine=False)
+    if config.qk_norm == "all_heads":
+        make = AllHeadsRMSNorm
     if config.qk_norm == "weight":
         offset = config.norm_offset
         make = partial(OffsetRMSNorm, offset=offset) if offset else nn.RMSNorm
@@ -557,9 +559,11 @@ def make_block(
         attn_softcap=config.attn_softcap,
         gated=config.gated,
         norm_type=norm_type(config),
-        out_norms=config.norm_order == "sandwich",
+        out_norms=config.norm_order in ("sandwich", "output"),
         parallel=config.norm_order == "parallel",
         residual_scale=config.residual_scale,
+        in_norms=config.norm_order != "output",
+        qk_norm_of_all_heads=config.qk_norm == "all_heads",
     )
 
 

@@ -18,7 +18,6 @@ from fastllm.core.transformer_block import TransformerBlock
 from fastllm.models.huggingface import (
     ACTIVATIONS,
     ARCHITECTURES,
-    check_value,
     read_settings,
     refuse,
     tensor_names,
@@ -57,7 +56,8 @@ def load_gpt2(
             refuse("model_type", "must be 'gpt2'", settings["model_type"])
         _, config = read_settings(settings, padding_idx)
         std = settings.get("initializer_range", 0.02)
-        check_value("initializer_range", std, 0.02)
+        if not isinstance(std, (int, float)) or not 0 <= std < math.inf:
+            refuse("initializer_range", "must be a positive number", std)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if folder is not None:

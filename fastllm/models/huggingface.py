@@ -4,10 +4,11 @@ Each is data that is read both ways: the keys of config.json for the fields of a
 and the names of the tensors. Names and defaults of keys are those of transformers.
 """
 
-import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, get_args
 
+import torch
 from torch import Tensor
 
 from fastllm.models import architectures
@@ -53,9 +54,35 @@ class Layout(NamedTuple):
     to_theirs: Callable[[list[Tensor], DecoderConfig], Tensor]
 
 
+def _heads_together(tensor: Tensor, config: DecoderConfig) -> list[Tensor]:
+    """From rows ordered by head and then q, k, v, to q, k and v each by head."""
+    return [tensor.unflatten(0, (config.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)]
+
+
+def _heads_apart(tensors: list[Tensor], config: DecoderConfig) -> Tensor:
+    return tensors[0].unflatten(0, (3, config.num_heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _all_equal(tensors: list[Tensor], _: DecoderConfig) -> Tensor:
+    first, *others = tensors
+    if not first.is_meta and not all(torch.equal(first, other) for other in others):
+        raise ValueError(
+            "the two norms of a layer have become different, and this architecture has one"
+        )
+    return first
+
+
 AS_IT_IS = Layout(lambda tensor, _: [tensor], lambda tensors, _: tensors[0])
 # Linear layers that store weights as [inputs, outputs].
 TRANSPOSED = Layout(lambda tensor, _: [tensor.mT], lambda tensors, _: tensors[0].mT)
+# One linear layer for the gate and what it multiplies.
+HALVES = Layout(lambda tensor, _: list(tensor.chunk(2)), lambda tensors, _: torch.cat(tensors))
+# One linear layer for queries, keys and values, whose outputs are ordered by head.
+BY_HEAD = Layout(_heads_together, _heads_apart)
+# One norm for the attention and the MLP.
+SHARED = Layout(
+    lambda tensor, config: [tensor] * (2 if config.norm_order == "parallel" else 1), _all_equal
+)
 
 
 class Architecture(NamedTuple):
@@ -67,12 +94,13 @@ class Architecture(NamedTuple):
             it.
         build: makes the `DecoderConfig` from those fields that config.json determines.
         keys: the field for each key that stands for one.
-        defaults: of transformers, for keys that a file may lack. Their types are checked.
+        defaults: of transformers, for keys that a file may lack.
         tensors: their name for each name of ours; {i} is the layer, {kind} is weight and bias.
         codecs: for everything else in the configuration.
         fixed: the only value of a key that can be computed, and the reason.
         aliases: other names of keys.
         layouts: of tensors whose name contains this.
+        parallel_tensors: names that replace those in `tensors` if the sublayers are parallel.
     """
 
     class_name: str
@@ -85,6 +113,7 @@ class Architecture(NamedTuple):
     fixed: Mapping[str, tuple[Any, str]] = {}
     aliases: Mapping[str, str] = {}
     layouts: Mapping[str, Layout] = {}
+    parallel_tensors: Mapping[str, str] = {}
 
     def read(self, settings: Settings, padding_idx: int | None = None) -> DecoderConfig:
         """The configuration in the content of a config.json.
@@ -101,16 +130,27 @@ class Architecture(NamedTuple):
         named = {**self.defaults, **named}
         fields: dict[str, Any] = {}
         for key, field in self.keys.items():
-            if (value := named.get(key)) is not None:
-                check_value(key, value, self.defaults.get(key), field)
+            value, about = named.get(key), DecoderConfig.model_fields[field]
+            if value is not None and about.annotation is int:
+                check_size(key, value, MOST_LAYERS if field == "num_layers" else LARGEST_SIZE)
+            if value is not None or about.default is None:
                 fields[field] = value
-        for codec in self.codecs:
-            fields |= codec.read(named)
         H, N = fields["hidden_size"], fields["num_heads"]
-        if H % N and not fields.get("head_dim"):
+        if H % N:
             width, heads = self.key_of("hidden_size"), self.key_of("num_heads")
             refuse(heads, f"{width} ({H}) must be divisible by {heads}", N)
-        return self.build(**fields, padding_idx=padding_idx)
+        try:
+            for codec in self.codecs:
+                fields |= codec.read(named)
+        except (TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"a value is of the wrong kind: {error}") from None
+        try:
+            return self.build(**fields, padding_idx=padding_idx)
+        except ValueError as error:
+            problem = str(error)
+            for key, field in self.keys.items():
+                problem = problem.replace(f"{field}: ", f"{key}: ")
+            raise ValueError(problem) from None
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         """The content of config.json for a configuration, as far as this architecture has it."""
@@ -118,6 +158,13 @@ class Architecture(NamedTuple):
         for codec in self.codecs:
             settings |= codec.write(config)
         return settings
+
+    def tensors_of(self, config: DecoderConfig) -> dict[str, str]:
+        """`tensors` for a model of this configuration, with {i} and {kind} filled in."""
+        table = self.tensors
+        if config.norm_order == "parallel":
+            table = {**table, **self.parallel_tensors}
+        return tensor_names(table, config.num_layers)
 
     def key_of(self, field: str) -> str:
         """The key that stands for a field."""
@@ -144,24 +191,12 @@ def refuse(key: str, problem: str, *given: Any) -> NoReturn:
     raise ValueError(f"{key}: {problem}" + "".join(f" (got {value!r})" for value in given))
 
 
-def check_value(key: str, value: Any, default: Any, field: str = "") -> None:
-    """Refuses a value that is not of the default's type, or out of any range.
-
-    A size is a whole number; one without a default is optional.
-    """
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            refuse(key, "must be true or false", value)
-    elif isinstance(default, float):
-        limit = 1 if field.endswith("_p") else math.inf
-        if not isinstance(value, (int, float)) or not 0 <= value <= limit or value == math.inf:
-            refuse(key, f"must be a number from 0 to {limit}", value)
-    elif type(value) is not int:
+def check_size(key: str, value: Any, limit: int = LARGEST_SIZE) -> None:
+    """Refuses a value that is not a whole number from 1 to the limit."""
+    if type(value) is not int:
         refuse(key, "must be a whole number", value)
-    else:
-        limit = MOST_LAYERS if field == "num_layers" else LARGEST_SIZE
-        if not 1 <= value <= limit:
-            refuse(key, f"must be from 1 to {limit}", value)
+    if not 1 <= value <= limit:
+        refuse(key, f"must be from 1 to {limit}", value)
 
 
 def activation(key: str, default: str, gated: bool = False) -> Codec:
@@ -264,45 +299,203 @@ def write_rope(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
     return {**parameters, "rope_theta": base}
 
 
-# The keys that Llama and its descendants share.
-_LLAMA_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "mlp_intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "max_position_embeddings": "max_seq_len",
-    "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "attention_dropout": "attn_dropout_p",
-}
+def gemma3_rope() -> Codec:
+    """Rotary positions that differ between layers with a window and without."""
+
+    def read(settings: Settings) -> dict[str, Any]:
+        given = settings.get("rope_parameters") or {}
+        if given and "full_attention" not in given:
+            refuse("rope_parameters", "needs full_attention and sliding_attention", given)
+        full, local = ({**given.get(f"{kind}_attention", {})} for kind in ("full", "sliding"))
+        base = full.pop("rope_theta", None) or settings.get("rope_theta") or 1e6
+        local_base = local.pop("rope_theta", None) or settings.get("rope_local_base_freq") or 1e4
+        full |= settings.get("rope_scaling") or {}
+        place = "rope_parameters"
+        read_scaling(f"{place}.sliding_attention", local, (), settings)
+        scaling = read_scaling(f"{place}.full_attention", full, ROPE_TYPES, settings)
+        return {"rope_base": base, "local_rope_base": local_base, "rope_scaling": scaling}
+
+    def write(config: DecoderConfig) -> dict[str, Any]:
+        local = write_rope(config.local_rope_base or config.rope_base, None)
+        full = write_rope(config.rope_base, config.rope_scaling)
+        return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+
+    return Codec(read, write)
+
+
+def window_of_all_layers(default: int | None) -> Codec:
+    """`sliding_window` in every layer."""
+
+    def read(settings: Settings) -> dict[str, Any]:
+        return {"window": settings.get("sliding_window", default)}
+
+    return Codec(read, lambda config: {"sliding_window": config.window})
+
+
+def window_by_layer(kinds: Callable[[Settings, int], bool], switch: str | None = None) -> Codec:
+    """`sliding_window` in the layers that `layer_types` names.
+
+    Args:
+        kinds: whether a layer has the window, in files without `layer_types`.
+        switch: the key that says whether any layer has it, if there is one.
+    """
+    window, full = "sliding_attention", "full_attention"
+
+    def read(settings: Settings) -> dict[str, Any]:
+        L, types = settings["num_hidden_layers"], settings.get("layer_types")
+        if types is None:
+            types = [window if kinds(settings, layer) else full for layer in range(L)]
+        if len(types) != L or not {*types} <= {window, full}:
+            refuse("layer_types", f"must be {full} or {window} for each of {L} layers", types)
+        size, pattern = settings.get("sliding_window", 4096), tuple(t == window for t in types)
+        if size is None and any(pattern):
+            refuse("sliding_window", f"is required by layer_types, which has {window}")
+        return {"window": size, "window_pattern": pattern}
+
+    def write(config: DecoderConfig) -> dict[str, Any]:
+        layers = range(config.num_layers)
+        types = [full if config.window_of(layer) is None else window for layer in layers]
+        settings = {"layer_types": types, "sliding_window": config.window}
+        return {**settings, switch: window in types} if switch else settings
+
+    return Codec(read, write)
+
+
+def gpt_neo_window() -> Codec:
+    """`window_size` in the layers that `attention_types` calls local."""
+
+    def read(settings: Settings) -> dict[str, Any]:
+        L = settings["num_layers"]
+        kinds = [
+            kind
+            for pattern, repeats in settings.get("attention_types") or [(["global", "local"], 12)]
+            for kind in pattern * repeats
+        ]
+        if len(kinds) != L or not {*kinds} <= {"global", "local"}:
+            refuse("attention_types", f"must be global or local for each of {L} layers", kinds)
+        pattern = tuple(kind == "local" for kind in kinds)
+        return {"window": settings.get("window_size", 256), "window_pattern": pattern}
+
+    def write(config: DecoderConfig) -> dict[str, Any]:
+        layers = range(config.num_layers)
+        kinds = ["global" if config.window_of(layer) is None else "local" for layer in layers]
+        return {"attention_types": [[kinds, 1]], "window_size": config.window or 256}
+
+    return Codec(read, write)
+
+
+def parallel(default: bool) -> Codec:
+    """`use_parallel_residual`."""
+
+    def read(settings: Settings) -> dict[str, Any]:
+        is_parallel = settings.get("use_parallel_residual", default)
+        return {"norm_order": "parallel" if is_parallel else "pre"}
+
+    return Codec(read, lambda c: {"use_parallel_residual": c.norm_order == "parallel"})
+
+
+def query_scale() -> Codec:
+    """`query_pre_attn_scalar`, whose root divides the scores."""
+
+    def read(settings: Settings) -> dict[str, Any]:
+        key = "query_pre_attn_scalar"
+        check_size(key, scalar := settings.get(key, 256))
+        return {"attn_scale": scalar**-0.5}
+
+    def write(config: DecoderConfig) -> dict[str, Any]:
+        scale = config.attn_scale
+        return {"query_pre_attn_scalar": round(scale**-2) if scale else config.head_dim}
+
+    return Codec(read, write)
+
+
+def _tensors(outer: dict[str, str], block: str, inner: dict[str, str]) -> dict[str, str]:
+    """The table of tensors from names of modules.
+
+    Args:
+        outer: their module for each of ours outside the blocks, besides the head.
+        block: their name of a block.
+        inner: their module for each of ours in a block.
+    """
+    names = {
+        **outer,
+        **{f"transformer_blocks.{{i}}.{ours}": f"{block}.{inner[ours]}" for ours in inner},
+    }
+    return {f"{ours}.{{kind}}": f"{theirs}.{{kind}}" for ours, theirs in names.items()}
+
+
+# What Llama and its descendants share.
+_KEYS = {
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size",
+    "intermediate_size": "mlp_intermediate_size", "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads", "max_position_embeddings": "max_seq_len",
+    "tie_word_embeddings": "tie_word_embeddings", "attention_dropout": "attn_dropout_p",
+}  # fmt: skip
+_LLAMA_KEYS = {**_KEYS, "num_key_value_heads": "num_kv_heads", "rms_norm_eps": "norm_eps"}
 _LLAMA_DEFAULTS = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False, "attention_dropout": 0.0,
 }  # fmt: skip
-_LLAMA_TENSORS = {
-    "embedding_layer.token_embeddings.weight": "model.embed_tokens.weight",
-    "final_norm.{kind}": "model.norm.{kind}",
-    "lm_head.weight": "lm_head.weight",
-    "transformer_blocks.{i}.norm1.{kind}": "model.layers.{i}.input_layernorm.{kind}",
-    "transformer_blocks.{i}.self_attn.q_proj.{kind}": "model.layers.{i}.self_attn.q_proj.{kind}",
-    "transformer_blocks.{i}.self_attn.k_proj.{kind}": "model.layers.{i}.self_attn.k_proj.{kind}",
-    "transformer_blocks.{i}.self_attn.v_proj.{kind}": "model.layers.{i}.self_attn.v_proj.{kind}",
-    "transformer_blocks.{i}.self_attn.out_proj.{kind}": "model.layers.{i}.self_attn.o_proj.{kind}",
-    "transformer_blocks.{i}.norm2.{kind}": "model.layers.{i}.post_attention_layernorm.{kind}",
-    "transformer_blocks.{i}.mlp.fc1.{kind}": "model.layers.{i}.mlp.gate_proj.{kind}",
-    "transformer_blocks.{i}.mlp.up.{kind}": "model.layers.{i}.mlp.up_proj.{kind}",
-    "transformer_blocks.{i}.mlp.fc2.{kind}": "model.layers.{i}.mlp.down_proj.{kind}",
-}
+_BIAS_AND_HEAD_DIM = {"attention_bias": "qkv_bias", "head_dim": "head_dim"}
+_LLAMA_OUTER = {
+    "embedding_layer.token_embeddings": "model.embed_tokens", "final_norm": "model.norm",
+    "lm_head": "lm_head",
+}  # fmt: skip
+_LLAMA_BLOCK = "model.layers.{i}"
+_LLAMA_INNER = {
+    "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+    "self_attn.q_proj": "self_attn.q_proj", "self_attn.k_proj": "self_attn.k_proj",
+    "self_attn.v_proj": "self_attn.v_proj", "self_attn.out_proj": "self_attn.o_proj",
+    "mlp.fc1": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.fc2": "mlp.down_proj",
+}  # fmt: skip
+_QK_NORMS = {"self_attn.q_norm": "self_attn.q_norm", "self_attn.k_norm": "self_attn.k_norm"}
+_QWEN_WINDOW = window_by_layer(
+    lambda c, layer: c.get("use_sliding_window", False) and layer >= c.get("max_window_layers", 28),
+    switch="use_sliding_window",
+)
+_QWEN_DEFAULTS = {
+    **_LLAMA_DEFAULTS, "vocab_size": 151936, "intermediate_size": 22016,
+    "num_key_value_heads": 32, "max_position_embeddings": 32768,
+}  # fmt: skip
+_GEMMA_KEYS = {
+    **_LLAMA_KEYS, **_BIAS_AND_HEAD_DIM, "attn_logit_softcapping": "attn_softcap",
+    "final_logit_softcapping": "head_softcap",
+}  # fmt: skip
+_GEMMA_DEFAULTS = {
+    **_LLAMA_DEFAULTS, "attention_bias": False, "hidden_size": 2304, "intermediate_size": 9216,
+    "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+_GEMMA_TENSORS = _tensors(
+    _LLAMA_OUTER,
+    _LLAMA_BLOCK,
+    {
+        **_LLAMA_INNER,
+        **_QK_NORMS,
+        "self_attn.out_norm": "post_attention_layernorm",
+        "norm2": "pre_feedforward_layernorm",
+        "mlp.out_norm": "post_feedforward_layernorm",
+    },
+)
+_CAUSAL_ONLY = {
+    "use_bidirectional_attention": (False, "every position sees only earlier ones")
+}  # fmt: skip
+# What GPT-2 and GPT-Neo share.
+_GPT_OUTER = {
+    "embedding_layer.token_embeddings": "transformer.wte",
+    "embedding_layer.positional_encoding.pos_embedding": "transformer.wpe",
+    "final_norm": "transformer.ln_f", "lm_head": "lm_head",
+}  # fmt: skip
+_GPT_BLOCK = "transformer.h.{i}"
+_GPT_INNER = {"norm1": "ln_1", "norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
 
 # By their `model_type`; a model is saved as the first that computes it.
 ARCHITECTURES = {
     "gpt2": Architecture(
-        class_name="GPT2LMHeadModel",
-        prefix="transformer.",
-        build=architectures.gpt2,
+        "GPT2LMHeadModel",
+        "transformer.",
+        architectures.gpt2,
         keys={
             "vocab_size": "vocab_size", "n_positions": "max_seq_len", "n_embd": "hidden_size",
             "n_layer": "num_layers", "n_head": "num_heads", "n_inner": "mlp_intermediate_size",
@@ -315,20 +508,9 @@ ARCHITECTURES = {
             "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5,
             "tie_word_embeddings": True,
         },
-        tensors={
-            "embedding_layer.token_embeddings.weight": "transformer.wte.weight",
-            "embedding_layer.positional_encoding.pos_embedding.weight": "transformer.wpe.weight",
-            "lm_head.weight": "lm_head.weight",
-            "final_norm.{kind}": "transformer.ln_f.{kind}",
-            "transformer_blocks.{i}.norm1.{kind}": "transformer.h.{i}.ln_1.{kind}",
-            "transformer_blocks.{i}.self_attn.qkv_proj.{kind}":
-                "transformer.h.{i}.attn.c_attn.{kind}",
-            "transformer_blocks.{i}.self_attn.out_proj.{kind}":
-                "transformer.h.{i}.attn.c_proj.{kind}",
-            "transformer_blocks.{i}.norm2.{kind}": "transformer.h.{i}.ln_2.{kind}",
-            "transformer_blocks.{i}.mlp.fc1.{kind}": "transformer.h.{i}.mlp.c_fc.{kind}",
-            "transformer_blocks.{i}.mlp.fc2.{kind}": "transformer.h.{i}.mlp.c_proj.{kind}",
-        },
+        tensors=_tensors(_GPT_OUTER, _GPT_BLOCK, {
+            **_GPT_INNER, "self_attn.qkv_proj": "attn.c_attn", "self_attn.out_proj": "attn.c_proj",
+        }),
         codecs=(activation("activation_function", "gelu_new"),),
         fixed={
             "scale_attn_weights": (True, "attention scores are always divided by sqrt(D)"),
@@ -340,21 +522,193 @@ ARCHITECTURES = {
             "max_position_embeddings": "n_positions", "hidden_size": "n_embd",
             "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
         },
-        # Weights in its blocks are [inputs, outputs]; c_attn returns q, k and v side by side, each
-        # by head, as `qkv_proj` does.
+        # c_attn returns q, k and v side by side, each by head, as `qkv_proj` does.
         layouts=dict.fromkeys(("c_attn.weight", "c_proj.weight", "c_fc.weight"), TRANSPOSED),
     ),
     "llama": Architecture(
-        class_name="LlamaForCausalLM",
-        prefix="model.",
-        build=architectures.llama,
-        keys={
-            **_LLAMA_KEYS, "head_dim": "head_dim", "attention_bias": "qkv_bias",
-            "mlp_bias": "mlp_bias",
-        },
+        "LlamaForCausalLM",
+        "model.",
+        architectures.llama,
+        keys={**_LLAMA_KEYS, **_BIAS_AND_HEAD_DIM, "mlp_bias": "mlp_bias"},
         defaults={**_LLAMA_DEFAULTS, "attention_bias": False, "mlp_bias": False},
-        tensors=_LLAMA_TENSORS,
+        tensors=_tensors(_LLAMA_OUTER, _LLAMA_BLOCK, _LLAMA_INNER),
         codecs=(rope(), activation("hidden_act", "silu", gated=True)),
+    ),
+    "mistral": Architecture(
+        "MistralForCausalLM",
+        "model.",
+        architectures.llama,
+        keys={**_LLAMA_KEYS, "head_dim": "head_dim"},
+        defaults={
+            **_LLAMA_DEFAULTS, "intermediate_size": 14336, "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+        },
+        tensors=_tensors(_LLAMA_OUTER, _LLAMA_BLOCK, _LLAMA_INNER),
+        codecs=(
+            rope(), activation("hidden_act", "silu", gated=True), window_of_all_layers(4096),
+        ),
+    ),
+    "qwen2": Architecture(
+        "Qwen2ForCausalLM",
+        "model.",
+        architectures.qwen2,
+        keys=_LLAMA_KEYS,
+        defaults=_QWEN_DEFAULTS,
+        tensors=_tensors(_LLAMA_OUTER, _LLAMA_BLOCK, _LLAMA_INNER),
+        codecs=(rope(), activation("hidden_act", "silu", gated=True), _QWEN_WINDOW),
+    ),
+    "qwen3": Architecture(
+        "Qwen3ForCausalLM",
+        "model.",
+        architectures.qwen3,
+        keys={**_LLAMA_KEYS, **_BIAS_AND_HEAD_DIM},
+        defaults={**_QWEN_DEFAULTS, "attention_bias": False, "head_dim": 128},
+        tensors=_tensors(_LLAMA_OUTER, _LLAMA_BLOCK, {**_LLAMA_INNER, **_QK_NORMS}),
+        codecs=(rope(), activation("hidden_act", "silu", gated=True), _QWEN_WINDOW),
+    ),
+    "gemma2": Architecture(
+        "Gemma2ForCausalLM",
+        "model.",
+        architectures.gemma2,
+        keys=_GEMMA_KEYS,
+        defaults={
+            **_GEMMA_DEFAULTS, "vocab_size": 256000, "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        },
+        tensors=_GEMMA_TENSORS,
+        codecs=(
+            rope(), activation("hidden_activation", "gelu_pytorch_tanh", gated=True),
+            window_by_layer(lambda c, layer: layer % 2 == 0), query_scale(),
+        ),
+        fixed=_CAUSAL_ONLY,
+    ),
+    "gemma3_text": Architecture(
+        "Gemma3ForCausalLM",
+        "model.",
+        architectures.gemma3,
+        keys=_GEMMA_KEYS,
+        defaults={
+            **_GEMMA_DEFAULTS, "vocab_size": 262208, "max_position_embeddings": 131072,
+            "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        },
+        tensors=_GEMMA_TENSORS,
+        codecs=(
+            gemma3_rope(), activation("hidden_activation", "gelu_pytorch_tanh", gated=True),
+            window_by_layer(lambda c, layer: (layer + 1) % c.get("sliding_window_pattern", 6) > 0),
+            query_scale(),
+        ),
+        fixed=_CAUSAL_ONLY,
+    ),
+    "phi3": Architecture(
+        "Phi3ForCausalLM",
+        "model.",
+        partial(architectures.llama, separate_qkv=False),
+        keys={**_LLAMA_KEYS, "embd_pdrop": "embedding_dropout_p", "resid_pdrop": "mlp_dropout_p"},
+        defaults={
+            **_LLAMA_DEFAULTS, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192,
+            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        },
+        tensors=_tensors(_LLAMA_OUTER, _LLAMA_BLOCK, {
+            **_LLAMA_INNER, "self_attn.qkv_proj": "self_attn.qkv_proj",
+            "mlp.fc1": "mlp.gate_up_proj", "mlp.up": "mlp.gate_up_proj",
+        }),
+        codecs=(
+            rope(fraction=1.0, types=()), activation("hidden_act", "silu", gated=True),
+            window_of_all_layers(None),
+        ),
+        layouts={"gate_up_proj": HALVES},
+    ),
+    "olmo2": Architecture(
+        "Olmo2ForCausalLM",
+        "model.",
+        architectures.olmo2,
+        keys={**_LLAMA_KEYS, "attention_bias": "qkv_bias"},
+        defaults={
+            **_LLAMA_DEFAULTS, "vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False,
+        },
+        tensors=_tensors(_LLAMA_OUTER, _LLAMA_BLOCK, {
+            **_LLAMA_INNER, **_QK_NORMS, "self_attn.out_norm": "post_attention_layernorm",
+            "mlp.out_norm": "post_feedforward_layernorm",
+        }),
+        codecs=(rope(), activation("hidden_act", "silu", gated=True)),
+    ),
+    "stablelm": Architecture(
+        "StableLmForCausalLM",
+        "model.",
+        architectures.stablelm,
+        keys={
+            **_KEYS, "num_key_value_heads": "num_kv_heads", "layer_norm_eps": "norm_eps",
+            "use_qkv_bias": "qkv_bias", "hidden_dropout": "mlp_dropout_p",
+        },
+        defaults={
+            **_LLAMA_DEFAULTS, "vocab_size": 50304, "hidden_size": 2560, "intermediate_size": 6912,
+            "num_key_value_heads": 32, "max_position_embeddings": 4096, "layer_norm_eps": 1e-5,
+            "use_qkv_bias": False, "hidden_dropout": 0.0,
+        },
+        tensors=_tensors(_LLAMA_OUTER, _LLAMA_BLOCK, _LLAMA_INNER),
+        codecs=(
+            rope(fraction=0.25), activation("hidden_act", "silu", gated=True), parallel(False),
+        ),
+        fixed={"qk_layernorm": (False, "all heads share one norm of queries")},
+        parallel_tensors={
+            f"transformer_blocks.{{i}}.{norm}.{{kind}}": "model.layers.{i}.input_layernorm.{kind}"
+            for norm in ("norm1", "norm2")
+        },
+        layouts={"input_layernorm": SHARED},
+    ),
+    "gpt_neox": Architecture(
+        "GPTNeoXForCausalLM",
+        "gpt_neox.",
+        architectures.gpt_neox,
+        keys={
+            **_KEYS, "layer_norm_eps": "norm_eps", "attention_bias": "qkv_bias",
+            "hidden_dropout": "mlp_dropout_p",
+        },
+        defaults={
+            **_LLAMA_DEFAULTS, "vocab_size": 50432, "hidden_size": 6144, "num_hidden_layers": 44,
+            "num_attention_heads": 64, "intermediate_size": 24576, "layer_norm_eps": 1e-5,
+            "attention_bias": True, "hidden_dropout": 0.0,
+        },
+        tensors=_tensors({
+            "embedding_layer.token_embeddings": "gpt_neox.embed_in",
+            "final_norm": "gpt_neox.final_layer_norm", "lm_head": "embed_out",
+        }, "gpt_neox.layers.{i}", {
+            "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+            "self_attn.qkv_proj": "attention.query_key_value",
+            "self_attn.out_proj": "attention.dense", "mlp.fc1": "mlp.dense_h_to_4h",
+            "mlp.fc2": "mlp.dense_4h_to_h",
+        }),
+        codecs=(
+            rope(fraction=0.25, theta_key="rotary_emb_base", fraction_key="rotary_pct"),
+            activation("hidden_act", "gelu"), parallel(True),
+        ),
+        layouts={"query_key_value": BY_HEAD},
+    ),
+    "gpt_neo": Architecture(
+        "GPTNeoForCausalLM",
+        "transformer.",
+        architectures.gpt_neo,
+        keys={
+            "vocab_size": "vocab_size", "max_position_embeddings": "max_seq_len",
+            "hidden_size": "hidden_size", "num_layers": "num_layers", "num_heads": "num_heads",
+            "intermediate_size": "mlp_intermediate_size", "layer_norm_epsilon": "norm_eps",
+            "embed_dropout": "embedding_dropout_p", "attention_dropout": "attn_dropout_p",
+            "resid_dropout": "mlp_dropout_p", "tie_word_embeddings": "tie_word_embeddings",
+        },
+        defaults={
+            "vocab_size": 50257, "max_position_embeddings": 2048, "hidden_size": 2048,
+            "num_layers": 24, "num_heads": 16, "layer_norm_epsilon": 1e-5, "embed_dropout": 0.0,
+            "attention_dropout": 0.0, "resid_dropout": 0.0, "tie_word_embeddings": True,
+        },
+        tensors=_tensors(_GPT_OUTER, _GPT_BLOCK, {
+            **_GPT_INNER, "self_attn.q_proj": "attn.attention.q_proj",
+            "self_attn.k_proj": "attn.attention.k_proj",
+            "self_attn.v_proj": "attn.attention.v_proj",
+            "self_attn.out_proj": "attn.attention.out_proj",
+        }),
+        codecs=(activation("activation_function", "gelu_new"), gpt_neo_window()),
+        aliases={"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
     ),
 }  # fmt: skip
 
@@ -371,6 +725,8 @@ def read_settings(
     if not isinstance(settings, Mapping):
         refuse("the configuration", "must be a dictionary", settings)
     model_type = settings.get("model_type")
+    if model_type == "gemma3" and isinstance(settings.get("text_config"), Mapping):
+        model_type, settings = "gemma3_text", settings["text_config"]
     if model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         if model_type is None:

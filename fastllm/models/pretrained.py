@@ -16,13 +16,17 @@ from torch import Tensor
 from fastllm.files import replace_file
 from fastllm.models.config import DecoderConfig
 from fastllm.models.hub import HUB_NAME, download
-from fastllm.models.huggingface import Architecture, read_settings, tensor_names, write_settings
+from fastllm.models.huggingface import Architecture, read_settings, write_settings
 
 if TYPE_CHECKING:
     from fastllm.models.decoder import DecoderModel  # which imports this module
 
-# Causal masks and rotary tables that older versions of transformers saved among the weights.
-BUFFERS = re.compile(r".*\.(attn|attention)\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
+# Causal masks and rotary tables that older versions of transformers saved among the weights, and
+# what a language model that also sees has besides.
+OTHERS = re.compile(
+    r".*\.(attn|attention)\.(masked_)?bias|.*\.rotary_emb\.inv_freq"
+    r"|.*\.(vision_tower|multi_modal_projector)\..*"
+)
 
 
 def load_pretrained(
@@ -117,7 +121,7 @@ def names_in(architecture: Architecture, model: "DecoderModel") -> dict[str, lis
     if model.tie_word_embeddings:
         del state["lm_head.weight"]
     names: dict[str, list[str]] = {}
-    for ours, theirs in tensor_names(architecture.tensors, len(model.transformer_blocks)).items():
+    for ours, theirs in architecture.tensors_of(model.config).items():
         if ours in state:
             names.setdefault(theirs, []).append(ours)
     return names
@@ -143,7 +147,7 @@ class Tensors:
                     problem = f"{path} cannot be read as safetensors: {error}"
                     raise ValueError(problem) from error
                 for name in file.keys():  # noqa: SIM118
-                    if not BUFFERS.fullmatch(f".{name}"):
+                    if not OTHERS.fullmatch(f".{name}"):
                         self._files[self.short(name)] = file, name
             self._open = self._open.pop_all()
         return self
@@ -152,7 +156,9 @@ class Tensors:
         self._open.close()
 
     def short(self, name: str) -> str:
-        """The name without the prefix, which files of a model without its head lack."""
+        """The name without the prefix, which files of a model without its head lack, and without
+        that of the language model in one that also sees."""
+        name = re.sub(r"^(model\.)?language_model\.", "", name)
         return name.removeprefix(self.architecture.prefix)
 
     def read(self, name: str) -> Tensor:
@@ -173,7 +179,7 @@ class Tensors:
             short: file.get_slice(name).get_shape() for short, (file, name) in self._files.items()
         }
         if model.tie_word_embeddings:
-            self._check_tied_head(found)
+            self._check_tied_head(found, config)
         for name in [*expected, *sorted(found)]:
             if found.get(name) != expected.get(name):
                 raise ValueError(
@@ -181,11 +187,11 @@ class Tensors:
                     f"{found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
                 )
 
-    def _check_tied_head(self, found: dict[str, list[int]]) -> None:
+    def _check_tied_head(self, found: dict[str, list[int]], config: DecoderConfig) -> None:
         """Removes from `found` a head that repeats the embeddings."""
-        table = self.architecture.tensors
-        head = self.short(table["lm_head.weight"])
-        embeddings = self.short(table["embedding_layer.token_embeddings.weight"])
+        names = self.architecture.tensors_of(config)
+        head = self.short(names["lm_head.weight"])
+        embeddings = self.short(names["embedding_layer.token_embeddings.weight"])
         if found.pop(head, None) is None or embeddings not in found:
             return
         if not torch.equal(self.read(head), self.read(embeddings)):

@@ -41,6 +41,10 @@ CONFIGS = {
         **SHARED, norm="rms", norm_order="post", pos_encoding="none", attn_softcap=5.0,
         head_softcap=3.0, attn_scale=0.1, mlp="geglu", qkv_bias=True, out_bias=False,
     ),
+    "output": DecoderConfig(
+        **SHARED, norm="rms", norm_order="output", pos_encoding="rope", mlp="swiglu",
+        qk_norm="weight", residual_scale=0.5,
+    ),
 }  # fmt: skip
 
 

@@ -23,13 +23,61 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e3, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}
+PARTIAL = {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": 0.5}
 # The class of transformers, and what its configuration changes in SIZES.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 3}),
     "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
     "llama, scaled": ("Llama", {"rope_parameters": LLAMA3}),
-}
+    "gpt2": ("GPT2", {"n_inner": 76}),
+    "mistral": ("Mistral", {"sliding_window": 5, "head_dim": 10}),
+    "qwen2": ("Qwen2", {"rope_parameters": {**YARN, "rope_theta": 1e6}}),
+    "qwen2, windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+         "tie_word_embeddings": True},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
+    "qwen3, biases": ("Qwen3", {"head_dim": 10, "attention_bias": True}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 25,
+         "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma2, uncapped": (
+        "Gemma2",
+        {"head_dim": 16, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+         "tie_word_embeddings": False, "attention_bias": True},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {"head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 25,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+         "rope_parameters": {
+             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+         }},
+    ),
+    "phi3": ("Phi3", {"rope_parameters": {**PARTIAL, "partial_rotary_factor": 0.75}}),
+    "phi3, window": ("Phi3", {"sliding_window": 5, "tie_word_embeddings": True}),
+    "gpt_neox": ("GPTNeoX", {"rope_parameters": {**PARTIAL, "partial_rotary_factor": 0.25}}),
+    "gpt_neox, in series": (
+        "GPTNeoX",
+        {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True,
+         "hidden_act": "gelu_fast"},
+    ),
+    "gpt_neo": (
+        "GPTNeo",
+        {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 5,
+         "num_layers": 3, "num_heads": 6},
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo2, biases": ("Olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True}),
+    "stablelm, parallel": ("StableLm", {"use_parallel_residual": True, "rope_parameters": PARTIAL}),
+}  # fmt: skip
 
 
 def reference(name: str, **changes: Any) -> Any:
@@ -39,9 +87,7 @@ def reference(name: str, **changes: Any) -> Any:
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **own, **changes})
     torch.manual_seed(0)
     # Gemma 2 caps its scores only so.
-    model = getattr(transformers, f"{kind}ForCausalLM")._from_config(
-        config, attn_implementation="eager"
-    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)

@@ -85,6 +85,7 @@ class MultiHeadAttention(nn.Module):
         scale: factor of the scores; 1 / sqrt(D) unless given.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         out_norm: builds a norm of the output from H, applied before dropout and residual.
+        qk_norm_of_all_heads: `qk_norm` builds one norm of all heads together, from N D and K D.
 
     Raises:
         ValueError: `hidden_size` is not a multiple of `num_heads`, or `num_heads` not of
@@ -118,6 +119,7 @@ class MultiHeadAttention(nn.Module):
         scale: float | None = None,
         softcap: float | None = None,
         out_norm: Callable[[int], nn.Module] | None = None,
+        qk_norm_of_all_heads: bool = False,
     ) -> None:
         super().__init__()
         if num_heads < 1 or (head_dim is None and hidden_size % num_heads):
@@ -157,8 +159,9 @@ class MultiHeadAttention(nn.Module):
         self.register_module("out_norm", None if out_norm is None else out_norm(hidden_size))
         self.dropout = Dropout(p)
         self.register_module("rotary", rotary)
-        self.register_module("q_norm", None if qk_norm is None else qk_norm(D))
-        self.register_module("k_norm", None if qk_norm is None else qk_norm(D))
+        widths = (N * D, K * D) if qk_norm_of_all_heads else (D, D)
+        for name, width in zip(("q_norm", "k_norm"), widths, strict=True):
+            self.register_module(name, None if qk_norm is None else qk_norm(width))
         self._projections = ("q_proj", "k_proj", "v_proj") if separate_qkv else ("qkv_proj",)
         for projection in submodules(self, *self._projections, "out_proj"):
             nn.init.xavier_uniform_(projection.weight)
