@@ -59,3 +59,17 @@ def plain_norms(*modules: tuple[Any, int]) -> list[Norm | None] | None:
         if norms[-1] is None and module is not None:
             return None
     return norms
+
+
+def sublayer_norms(
+    norm: Any, out_norm: Any, hidden_size: int, residual: bool
+) -> list[Norm | None] | None:
+    """`plain_norms` of an attention or an MLP; None also if no operation has them.
+
+    Args:
+        residual: whether there is a residual connection. The operations have one if they have a
+            norm, be it of the input or of the output.
+    """
+    if residual != (norm is not None or out_norm is not None):
+        return None
+    return plain_norms((norm, hidden_size), (out_norm, hidden_size))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm.core.dropout import Dropout
-from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm, plain_norms
+from fastllm.core.fusible import FORWARDS, all_are, is_plain, sublayer_norms
 from fastllm.ops import decoder as records
 from fastllm.ops.dropout import fresh_seeds
 from fastllm.ops.mlp import mlp
@@ -112,12 +112,9 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Maps every vector of `hidden_states` [..., H] on its own; returns [..., H]."""
-        norm = None if self.norm is None else plain_norm(self.norm, self.hidden_size)
-        # In the record, a norm of the output brings the residual connection.
-        if self.out_norm is None if self.norm is None else norm is not None:
-            record = self.record(norm, self.norm_first)
-            if record is not None:
-                return mlp(hidden_states, record.with_seeds(fresh_seeds()))
+        record = self.record(self.norm, self.norm_first, self.norm is not None)
+        if record is not None:
+            return mlp(hidden_states, record.with_seeds(fresh_seeds()))
         x = hidden_states
         if self.norm is not None and self.norm_first:
             x = self.norm(x)
@@ -132,30 +129,33 @@ class MLP(nn.Module):
         out = hidden_states + out
         return out if self.norm_first else self.norm(out)
 
-    def record(self, norm: records.Norm | None, norm_first: bool) -> records.Mlp | None:
+    def record(
+        self, norm: nn.Module | None, norm_first: bool, residual: bool = True
+    ) -> records.Mlp | None:
         """Parameters and settings for the operation, seeds not drawn yet; None if the modules must
         run.
 
         Args:
             norm: the norm to include, if any.
+            residual: include the residual connection.
         """
         names = "fc1", "activation", "dropout", "fc2", "up", "out_norm"
         fc1, activation, dropout, fc2, up, out_norm = submodules(self, *names)
         linears = [fc1, fc2] if up is None else [fc1, fc2, up]
         if not all_are(nn.Linear, *linears) or not is_plain(*linears, activation, dropout):
             return None
-        norms = plain_norms((out_norm, self.hidden_size))
+        norms = sublayer_norms(norm, out_norm, self.hidden_size, residual)
         if norms is None or (name := activation_name(activation)) is None:
             return None
         return records.Mlp(
             records.Linear(*weight_and_bias(fc1)),
             records.Linear(*weight_and_bias(fc2)),
             name,
-            norm,
+            norms[0],
             norm_first,
             records.Dropout(dropout.active_p()),
             up=None if up is None else records.Linear(*weight_and_bias(up)),
-            out_norm=norms[0],
+            out_norm=norms[1],
         )
 
 

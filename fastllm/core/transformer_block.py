@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastllm.core.attn.mha import KeyValueCache, MultiHeadAttention
-from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norms
+from fastllm.core.fusible import FORWARDS, all_are, is_plain
 from fastllm.core.mlp import MLP
-from fastllm.core.rotary import RotaryEncoding
 from fastllm.ops.decoder import Layer
 from fastllm.ops.dropout import fresh_seeds
 from fastllm.ops.mlp import mlp
@@ -31,15 +30,13 @@ class TransformerBlock(nn.Module):
         is_causal: hide later positions unless `forward` says otherwise.
         qkv_bias: biases in the attention's projections.
         mlp_bias: biases in the MLP.
-        num_kv_heads, head_dim, separate_qkv, out_bias, rotary, qk_norm, qk_norm_of_all_heads: see
-            `MultiHeadAttention`.
-        window, attn_scale, attn_softcap: its `window`, `scale` and `softcap`.
         gated: see `MLP`.
         norm_type: builds every norm from `(hidden_size, eps=, device=, dtype=)`.
         out_norms: norms of the sublayers' outputs too, before they are added (Gemma 2).
         in_norms: norms of the sublayers' inputs; without, only `out_norms` (OLMo 2).
         parallel: `x + attention(norm1(x)) + mlp(norm2(x))`, as in GPT-NeoX.
         residual_scale: factor of what each sublayer adds to x.
+        attention: further arguments of `MultiHeadAttention`, such as `num_kv_heads` and `softcap`.
 
     Raises:
         ValueError: Post-LN with parallel sublayers, sublayers without a norm, or a setting that a
@@ -64,22 +61,13 @@ class TransformerBlock(nn.Module):
         mlp_bias: bool = True,
         device: Any = None,
         dtype: Any = None,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        separate_qkv: bool = False,
-        out_bias: bool | None = None,
-        rotary: RotaryEncoding | None = None,
-        qk_norm: Callable[[int], nn.Module] | None = None,
-        window: int | None = None,
-        attn_scale: float | None = None,
-        attn_softcap: float | None = None,
         gated: bool = False,
         norm_type: Callable[..., nn.Module] = nn.LayerNorm,
         out_norms: bool = False,
         parallel: bool = False,
         residual_scale: float = 1.0,
         in_norms: bool = True,
-        qk_norm_of_all_heads: bool = False,
+        **attention: Any,
     ) -> None:
         super().__init__()
         if parallel and not norm_first:
@@ -104,17 +92,8 @@ class TransformerBlock(nn.Module):
             include_norm_residual=False,
             device=device,
             dtype=dtype,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            separate_qkv=separate_qkv,
-            out_bias=out_bias,
-            rotary=rotary,
-            qk_norm=qk_norm,
-            window=window,
-            scale=attn_scale,
-            softcap=attn_softcap,
             out_norm=make_out_norm,
-            qk_norm_of_all_heads=qk_norm_of_all_heads,
+            **attention,
         )
         self.register_module("norm2", make_norm(hidden_size) if in_norms else None)
         self.mlp = MLP(
@@ -172,17 +151,9 @@ class TransformerBlock(nn.Module):
             return None
         if not is_plain(attention, mlp) or attention.norm is not None or mlp.norm is not None:
             return None
-        norms = plain_norms((norm1, self.hidden_size), (norm2, self.hidden_size))
-        if norms is None:
-            return None
-        attention_record = attention.record(norms[0], self.norm_first, attn_mask, is_causal)
-        mlp_record = mlp.record(norms[1], self.norm_first)
+        attention_record = attention.record(norm1, self.norm_first, attn_mask, is_causal)
+        mlp_record = mlp.record(norm2, self.norm_first)
         if attention_record is None or mlp_record is None:
-            return None
-        # In the records, a norm of the input or the output brings the residual connection.
-        if any(
-            each.norm is None and each.out_norm is None for each in (attention_record, mlp_record)
-        ):
             return None
         if (scale := self.residual_scale) != 1:
             attention_record = attention_record._replace(residual_scale=scale)

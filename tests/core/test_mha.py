@@ -5,6 +5,7 @@ from torch import nn
 from fastllm import MultiHeadAttention
 from fastllm.core.attn import KeyValueCache
 from fastllm.core.attn import MultiHeadAttention as same_class
+from fastllm.core.norm import AllHeadsRMSNorm
 
 
 def test_attributes_and_start() -> None:
@@ -94,3 +95,22 @@ def test_dropout_on_weights_and_output_only_in_training() -> None:
     mha.train()
     mha.dropout = nn.Dropout(0.0)
     assert not torch.equal(mha(x), mha(x))
+
+
+def test_a_norm_of_all_heads_together() -> None:
+    """Equal to norms of the projections, before they are divided into heads."""
+    mha = MultiHeadAttention(
+        16, 4, p=0.0, num_kv_heads=2, qk_norm=AllHeadsRMSNorm, qk_norm_of_all_heads=True,
+        separate_qkv=True,
+    )  # fmt: skip
+    assert (mha.q_norm.weight.shape, mha.k_norm.weight.shape) == ((16,), (8,))
+    for norm in (mha.q_norm, mha.k_norm):
+        nn.init.uniform_(norm.weight)
+    x = torch.randn(2, 5, 16)
+    expected = mha(x)
+    for norm, projection in ((mha.q_norm, mha.q_proj), (mha.k_norm, mha.k_proj)):
+        of_projection = nn.RMSNorm(norm.weight.numel())
+        of_projection.weight = norm.weight
+        projection.register_forward_hook(lambda _, __, out, norm=of_projection: norm(out))
+    mha.q_norm = mha.k_norm = None
+    assert torch.allclose(mha(x), expected, atol=1e-6)

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from fastllm import MLP, MultiHeadAttention, TransformerBlock
+from fastllm.core.attn import KeyValueCache
 
 
 @pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
@@ -78,3 +79,24 @@ def test_attention_is_called_with_keywords(
     monkeypatch.setattr(block.self_attn, "forward", replaced)
     assert torch.allclose(block(x, mask, True), expected, atol=1e-6)
     assert seen == [{"attn_mask": mask, "is_causal": True}]
+
+
+def test_norms_of_the_outputs_alone() -> None:
+    block = TransformerBlock(
+        16, 2, attn_dropout_p=0.0, mlp_dropout_p=0.0, in_norms=False, out_norms=True
+    )
+    assert not any(name.startswith("norm") for name in block.state_dict())
+    x = torch.randn(2, 5, 16)
+    middle = x + block.self_attn(x)
+    expected = middle + block.mlp(middle)
+    assert torch.allclose(block(x), expected, atol=1e-6)
+    assert torch.allclose(block(x, cache=KeyValueCache(5), is_causal=False), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"out_norms": True, "parallel": True}, {"out_norms": True, "norm_first": False}],
+)
+def test_sublayers_need_a_norm(settings: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match="without in_norms, sublayers need out_norms"):
+        TransformerBlock(16, 2, in_norms=False, **settings)

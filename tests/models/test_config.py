@@ -17,6 +17,7 @@ ROPE = {"pos_encoding": "rope"}
         ({"hidden_size": 25}, r"hidden_size \(25\) must be divisible by num_heads \(4\)"),
         ({"norm_offset": 1.0}, "norm_offset needs norm rms"),
         ({"norm": "rms", "norm_weight": False, "norm_offset": 1.0}, "norm_offset needs norm rms"),
+        ({"norm": "rms", "norm_offset": 1.0, "qk_norm": "all_heads"}, "has no norm_offset"),
         ({"padding_idx": 11}, "outside the vocabulary of 11"),
         ({"window": 3, "causal": False}, "window needs a causal attention"),
         ({"window": 0}, "window"),

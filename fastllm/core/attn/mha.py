@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.core.dropout import Dropout
-from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norm, plain_norms
+from fastllm.core.fusible import FORWARDS, all_are, is_plain, plain_norms, sublayer_norms
 from fastllm.core.rotary import RotaryEncoding
 from fastllm.ops import decoder as records
 from fastllm.ops.attention import attention
@@ -183,10 +183,10 @@ class MultiHeadAttention(nn.Module):
             is_causal: overrides the constructor's setting.
             cache: the earlier positions; the new ones are appended.
         """
-        norm = None if self.norm is None else plain_norm(self.norm, self.hidden_size)
-        # In the record, a norm of the output brings the residual connection.
-        if cache is None and (self.out_norm is None if self.norm is None else norm is not None):
-            record = self.record(norm, self.norm_first, attn_mask, is_causal)
+        if cache is None:
+            record = self.record(
+                self.norm, self.norm_first, attn_mask, is_causal, self.norm is not None
+            )
             if record is not None:
                 return multi_head_attention(hidden_states, record.with_seeds(fresh_seeds()))
         B, S, _ = hidden_states.shape
@@ -227,16 +227,18 @@ class MultiHeadAttention(nn.Module):
 
     def record(
         self,
-        norm: records.Norm | None,
+        norm: nn.Module | None,
         norm_first: bool,
         attn_mask: Tensor | None = None,
         is_causal: bool | None = None,
+        residual: bool = True,
     ) -> records.MultiHeadAttention | None:
         """Parameters and settings for the operation, seeds not drawn yet; None if the modules must
         run.
 
         Args:
-            norm: the layer norm to include, if any.
+            norm: the norm to include, if any.
+            residual: include the residual connection.
         """
         *projections, out = submodules(self, *self._projections, "out_proj")
         dropout, rotary = submodules(self, "dropout", "rotary")
@@ -245,16 +247,16 @@ class MultiHeadAttention(nn.Module):
             return None
         if rotary is not None and (not all_are(RotaryEncoding, rotary) or not is_plain(rotary)):
             return None
-        D, H = self.head_dim, self.hidden_size
-        norms = plain_norms((q_norm, D), (k_norm, D), (out_norm, H))
-        if norms is None:
+        norms = sublayer_norms(norm, out_norm, self.hidden_size, residual)
+        head_norms = plain_norms((q_norm, self.head_dim), (k_norm, self.head_dim))
+        if norms is None or head_norms is None:
             return None
         linears = [records.Linear(*weight_and_bias(each)) for each in projections]
         return records.MultiHeadAttention(
             linears[0] if len(linears) == 1 else (linears[0], linears[1], linears[2]),
             records.Linear(*weight_and_bias(out)),
             self.num_heads,
-            norm,
+            norms[0],
             norm_first,
             self.is_causal if is_causal is None else is_causal,
             attn_mask,
@@ -262,12 +264,12 @@ class MultiHeadAttention(nn.Module):
             out_dropout=records.Dropout(dropout.active_p()),
             kv_heads=self.num_kv_heads,
             rope=None if rotary is None else rotary.record(),
-            q_norm=norms[0],
-            k_norm=norms[1],
+            q_norm=head_norms[0],
+            k_norm=head_norms[1],
             window=self.window,
             scale=self.scale,
             softcap=self.softcap,
-            out_norm=norms[2],
+            out_norm=norms[1],
         )
 
     def _draw(self) -> tuple[float, int]:
