@@ -211,7 +211,7 @@ def activation(key: str, default: str, gated: bool = False) -> Codec:
 
     def write(config: DecoderConfig) -> dict[str, Any]:
         names = [name for name, ours in ACTIVATIONS.items() if ours == config.activation]
-        return {key: default if default in names else names[0] if names else config.activation}
+        return {key: names[0] if names and default not in names else default}
 
     return Codec(read, write)
 
@@ -342,6 +342,8 @@ def window_by_layer(kinds: Callable[[Settings, int], bool], switch: str | None =
     window, full = "sliding_attention", "full_attention"
 
     def read(settings: Settings) -> dict[str, Any]:
+        if switch and not settings.get(switch):
+            return {"window": None}
         L, types = settings["num_hidden_layers"], settings.get("layer_types")
         if types is None:
             types = [window if kinds(settings, layer) else full for layer in range(L)]
@@ -355,7 +357,8 @@ def window_by_layer(kinds: Callable[[Settings, int], bool], switch: str | None =
     def write(config: DecoderConfig) -> dict[str, Any]:
         layers = range(config.num_layers)
         types = [full if config.window_of(layer) is None else window for layer in layers]
-        settings = {"layer_types": types, "sliding_window": config.window}
+        # transformers asks for a size even if no layer has the window.
+        settings = {"layer_types": types, "sliding_window": config.window or 4096}
         return {**settings, switch: window in types} if switch else settings
 
     return Codec(read, write)
@@ -451,8 +454,7 @@ _LLAMA_INNER = {
 }  # fmt: skip
 _QK_NORMS = {"self_attn.q_norm": "self_attn.q_norm", "self_attn.k_norm": "self_attn.k_norm"}
 _QWEN_WINDOW = window_by_layer(
-    lambda c, layer: c.get("use_sliding_window", False) and layer >= c.get("max_window_layers", 28),
-    switch="use_sliding_window",
+    lambda c, layer: layer >= c.get("max_window_layers", 28), switch="use_sliding_window"
 )
 _QWEN_DEFAULTS = {
     **_LLAMA_DEFAULTS, "vocab_size": 151936, "intermediate_size": 22016,
@@ -746,23 +748,23 @@ def write_settings(config: DecoderConfig) -> tuple[Architecture, dict[str, Any]]
     Raises:
         ValueError: there is none; the message says in what the most similar one differs.
     """
-    computed, differences = _computed(config), {}
+    computed, differences, errors = _computed(config), {}, []
     for model_type, architecture in ARCHITECTURES.items():
         settings = architecture.write(config)
         try:
             again = _computed(architecture.read(settings))
         except ValueError as error:
-            differences[model_type] = [str(error)]
+            errors.append(f"{model_type} cannot have {error}")
             continue
         differing = [name for name, value in computed.items() if again[name] != value]
         if not differing:
             return architecture, {"model_type": model_type, **settings}
         differences[model_type] = differing
-    nearest = min(differences, key=lambda model_type: len(differences[model_type]))
-    raise ValueError(
-        f"no architecture of Hugging Face that fastllm knows computes this model; {nearest} "
-        f"differs in {', '.join(differences[nearest])}"
-    )
+    reason = next(iter(errors), "")
+    if differences:
+        nearest = min(differences, key=lambda model_type: len(differences[model_type]))
+        reason = f"{nearest} differs in {', '.join(differences[nearest])}"
+    raise ValueError(f"Hugging Face's format cannot express this model: {reason}")
 
 
 def _computed(config: DecoderConfig) -> dict[str, Any]:

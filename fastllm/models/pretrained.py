@@ -64,9 +64,10 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
 
 
 def missing(path: Path) -> FileNotFoundError:
-    """The error for a folder or a config.json that does not exist."""
+    """The error for a path that is no folder, or a config.json that does not exist."""
+    problem = "is not a folder" if path.exists() else "does not exist"
     return FileNotFoundError(
-        f"{path} does not exist; give a folder with config.json and model.safetensors, "
+        f"{path} {problem}; give a folder with config.json and model.safetensors, "
         "such as `hf download distilbert/distilgpt2 --local-dir distilgpt2` creates"
     )
 

@@ -1,18 +1,16 @@
-"""Models of the known architectures against transformers, and their fused against their own
-forward."""
+"""Models of the known architectures: their fused against their own forward."""
 
 import copy
 import itertools
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastllm
 from fastllm import DecoderConfig, DecoderModel
 from fastllm.generation.decoding import start_decoding
 from fastllm.models.architectures import ARCHITECTURES
-from fastllm.models.config import RopeScaling
 from fastllm.ops.decode import Decoding
 from tests.conftest import assert_as_accurate, needs_extension
 
@@ -175,90 +173,3 @@ def test_rotary_tables_outlive_conversions(ids: Tensor) -> None:
         assert rotaries[0] is rotaries[1]
         assert all(map(torch.equal, [each.table for each in rotaries], tables))
     assert not any("rotary" in name for name in model.state_dict())
-
-
-# From a module of ours to the modules of transformers' Llama, Qwen3 and Gemma 3.
-NAMES = {
-    "transformer_blocks": "model.layers",
-    "embedding_layer.token_embeddings": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "self_attn.out_proj": "self_attn.o_proj",
-    "mlp.fc1": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.fc2": "mlp.down_proj",
-    "norm1": "input_layernorm",
-    "norm2": "post_attention_layernorm",
-}
-SANDWICH = {
-    "self_attn.out_norm": "post_attention_layernorm",
-    "mlp.out_norm": "post_feedforward_layernorm",
-    "norm2": "pre_feedforward_layernorm",
-}
-
-
-def copied(config: DecoderConfig, theirs: nn.Module, **names: str) -> DecoderModel:
-    """Our model with the weights of one of transformers."""
-    weights = theirs.state_dict()
-    found = {}
-    for name in (model := DecoderModel.from_config(config)).state_dict():
-        their_name = name
-        for ours, replacement in {**names, **NAMES}.items():
-            their_name = their_name.replace(ours, names.get(ours, replacement))
-        found[name] = weights[their_name]
-    model.load_state_dict(found)
-    return model.eval()
-
-
-SCALINGS = {
-    "linear": {"factor": 4.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
-    "llama3": {
-        "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", *SCALINGS])
-def test_logits_are_those_of_transformers(name: str, ids: Tensor) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    theirs = {
-        "vocab_size": V, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 80,
-        "max_position_embeddings": 64, "pad_token_id": None,
-    }  # fmt: skip
-    names: dict[str, str] = {}
-    if name == "qwen3":
-        config = CONFIGS["qwen3"]
-        theirs |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-        kind, their_config = transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**theirs)
-    elif name == "gemma3":
-        config, names = ARCHITECTURES["gemma3"](**{**SHARED, **WINDOW}, attn_scale=0.2), SANDWICH
-        kinds = ["sliding_attention", "sliding_attention", "full_attention"]
-        theirs |= {
-            "sliding_window": 5, "layer_types": kinds, "query_pre_attn_scalar": 25,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-        }  # fmt: skip
-        kind = transformers.Gemma3ForCausalLM
-        their_config = transformers.Gemma3TextConfig(**theirs)
-    else:
-        scaling = SCALINGS.get(name)
-        rope = RopeScaling(rope_type=name, **scaling) if scaling else None
-        config = ARCHITECTURES["llama"](**SHARED, rope_scaling=rope, norm_eps=1e-6)
-        parameters = {"rope_type": name if scaling else "default", "rope_theta": 1e4}
-        theirs |= {"rope_parameters": {**parameters, **(scaling or {})}}
-        kind, their_config = transformers.LlamaForCausalLM, transformers.LlamaConfig(**theirs)
-    torch.manual_seed(0)
-    their_model = kind(their_config).eval()
-    with torch.no_grad():
-        for parameter in their_model.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-        expected = their_model(ids).logits
-        ours = copied(config, their_model, **names)
-        for implementation in ("auto", "ref"):
-            with fastllm.use(implementation):
-                difference = (ours(ids) - expected).abs().max() / expected.abs().max()
-            assert difference < 1e-5, implementation
