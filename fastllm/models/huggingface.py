@@ -4,9 +4,9 @@ Each is data that is read both ways: the keys of config.json for the fields of a
 and the names of the tensors. Names and defaults of keys are those of transformers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -135,6 +135,8 @@ class Architecture(NamedTuple):
                 check_size(key, value, MOST_LAYERS if field == "num_layers" else LARGEST_SIZE)
             if value is not None or about.default is None:
                 fields[field] = value
+            elif about.default != 0:  # 0 stands for a default that follows from other sizes
+                refuse(key, "must not be null")
         H, N = fields["hidden_size"], fields["num_heads"]
         if H % N:
             width, heads = self.key_of("hidden_size"), self.key_of("num_heads")
@@ -216,20 +218,28 @@ def activation(key: str, default: str, gated: bool = False) -> Codec:
     return Codec(read, write)
 
 
-ROPE_TYPES = get_args(RopeScaling.model_fields["rope_type"].annotation)
+# What transformers keeps for each type of scaling.
+SCALINGS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+    ),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+    ),
+}  # fmt: skip
 
 
 def rope(
-    theta: float = 10000.0,
     fraction: float | None = None,
-    types: tuple[str, ...] = ("linear", "llama3", "yarn"),
+    types: Collection[str] = SCALINGS,
     theta_key: str = "rope_theta",
     fraction_key: str = "partial_rotary_factor",
 ) -> Codec:
     """Rotary positions: `rope_parameters`, or `rope_theta` and `rope_scaling` in older files.
 
     Args:
-        theta, fraction: defaults. Without a fraction, the architecture rotates whole heads.
+        fraction: the default; without one, the architecture rotates whole heads.
         types: of scaling that the architecture has.
         theta_key, fraction_key: in files without `rope_parameters`.
     """
@@ -237,7 +247,7 @@ def rope(
     def read(settings: Settings) -> dict[str, Any]:
         old = settings.get("rope_scaling")
         parameters = dict(old or settings.get("rope_parameters") or {})
-        base = parameters.pop("rope_theta", None) or settings.get(theta_key) or theta
+        base = parameters.pop("rope_theta", None) or settings.get(theta_key) or 1e4
         part = parameters.pop("partial_rotary_factor", None)
         part = part or settings.get(fraction_key) or fraction or 1.0
         if fraction is None and part != 1:
@@ -256,7 +266,7 @@ def rope(
 
 
 def read_scaling(
-    place: str, parameters: dict[str, Any], types: tuple[str, ...], settings: Settings
+    place: str, parameters: dict[str, Any], types: Collection[str], settings: Settings
 ) -> RopeScaling | None:
     """The scaling among rotary parameters.
 
@@ -275,10 +285,12 @@ def read_scaling(
     if rope_type != "linear":
         length = settings["max_position_embeddings"]
         parameters.setdefault("original_max_position_embeddings", length)
+    if parameters.get("truncate") is True:  # as without it
+        del parameters["truncate"]
     given = {key: value for key, value in parameters.items() if value is not None}
     for key in given:
-        if key not in RopeScaling.model_fields:
-            refuse(f"{place}.{key}", "is not supported", given[key])
+        if key not in SCALINGS[rope_type]:
+            refuse(f"{place}.{key}", f"is not supported for {rope_type}", given[key])
     try:
         return RopeScaling(rope_type=rope_type, **given)
     except ValueError as error:
@@ -287,16 +299,11 @@ def read_scaling(
 
 def write_rope(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
     """The content of `rope_parameters`."""
-    parameters = {"rope_type": "default"}
-    if scaling is not None:
-        own = {
-            "llama3": ("low_freq_factor", "high_freq_factor"),
-            "yarn": ("beta_fast", "beta_slow", "attention_factor"),
-        }.get(scaling.rope_type, ())
-        names = ("rope_type", "factor", "original_max_position_embeddings", *own)
-        values = {name: getattr(scaling, name) for name in names}
-        parameters = {name: value for name, value in values.items() if value is not None}
-    return {**parameters, "rope_theta": base}
+    if scaling is None or scaling.rope_type not in SCALINGS:
+        return {"rope_type": "default", "rope_theta": base}
+    values = {key: getattr(scaling, key) for key in SCALINGS[scaling.rope_type]}
+    given = {key: value for key, value in values.items() if value is not None}
+    return {"rope_type": scaling.rope_type, "rope_theta": base, **given}
 
 
 def gemma3_rope() -> Codec:
@@ -312,7 +319,7 @@ def gemma3_rope() -> Codec:
         full |= settings.get("rope_scaling") or {}
         place = "rope_parameters"
         read_scaling(f"{place}.sliding_attention", local, (), settings)
-        scaling = read_scaling(f"{place}.full_attention", full, ROPE_TYPES, settings)
+        scaling = read_scaling(f"{place}.full_attention", full, SCALINGS, settings)
         return {"rope_base": base, "local_rope_base": local_base, "rope_scaling": scaling}
 
     def write(config: DecoderConfig) -> dict[str, Any]:
@@ -416,7 +423,7 @@ def _tensors(outer: dict[str, str], block: str, inner: dict[str, str]) -> dict[s
     """The table of tensors from names of modules.
 
     Args:
-        outer: their module for each of ours outside the blocks, besides the head.
+        outer: their module for each of ours outside the blocks.
         block: their name of a block.
         inner: their module for each of ours in a block.
     """

@@ -14,6 +14,7 @@ import fastllm
 from fastllm import DecoderConfig, DecoderModel
 from fastllm.generation.decoding import generate_batch, start_decoding
 from fastllm.models import architectures
+from fastllm.models.config import RopeScaling
 from fastllm.models.huggingface import ARCHITECTURES, read_settings
 from fastllm.ops.sampling import Sampling
 
@@ -331,9 +332,10 @@ def test_the_text_model_in_a_gemma3_that_sees(prefix: str, ids: Tensor, tmp_path
         ("llama", {"rope_scaling": {"type": "dynamic"}}, "rope_scaling.rope_type: dynamic is"),
         (
             "qwen2", {"rope_parameters": {**YARN, "mscale": 0.7}},
-            "rope_parameters.mscale: is not supported",
+            "rope_parameters.mscale: is not supported for yarn",
         ),
         ("qwen2", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: factor: is requ"),
+        ("llama", {"hidden_size": None}, "hidden_size: must not be null"),
         ("qwen2", {"rope_parameters": 3}, "a value is of the wrong kind"),
         (
             "phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
@@ -383,13 +385,20 @@ SMALL = {
         architectures.qwen3(**SMALL, num_kv_heads=2, window=5, window_pattern=(True, False)),
         architectures.gemma2(**SMALL, num_kv_heads=3),
         architectures.gemma3(**SMALL, num_kv_heads=2, window=5, window_pattern=(True, False)),
+        architectures.gemma3(
+            **SMALL,
+            window=3,
+            rope_scaling=RopeScaling(
+                rope_type="yarn", factor=2, original_max_position_embeddings=20, beta_fast=16
+            ),
+        ),
         architectures.gemma3(**SMALL, window=None, local_rope_base=None, rope_base=1e4),
         architectures.olmo2(**SMALL, num_kv_heads=2),
         architectures.stablelm(**SMALL, norm_order="parallel"),
         architectures.gpt_neox(**SMALL, rope_fraction=0.5),
         architectures.gpt_neo(**SMALL, window=3),
     ],
-    ids="gpt2 llama mistral phi3 qwen3 gemma2 gemma3 unwindowed olmo2 stablelm neox neo".split(),
+    ids="gpt2 llama mistral phi3 qwen3 gemma2 gemma3 yarn full olmo2 stablelm neox neo".split(),
 )
 @torch.no_grad()
 def test_models_made_here_are_saved_for_transformers(
@@ -412,6 +421,7 @@ def test_models_made_here_are_saved_for_transformers(
         ({"qkv_bias": True, "out_bias": False, "mlp_bias": True}, "llama differs in out_bias"),
         ({"hidden_size": 50, "head_dim": 8}, r"n_head: n_embd \(50\) must be divisible"),
         ({"rope_interleaved": True}, "llama differs in rotary positions"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2}}, "llama differs in rotary positions"),
         ({"norm_order": "post"}, "llama differs in norm_order"),
         ({"causal": False}, "llama differs in causal"),
         ({"mlp": nn.SiLU()}, "only activations with a name"),
