@@ -38,13 +38,14 @@ def make_settings(settings_class: type[AnySettings], values: Mapping[str, Any]) 
 
 
 def describe_error(error: Exception) -> str:
-    """One line for each invalid setting: its name, what it must be, and what was given."""
+    """For each invalid setting its name, what it must be, and what was given; in one line."""
     if not isinstance(error, ValidationError):
         return str(error)
-    return "\n       ".join(map(_describe_setting, error.errors(include_url=False)))
+    return "; ".join(describe_setting(each) for each in error.errors(include_url=False))
 
 
-def _describe_setting(error: Any) -> str:
+def describe_setting(error: Any) -> str:
+    """One of pydantic's errors in plain words: `lr: must be a number (got 'fast')`."""
     name = ".".join(map(str, error["loc"]))
     return f"{name}: {_problem(error)}" if name else _problem(error)
 
@@ -54,23 +55,29 @@ def _describe_flag(error: Any) -> str:
     return f"--{error['loc'][0]} {_problem(error)}" if error["loc"] else _problem(error)
 
 
-# Instead of pydantic's own words for these.
+# Instead of pydantic's own words for these types of errors; `{}` are values of their contexts.
 PLAIN_MESSAGES = {
     "missing": "is required",
     "extra_forbidden": "there is no such setting",
     "too_short": "needs a value",
+    "too_long": "must have at most {max_length} values",
+    "string_too_short": "must not be empty",
 }
 PLAIN_WORDS = {
     r"^Value error, ": "",
     r"^Input should be": "must be",
     r", (unable to parse|got a number|unable to interpret).*": "",
     "a valid integer": "a whole number",
+    "a valid boolean": "true or false",
+    "a valid string": "a text",
+    "a valid array": "a list",
     "a valid ": "a ",
 }
 
 
 def _problem(error: Any) -> str:
-    message = PLAIN_MESSAGES.get(error["type"], error["msg"])
+    plain = PLAIN_MESSAGES.get(error["type"])
+    message = error["msg"] if plain is None else plain.format(**error.get("ctx", {}))
     for pattern, words in PLAIN_WORDS.items():
         message = re.sub(pattern, words, message)
     # A dictionary is all settings, several of which do not fit together.

@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from fastllm.command import describe_setting
 from fastllm.models.decoder import DecoderModel
 from fastllm.serving.completion import Completion, Dispatcher
 from fastllm.serving.errors import ApiError
@@ -151,8 +152,8 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
 
 async def _invalid_query(request: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
-    name = str(first["loc"][-1])
-    return ApiError(422, f"{name}: {first['msg']}", name).response()
+    _, *name = first["loc"]  # "query" comes first
+    return ApiError(422, describe_setting({**first, "loc": name}), ".".join(name)).response()
 
 
 async def _internal_error(request: Request, error: Exception) -> JSONResponse:
