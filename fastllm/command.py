@@ -238,9 +238,13 @@ class StopRequest:
     stopped_by: signal.Signals | None = None
     _announced = True
 
-    def set_by_signal(self, number: int) -> None:
-        """Notes a signal, for `poll` to announce; safe in a signal handler."""
-        self._announced = False
+    def set(self, number: int, announced: bool = False) -> None:
+        """Asks to stop as this signal does; safe in a signal handler.
+
+        Args:
+            announced: the user has been told already, so `poll` need not say so.
+        """
+        self._announced = announced
         self.stopped_by = signal.Signals(number)
 
     def poll(self) -> signal.Signals | None:
@@ -265,7 +269,7 @@ def stop_on_signals(request: StopRequest) -> Iterator[None]:
         # Prints nothing: it may have interrupted a write to stderr, which must not be reentered.
         if request.stopped_by and number == signal.SIGINT:
             os._exit(128 + number)
-        request.set_by_signal(number)
+        request.set(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:

@@ -144,7 +144,7 @@ class DDP(Engine):
     def _divide(self) -> None:
         check_batch_size(self.config.batch_size, self.group.size)
         with warnings.catch_warnings():
-            # Newer versions of PyTorch renamed it; older ones do not know the new name.
+            # PyTorch 2.9 does not know the successor, forward_sync_buffers.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
             self._wrapped = nn.parallel.DistributedDataParallel(
                 LossModule(self.model), broadcast_buffers=False, gradient_as_bucket_view=True

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import replace
 from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,12 +34,8 @@ from fastllm.training.config import ResolvedRun, TrainConfig
 from fastllm.training.distributed import SINGLE, ProcessGroup
 from fastllm.training.engine import Engine
 from fastllm.training.evaluation import Evaluation, evaluate
-from fastllm.training.metrics import (
-    MetricsLog,
-    format_duration,
-    resident_mb,
-    tokens_per_second,
-)
+from fastllm.training.metrics import MetricsLog, resident_mb, tokens_per_second
+from fastllm.training.timing import Timing
 
 
 class TrainingError(Exception):
@@ -51,14 +46,12 @@ class LoaderError(Exception):
     """The processes that load data have failed; the message says why and what to try."""
 
 
+class LoaderTimeout(LoaderError):
+    """The processes that load data have sent nothing for `POLL_S`."""
+
+
 # The stop request is looked at this often while a batch is awaited.
 POLL_S = 1
-
-# The time of a run is estimated from so many steps, or fewer if they take so long. The steps before
-# them fill caches and compile kernels.
-WARM_UP_STEPS = 2
-MEASURED_STEPS = 8
-MEASURED_S = 5
 
 
 class StepResult(NamedTuple):
@@ -201,7 +194,7 @@ class Trainer:
                 self.save()
             self._check_stop_request()
 
-    def measure(self) -> "Timing":
+    def measure(self) -> Timing:
         """Takes some steps, or fewer if a signal comes, to measure the time; saves nothing.
 
         A collective operation. The trainer is not to be used after it.
@@ -230,8 +223,8 @@ class Trainer:
             raise
 
     def stop(self, number: signal.Signals) -> None:
-        """Has `train` save and stop after the current step, as this signal would."""
-        self._stop_request.stopped_by = number
+        """Has `train` save and stop after the current step, as this signal would, but silently."""
+        self._stop_request.set(number, announced=True)
 
     def _check_stop_request(self) -> None:
         if self.group.size == 1:  # otherwise the ranks agreed on it within the step
@@ -394,8 +387,7 @@ class Trainer:
             except LoaderError as error:
                 if self.group.size == 1 and self._stop_request.stopped_by:
                     yield None
-                # PyTorch has no class of its own for a timeout.
-                elif "timed out" not in str(error) or time.monotonic() >= deadline:
+                elif not isinstance(error, LoaderTimeout) or time.monotonic() >= deadline:
                     raise
                 continue
             yield torch.from_numpy(array)
@@ -469,80 +461,6 @@ class Trainer:
         return torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1),
             on_trace_ready=lambda p: p.export_chrome_trace(str(self.run_dir / "profile.json")),
-        )
-
-
-class Timing:
-    """How long a run takes, by the speed of its first steps after the warm-up.
-
-    Attributes:
-        is_measured: whether enough steps were taken.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.is_measured = False
-        self._trainer = trainer
-        self._first_step = trainer.progress.step
-        self._warm = replace(trainer.progress)
-
-    def update(self) -> None:
-        """Takes account of a step that the trainer has finished."""
-        progress = self._trainer.progress
-        if progress.step <= self._first_step + WARM_UP_STEPS:
-            self._warm = replace(progress)
-            return
-        self.is_measured = (
-            self.is_measured
-            or self._measured_steps >= MEASURED_STEPS
-            or progress.training_s - self._warm.training_s >= MEASURED_S
-        )
-
-    @property
-    def _measured_steps(self) -> int:
-        return self._trainer.progress.step - self._warm.step
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second since the warm-up."""
-        progress, warm = self._trainer.progress, self._warm
-        return tokens_per_second(
-            progress.tokens - warm.tokens, progress.training_s - warm.training_s
-        )
-
-    def seconds_after(self, step: int) -> float:
-        """Seconds from this step to the last one of the run, with validations."""
-        trainer = self._trainer
-        tokens_per_step = (trainer.progress.tokens - self._warm.tokens) / self._measured_steps
-        tokens = max(0, trainer.total_steps - step) * tokens_per_step
-        if trainer.val_set is not None:
-            interval = trainer.validation_interval
-            validations = math.ceil(trainer.total_steps / interval) - step // interval
-            sequences = max(0, validations) * len(trainer.val_set)
-            # They need the forward only, a third of a step's arithmetic.
-            tokens += sequences * trainer.config.max_seq_len / 3
-        return tokens / self.speed
-
-    def describe(self) -> tuple[str, str | None]:
-        """The time of the run and what ends it; a warning if that cuts its schedule short."""
-        trainer, config, first = self._trainer, self._trainer.config, self._first_step
-        seconds, limit = self.seconds_after(first), 60 * trainer.max_minutes
-        steps, total = max(0, trainer.total_steps - first), trainer.total_steps
-        if not steps:
-            return f"none: the run is at step {first:,} of {total:,}", None
-        measured = f"(measured over {self._measured_steps} steps)"
-        if not limit or seconds <= limit:
-            kind = f"{'more ' if first else ''}step{'' if steps == 1 else 's'}"
-            within = ", within --max_minutes" if limit else ""
-            return f"about {format_duration(seconds)} for {steps:,} {kind}{within} {measured}", None
-        reached = first + max(1, int(steps * limit / seconds))
-        end = f"at about step {reached:,} of {total:,}"
-        time_line = f"{format_duration(limit)}: --max_minutes ends the run {end} {measured}"
-        if config.lr_schedule == "constant":
-            return time_line, None
-        preset = f"--preset {config.preset} " if config.preset else ""
-        return time_line, (
-            f"warning: --max_minutes ends the run {end}, before the learning rate has decayed; "
-            f"{preset}--max_steps {reached} makes the schedule end with the run"
         )
 
 
@@ -649,14 +567,17 @@ def _errors_of_workers(workers: int) -> Iterator[None]:
     """Turns errors of loading data in so many processes into one line with a remedy.
 
     Raises:
-        LoaderError: a process cannot be started, has failed or does not answer.
+        LoaderTimeout: a process does not answer.
+        LoaderError: a process cannot be started, or has failed.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
         if not workers:
             raise
-        raise LoaderError(
+        # PyTorch has no class of its own for it.
+        is_timeout = str(error).startswith("DataLoader timed out")
+        raise (LoaderTimeout if is_timeout else LoaderError)(
             f"loading data in {workers} processes has failed: {first_line(error)}. "
             "Give --num_workers 0, which loads it in the training process"
         ) from error

@@ -578,6 +578,15 @@ def test_data_workers_need_no_shared_memory(
     assert train_with_worker(tmp_path / "run", text, allow_no_files).progress.step == 4
 
 
+def answer_late(worker: int) -> None:
+    time.sleep(2.5 * loop.POLL_S)
+
+
+@pytest.mark.processes
+def test_a_data_worker_that_answers_late_is_waited_for(tmp_path: Path, text: Path) -> None:
+    assert train_with_worker(tmp_path / "run", text, answer_late).progress.step == 4
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("prepare_worker", [end_at_once, never_answer])
 def test_data_workers_that_fail_end_the_run_in_one_line(

@@ -13,9 +13,10 @@ from fastllm.data import tokens
 from fastllm.files import sha256
 from fastllm.training import loop
 from fastllm.training.distributed import ProcessError, ProcessGroup
-from fastllm.training.loop import Timing, Trainer
+from fastllm.training.loop import Trainer
 from fastllm.training.metrics import format_duration, read_metrics
 from fastllm.training.run import check_shared
+from fastllm.training.timing import Timing
 from tests.commands import run_command
 from tests.conftest import MakeTrainer
 
