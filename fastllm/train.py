@@ -10,7 +10,7 @@ from fastllm.training.config import TrainConfig, parse_train_config
 def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
     # After the flags: help and their errors need not wait for PyTorch.
-    from fastllm.training.distributed import ProcessError, is_distributed
+    from fastllm.training.distributed import is_distributed
     from fastllm.training.run import train
 
     if config.launcher is None:
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
             from fastllm.integrations.deepspeed import DeepSpeed
         train(config, engine_class=DeepSpeed)
     else:
-        with errors_in_one_line(ProcessError, OSError, ValueError, KeyError, ImportError):
+        with errors_in_one_line(Exception):
             launch(config, arguments)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fastllm import integrations
 from fastllm.ops.precision import why_not_autocast
 from fastllm.tokenization import SimpleCharacterTokenizer
 from fastllm.train import main
+from fastllm.training.loop import Trainer
 from fastllm.training.metrics import read_metrics
 from tests.commands import run_command
 from tests.conftest import isa_in_use
@@ -234,6 +236,24 @@ def test_a_text_that_is_too_short_is_refused_before_any_work(
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and message.replace(".txt", f".txt{ending}") in line
     assert [path.name for path in tmp_path.iterdir()] == [f"text.txt{ending}"]
+
+
+@pytest.mark.parametrize(("where", "saved"), [("_step", ["step-00000004"]), ("__init__", [])])
+def test_an_error_that_nobody_expected_saves_and_is_one_line(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, where: str, saved: list[str]
+) -> None:
+    original: Any = getattr(Trainer, where)
+
+    def fail(trainer: Trainer, *arguments: object) -> object:
+        if where == "__init__" or trainer.progress.step == 4:
+            raise ZeroDivisionError("division by zero")
+        return original(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, where, fail)
+    result = train(tmp_path, "--file_path", str(text), "--max_steps", "9", "--quiet")
+    assert result.returncode == 1
+    assert result.stderr == "error: ZeroDivisionError: division by zero\n"
+    assert [path.name for path in tmp_path.glob("runs/text/checkpoints/*-*")] == saved
 
 
 @pytest.mark.subprocess

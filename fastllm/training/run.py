@@ -21,7 +21,7 @@ from fastllm.device import Device, autocast, choose_device, choose_precision
 from fastllm.files import locked, replace_file
 from fastllm.models.decoder import DecoderModel
 from fastllm.ops import implementation_line
-from fastllm.ops.dispatch import ImplementationError, use_implementation
+from fastllm.ops.dispatch import use_implementation
 from fastllm.threads import set_threads
 from fastllm.tokenization import (
     SimpleCharacterTokenizer,
@@ -30,7 +30,6 @@ from fastllm.tokenization import (
     load_tokenizer,
 )
 from fastllm.training.checkpoint import (
-    CheckpointError,
     find_checkpoint,
     has_checkpoint,
     load_model,
@@ -45,16 +44,13 @@ from fastllm.training.distributed import (
 )
 from fastllm.training.engine import Engine, choose_engine
 from fastllm.training.evaluation import bits_per_character
-from fastllm.training.loop import LoaderError, Trainer, TrainingError, derive_seed
+from fastllm.training.loop import Trainer, derive_seed
 from fastllm.training.memory import check_memory
 from fastllm.training.metrics import plot_losses, resident_mb, tokens_per_second
 from fastllm.training.presets import PRESETS
 
 # The tokens of a text of fewer characters are counted before a run begins: that takes no time.
 SHORT_TEXT = 2**16
-
-# What a user can fix: told in one line, before any work is lost.
-INPUT_ERRORS = (ImplementationError, CheckpointError, OSError, ValueError, KeyError, ImportError)
 
 
 def train(
@@ -69,50 +65,44 @@ def train(
         engine_class: computes the steps; by default the one that `config.parallel` names.
     """
     set_threads(config.threads)
-    with contextlib.ExitStack() as stack:
-        with errors_in_one_line(ProcessError, *INPUT_ERRORS):
-            stack.enter_context(use_implementation(config.impl))
-            device = choose_device(config.device)
-            # DeepSpeed needs a process group even for a single process.
-            group = stack.enter_context(
-                process_group(device, even_single=config.launcher == "deepspeed")
+    with errors_in_one_line(Exception), contextlib.ExitStack() as stack:
+        stack.enter_context(use_implementation(config.impl))
+        device = choose_device(config.device)
+        # DeepSpeed needs a process group even for a single process.
+        group = stack.enter_context(
+            process_group(device, even_single=config.launcher == "deepspeed")
+        )
+        stack.enter_context(group.reporting_peer_loss())
+        group.check_agreement({**config.model_dump(mode="json"), "device": device})
+        log: Log = command.log if group.is_main and not config.quiet else no_log
+        if config.parallel != "ddp" and group.size == 1:
+            log(
+                f"warning: parallel {config.parallel} divides a step among several processes, "
+                "and this is one; torchrun or --launcher ray start several"
             )
-            stack.enter_context(errors_in_one_line(ProcessError))
-            stack.enter_context(group.reporting_peer_loss())
-            group.check_agreement({**config.model_dump(mode="json"), "device": device})
-            log: Log = command.log if group.is_main and not config.quiet else no_log
-            if config.parallel != "ddp" and group.size == 1:
-                log(
-                    f"warning: parallel {config.parallel} divides a step among several processes, "
-                    "and this is one; torchrun or --launcher ray start several"
-                )
-            implementation_line(device)  # refuses an implementation before any file is written
-            # Before a folder is made.
-            texts = group.broadcast(lambda: read_texts(config))
-            folder = dry_run_folder if config.dry_run else start_or_restart
-            run_dir, resume = group.broadcast(lambda: stack.enter_context(folder(config, texts)))
-            if config.dry_run:
-                check_shared(run_dir, group)
-            run = resolve(config, run_dir, device, resume)
-            group.check_agreement({"precision": run.precision})
-            trainer = prepare(run, log, group, engine_class, texts)
-            if config.preset:
-                log(f"preset      {config.preset}: {PRESETS[config.preset].expect}")
-            if not config.dry_run:
-                log(f"run         {run_dir}")
-            log(f"threads     {run.threads}{' in each process' if group.size > 1 else ''}")
-            log(f"operations  {operations(trainer)}{trainer.engine.caveat}")
-            on_start(trainer)
-        with errors_in_one_line(
-            CheckpointError, TrainingError, LoaderError, ImplementationError, OSError
-        ):
-            if config.dry_run:
-                report_timing(trainer)
-            else:
-                trainer.train()
-                if group.is_main:
-                    plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
+        implementation_line(device)  # refuses an implementation before any file is written
+        # Before a folder is made.
+        texts = group.broadcast(lambda: read_texts(config))
+        folder = dry_run_folder if config.dry_run else start_or_restart
+        run_dir, resume = group.broadcast(lambda: stack.enter_context(folder(config, texts)))
+        if config.dry_run:
+            check_shared(run_dir, group)
+        run = resolve(config, run_dir, device, resume)
+        group.check_agreement({"precision": run.precision})
+        trainer = prepare(run, log, group, engine_class, texts)
+        if config.preset:
+            log(f"preset      {config.preset}: {PRESETS[config.preset].expect}")
         if not config.dry_run:
+            log(f"run         {run_dir}")
+        log(f"threads     {run.threads}{' in each process' if group.size > 1 else ''}")
+        log(f"operations  {operations(trainer)}{trainer.engine.caveat}")
+        on_start(trainer)
+        if config.dry_run:
+            report_timing(trainer)
+        else:
+            trainer.train()
+            if group.is_main:
+                plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
             report(trainer, log)
     if trainer.stopped_by:
         raise SystemExit(128 + trainer.stopped_by)
