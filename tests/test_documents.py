@@ -5,12 +5,14 @@ Links are checked by `make docs`.
 
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from fastllm.compare import CompareConfig
 from tests.commands import run_command
 from tests.conftest import REPOSITORY
 
@@ -85,6 +87,21 @@ def test_code_of_the_readme_trains(
     exec(code, {})
     losses = [float(line) for line in capsys.readouterr().out.split()]
     assert len(losses) == 21 and losses[-1] < losses[0] - 0.5
+
+
+def test_git_ignores_what_the_readme_has_written() -> None:
+    """Models, and the default output of every command in it that has one."""
+    text = (REPOSITORY / "README.md").read_text("utf-8")
+    written = ["runs", str(CompareConfig.model_fields["out"].default)]
+    written += re.findall(r"(?:save|export)_model\(.*['\"]([\w-]+)['\"]\)", text)
+    assert len(written) == 4
+    folders = [f"{name}/" if "." not in name else name for name in written]
+    found = subprocess.run(
+        ["git", "check-ignore", *folders], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    if found.returncode == 128:
+        pytest.skip("not a git repository")
+    assert found.stdout.split() == folders
 
 
 def outline(page: Path) -> dict[str, list[str]]:
