@@ -1,9 +1,10 @@
 """A small tokenizer of each kind that `train` makes or that folders of other projects bring."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fastllm.tokenization import SimpleCharacterTokenizer, SubwordTokenizer, Tokenizer
+from fastllm.tokenization.base import SpecialTokens
 
 TEXT = (
     "Grüße an 世界 and 🙂: the wonderful words, of the world's end. What's in a name?\n"
@@ -81,6 +82,16 @@ def end_of_word() -> SubwordTokenizer:
         show_progress=False,
     )
     return _trained(tokenizer, trainer)
+
+
+def with_special_tokens(
+    tokenizer: SubwordTokenizer, start: Sequence[int], end: Iterable[int]
+) -> SubwordTokenizer:
+    """The same tokenizer, whose model expects `start` before prompts, and ends texts by `end`."""
+    from tokenizers import Tokenizer
+
+    special = SpecialTokens(tokenizer.pad_token_id, start, frozenset(end))
+    return SubwordTokenizer(Tokenizer.from_str(tokenizer.to_json()), special)
 
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {

@@ -20,11 +20,13 @@ class Prompt(NamedTuple):
         tokens: its ids.
         text: what they decode to, without a character that they leave unfinished.
         given: the prompt as it was given; `text` if that was as ids.
+        start: how many of the tokens precede the text: the tokenizer's `start_tokens`.
     """
 
     tokens: list[int]
     text: str
     given: str
+    start: int = 0
 
     @property
     def overlap(self) -> str:
@@ -39,15 +41,17 @@ class Prompt(NamedTuple):
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> Prompt:
-    """Encodes a text, or takes token ids as they are.
+    """Encodes a text, after the tokenizer's `start_tokens`, or takes token ids as they are.
 
     Raises:
         KeyError: the tokenizer lacks a character or an id of the prompt.
         ValueError: the prompt has a lone surrogate.
     """
+    start = list(tokenizer.start_tokens) if isinstance(prompt, str) else []
     tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     text = tokenizer.decode(tokens).removesuffix(UNFINISHED)
-    return Prompt(tokens, text, prompt if isinstance(prompt, str) else text)
+    given = prompt if isinstance(prompt, str) else text
+    return Prompt([*start, *tokens], text, given, len(start))
 
 
 def generate_text(
@@ -62,7 +66,8 @@ def generate_text(
     """Yields pieces of the text that continues `prompt`, as soon as they are certain.
 
     With `echo`, the pieces join to the text that the tokenizer decodes from all tokens, those of
-    the prompt and the new ones; without, to what follows the prompt in it.
+    the prompt and the new ones; without, to what follows the prompt in it. The tokenizer's
+    `start_tokens` are not part of the text, and it ends before any of its `end_tokens`.
 
     Args:
         stop: end before this text, which is not yielded.
@@ -90,7 +95,7 @@ def generate_texts(
     batch_size: int = 16,
     echo: bool = False,
 ) -> Iterator[str]:
-    """Yields the whole continuation of each prompt.
+    """Yields the whole continuation of each prompt, up to the tokenizer's `end_tokens`.
 
     Args:
         stop: end before this text, which is not yielded.
@@ -107,6 +112,7 @@ def generate_texts(
     for first in range(0, len(prompts), batch_size):
         batch = encoded[first : first + batch_size]
         continuations: list[list[int]] = [[] for _ in batch]
+        unended = set(range(len(batch)))
         for step in generate_batch(
             model,
             [prompt.tokens for prompt in batch],
@@ -117,6 +123,9 @@ def generate_texts(
         ):
             for tokens, token in zip(continuations, step, strict=True):
                 tokens.append(token)
+            unended -= {b for b in unended if step[b] in tokenizer.end_tokens}
+            if not unended:
+                break
         for prompt, tokens in zip(batch, continuations, strict=True):
             yield "".join(_pieces(tokenizer, prompt, tokens, stop, echo))
 
@@ -127,6 +136,8 @@ def _pieces(
     stream = TextStream(tokenizer, [stop] if stop else [], prompt, echo)
     unseen = prompt.text if echo else ""
     for token in tokens:
+        if token in tokenizer.end_tokens:
+            break
         if piece := unseen + stream.push(token):
             yield piece
         unseen = ""
@@ -163,7 +174,7 @@ class TextStream:
         self._tokenizer, self._stops = tokenizer, stops
         # A subword's text depends on the one before it, and a character may span several tokens, so
         # a token's text is the difference that it makes to that of a short window.
-        self._window = prompt.tokens[-SHORTEST_WINDOW - 3 :]
+        self._window = prompt.tokens[prompt.start :][-SHORTEST_WINDOW - 3 :]
         self._certain = 0  # characters of the window's text already taken
         self._unfinished = False  # whether the window's text ends within a character
         self._held = ""  # may be the start of a stop text

@@ -365,13 +365,16 @@ class Scheduler:
             running.scored += len(added)
         logits = self._without_padding(self._decoding.append({slot: added}, every=not moved))
         logprobs = []
+        before_text = job.prompt.start  # tokens whose text is not part of the prompt's
         if start == 0:
             text = self.tokenizer.decode(tokens[:1])
             logprobs.append(TokenLogprob(text, None, None, 0))
-            running.prompt_stream.push(tokens[0])
+            if not before_text:
+                running.prompt_stream.push(tokens[0])
         targets = tokens[start + 1 : running.scored + 1]  # a row predicts the token after its own
-        for row, token in zip(logits, targets, strict=False):
-            running.prompt_stream.push(token)
+        for i, (row, token) in enumerate(zip(logits, targets, strict=False), start + 1):
+            if i >= before_text:
+                running.prompt_stream.push(token)
             logprobs.append(self._logprob(row, token, job, running.prompt_stream.start))
         self._deltas.append((job, Delta(logprobs=logprobs)))
         if running.scored < len(tokens):
@@ -429,12 +432,13 @@ class Scheduler:
         if running.seen is not None:
             running.seen[token] = True
         running.drawn += 1
-        text, finish_reason = stream.push(token), None
-        if job.logprobs is not None:
+        has_ended = token in self.tokenizer.end_tokens
+        text, finish_reason = "" if has_ended else stream.push(token), None
+        if job.logprobs is not None and not has_ended:
             running.held_logprobs.append(self._logprob(logits, token, job, stream.start))
-        if not stream.stopped and running.drawn == job.max_tokens:
+        if not stream.stopped and (has_ended or running.drawn == job.max_tokens):
             text += stream.end()
-            finish_reason = "length"
+            finish_reason = "stop" if has_ended else "length"
         if stream.stopped:
             finish_reason = "stop"
         ready = []
@@ -443,7 +447,7 @@ class Scheduler:
             ready = [
                 logprob._replace(offset=before + logprob.offset)
                 for logprob in running.held_logprobs
-                if finish_reason == "length" or logprob.offset < stream.shown
+                if (finish_reason and not stream.stopped) or logprob.offset < stream.shown
             ]
             del running.held_logprobs[: len(ready)]
         first_token_s = time.monotonic() - job.submitted if running.drawn == 1 else None

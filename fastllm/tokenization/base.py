@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,20 @@ CHARACTER = r"[\s\S]"
 # non-space, or between a non-space and " x", where byte-level BPE (GPT-2's pattern and GPT-4's) and
 # BERT's pre-tokenizer all start a new word.
 BETWEEN_WORDS = re.compile(r"\S\n(?=\S)|\S(?= \S)")
+
+
+class SpecialTokens(NamedTuple):
+    """The ids to which a model gives a meaning of their own.
+
+    Attributes:
+        pad: fills up sequences.
+        start: what the model expects before a prompt.
+        end: any of these ends a text.
+    """
+
+    pad: int
+    start: Sequence[int] = ()
+    end: frozenset[int] = frozenset()
 
 
 def smallest_token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,8 @@ class SimpleCharacterTokenizer:
         token_dtype: the smallest integer type that holds every id.
         is_lossless: whether decoding restores every text.
         may_be_cut: whether a text cut between words encodes to the same ids, piece by piece.
+        start_tokens: ids before every prompt: none.
+        end_tokens: ids any of which ends a text: none, unless the files of a model name one.
 
     Raises:
         TypeError: `corpus` is not a list of strings.
@@ -53,6 +55,8 @@ class SimpleCharacterTokenizer:
 
     is_lossless = True
     may_be_cut = True
+    start_tokens: Sequence[int] = ()
+    end_tokens: frozenset[int] = frozenset()
 
     def __init__(self, corpus: list[str]) -> None:
         if not isinstance(corpus, list):

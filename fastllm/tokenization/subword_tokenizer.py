@@ -20,6 +20,7 @@ from fastllm.files import replace_file
 from fastllm.tokenization.base import (
     BETWEEN_WORDS,
     PAD,
+    SpecialTokens,
     check_text,
     check_tokens,
     read_json,
@@ -86,8 +87,9 @@ def _run_interruptibly(call: Callable[[], None]) -> None:
 class SubwordTokenizer:
     """A tokenizer of the tokenizers library, with the interface of the character tokenizer.
 
-    Use `train`, `from_file` or `from_gpt2` to make one. Texts are never truncated or padded and get
-    no special tokens around them, even if the file asks for it. A special token spelt out in a text
+    Use `train`, `from_file` or `from_gpt2` to make one, `load_pretrained_tokenizer` for that of a
+    model that others trained. Texts are never truncated or padded and get no special tokens around
+    them, even if the file asks for it. A special token spelt out in a text
     ("<|endoftext|>") becomes that token. With byte-level BPE, `decode(encode(text))` returns every
     text unchanged; WordPiece loses the white space.
 
@@ -105,14 +107,22 @@ class SubwordTokenizer:
         ValueError: two tokens share an id, or an id is far larger than the vocabulary.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        special: SpecialTokens | None = None,
+        model_vocab_size: int = 0,
+    ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        if not any(tokenizer.token_to_id(pad) is not None for pad in PAD_NAMES):
-            tokenizer.add_special_tokens([PAD])
+        if special is None:
+            if not any(tokenizer.token_to_id(pad) is not None for pad in PAD_NAMES):
+                tokenizer.add_special_tokens([PAD])
+            ids = map(tokenizer.token_to_id, PAD_NAMES)
+            special = SpecialTokens(next(id for id in ids if id is not None))
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self._tokenizer = tokenizer
-        self.pad_token_id = next(vocabulary[pad] for pad in PAD_NAMES if pad in vocabulary)
+        self.pad_token_id, self.start_tokens, self.end_tokens = special
         self._ids = frozenset(vocabulary.values())
         has_bytes = "ByteFallback" in repr(tokenizer.decoder)
         self._byte_of = {
@@ -128,6 +138,8 @@ class SubwordTokenizer:
             raise ValueError(
                 f"token id {self.vocab_size - 1} in a vocabulary of {len(vocabulary)} tokens"
             )
+        self._ids |= frozenset(range(model_vocab_size))
+        self.vocab_size = max(self.vocab_size, model_vocab_size)
         self.token_dtype = smallest_token_dtype(self.vocab_size)
         unknown = getattr(tokenizer.model, "unk_token", None)
         self.unknown_token_id = None if unknown is None else vocabulary.get(unknown)
@@ -227,10 +239,7 @@ class SubwordTokenizer:
             FileNotFoundError: the file does not exist.
             ValueError: the file is not a tokenizer, or is damaged.
         """
-        library = _library()
-        text = read_text_file(path)
-        with _damage_as_value_error(path):
-            return cls._checked(library.Tokenizer.from_str(text))
+        return cls.checked(read_tokenizer_json(path), path)
 
     @classmethod
     def from_gpt2(
@@ -242,46 +251,26 @@ class SubwordTokenizer:
             FileNotFoundError: one of the files is missing.
             ValueError: a file is damaged, or the two do not belong together.
         """
-        library = _library()
-        vocabulary, merges_text = read_json(vocab_path), read_text_file(merges_path)
-        if not isinstance(vocabulary, dict) or not all(
-            type(i) is int and 0 <= i < 2**31 for i in vocabulary.values()
-        ):
-            raise ValueError(f"{vocab_path} is not a GPT-2 vocabulary: each token needs an id")
-        missing = set(library.pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys()
-        if missing:
-            raise ValueError(
-                f"{vocab_path} is not a complete GPT-2 vocabulary: no token for {min(missing)!r}"
-            )
-        merges = []
-        for number, line in enumerate(merges_text.split("\n"), start=1):
-            line = line.rstrip("\r")
-            if not line or (number == 1 and line.startswith("#version")):
-                continue
-            pair = line.split(" ")
-            if len(pair) != 2 or not all(pair):
-                raise ValueError(f"{merges_path} is damaged: line {number} is not two tokens")
-            for token in (*pair, "".join(pair)):
-                if token not in vocabulary:
-                    raise ValueError(
-                        f"{merges_path} is damaged, or does not belong to {vocab_path}: "
-                        f"line {number} needs the token {token!r}, which has no id"
-                    )
-            merges.append((pair[0], pair[1]))
-        with _damage_as_value_error(vocab_path):
-            tokenizer = library.Tokenizer(library.models.BPE(vocabulary, merges))
-            tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = library.decoders.ByteLevel()
-            if "<|endoftext|>" in vocabulary:
-                tokenizer.add_special_tokens(["<|endoftext|>"])
-            return cls._checked(tokenizer)
+        return cls.checked(read_gpt2_files(vocab_path, merges_path), vocab_path)
 
     @classmethod
-    def _checked(cls, tokenizer: Tokenizer) -> SubwordTokenizer:
+    def checked(
+        cls,
+        tokenizer: Tokenizer,
+        path: object,
+        special: SpecialTokens | None = None,
+        model_vocab_size: int = 0,
+    ) -> SubwordTokenizer:
+        """A tokenizer from a file, `path`, which need not be sound.
+
+        Raises:
+            ValueError: it cannot encode or decode.
+        """
         # Some damage shows only in use, such as an unknown token missing from the vocabulary.
-        checked = cls(tokenizer)
-        sample = "A word, 12 more;\n\tÜbung 世界 \U0001f600 \U0010fffd" + 300 * "x"
-        checked.decode(checked.encode(sample))
+        with _damage_as_value_error(path):
+            checked = cls(tokenizer, special, model_vocab_size)
+            sample = "A word, 12 more;\n\tÜbung 世界 \U0001f600 \U0010fffd" + 300 * "x"
+            checked.decode(checked.encode(sample))
         return checked
 
     def encode(self, text: str) -> list[int]:
@@ -338,7 +327,7 @@ class SubwordTokenizer:
             if is_byte:
                 texts.append(bytes(self._byte_of[i] for i in run).decode("utf-8", "replace"))
             else:
-                texts += (str(self._tokenizer.id_to_token(int(i))) for i in run)
+                texts += (self._tokenizer.id_to_token(int(i)) or "" for i in run)
         return self._tokenizer.decoder.decode(texts)
 
     def to_json(self) -> str:
@@ -354,6 +343,53 @@ class SubwordTokenizer:
         """Writes the library's own tokenizer.json; an existing file is replaced atomically."""
         with replace_file(path) as file:
             file.write(self._tokenizer.to_str(pretty=True).encode())
+
+
+def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
+    """The library's tokenizer in a tokenizer.json; raises like `SubwordTokenizer.from_file`."""
+    library = _library()
+    text = read_text_file(path)
+    with _damage_as_value_error(path):
+        return library.Tokenizer.from_str(text)
+
+
+def read_gpt2_files(
+    vocab_path: str | os.PathLike[str], merges_path: str | os.PathLike[str]
+) -> Tokenizer:
+    """The library's tokenizer of two files; raises like `SubwordTokenizer.from_gpt2`."""
+    library = _library()
+    vocabulary, merges_text = read_json(vocab_path), read_text_file(merges_path)
+    if not isinstance(vocabulary, dict) or not all(
+        type(i) is int and 0 <= i < 2**31 for i in vocabulary.values()
+    ):
+        raise ValueError(f"{vocab_path} is not a GPT-2 vocabulary: each token needs an id")
+    missing = set(library.pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys()
+    if missing:
+        raise ValueError(
+            f"{vocab_path} is not a complete GPT-2 vocabulary: no token for {min(missing)!r}"
+        )
+    merges = []
+    for number, line in enumerate(merges_text.split("\n"), start=1):
+        line = line.rstrip("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(f"{merges_path} is damaged: line {number} is not two tokens")
+        for token in (*pair, "".join(pair)):
+            if token not in vocabulary:
+                raise ValueError(
+                    f"{merges_path} is damaged, or does not belong to {vocab_path}: "
+                    f"line {number} needs the token {token!r}, which has no id"
+                )
+        merges.append((pair[0], pair[1]))
+    with _damage_as_value_error(vocab_path):
+        tokenizer = library.Tokenizer(library.models.BPE(vocabulary, merges))
+        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = library.decoders.ByteLevel()
+        if "<|endoftext|>" in vocabulary:
+            tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
 
 
 def _segments(text: str) -> Iterator[str]:

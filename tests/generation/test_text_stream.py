@@ -1,10 +1,11 @@
+import itertools
 import random
 
 import pytest
 import torch
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer
-from fastllm.generation.decoding import generate_tokens
+from fastllm.generation.decoding import generate_batch, generate_tokens
 from fastllm.generation.text_stream import (
     Prompt,
     TextStream,
@@ -14,7 +15,7 @@ from fastllm.generation.text_stream import (
 )
 from fastllm.ops.sampling import Sampling
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
-from tests.tokenizer_kinds import TEXT, TOKENIZERS
+from tests.tokenizer_kinds import TEXT, TOKENIZERS, with_special_tokens
 
 pytest.importorskip("tokenizers", reason="needs the tokenizers library ([hf])")
 
@@ -152,3 +153,47 @@ def test_texts_are_the_same_in_batches_of_any_size(model: DecoderModel) -> None:
         texts = generate_texts(model, TOKENIZER, prompts, 30, "b", *settings, batch_size=size)
         assert list(texts) == expected
     assert list(generate_texts(model, TOKENIZER, prompts, 0)) == [""] * 5
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte_fallback"])
+def test_special_tokens_surround_the_text_and_are_not_part_of_it(kind: str) -> None:
+    """What the tokens between them decode to is the text, whatever the model sees before it."""
+    plain = TOKENIZERS[kind]()
+    assert isinstance(plain, SubwordTokenizer)
+    torch.manual_seed(0)
+    model = DecoderModel(plain.vocab_size, 32, 2, 2, 64).eval()
+    for p in model.parameters():  # the logits of an untrained model are nearly uniform
+        p.data *= 3
+    start = [7, 3]
+    prompts = ["the wor", "a", "rose by", ""]
+    drawn = [
+        list(generate_tokens(model, [*start, *plain.encode(prompt)], 40, seed=b))
+        for b, prompt in enumerate(prompts)
+    ]
+    end = drawn[0][20], drawn[1][9]
+    tokenizer = with_special_tokens(plain, start, end)
+    expected = []
+    for prompt, tokens in zip(prompts, drawn, strict=True):
+        kept = list(itertools.takewhile(lambda token: token not in end, tokens))
+        expected.append(plain.decode(plain.encode(prompt) + kept))
+    assert len(expected[1]) < len(plain.decode(plain.encode(prompts[1]) + drawn[1]))
+    for b, prompt in enumerate(prompts):
+        pieces = generate_text(model, tokenizer, prompt, 40, echo=True, seed=b)
+        assert "".join(pieces) == expected[b]
+    assert list(generate_texts(model, tokenizer, prompts, 40, echo=True)) == expected
+    # Given as ids, a prompt is taken as it is.
+    assert encode_prompt(tokenizer, [5]).tokens == [5]
+
+
+def test_a_batch_stops_when_all_of_its_texts_have_ended(model: DecoderModel) -> None:
+    tokenizer = SimpleCharacterTokenizer(["abcdefghij"])
+    steps = list(generate_batch(model, [[0], [1]], 60, Sampling(), 3))
+    tokenizer.end_tokens = frozenset((steps[5][0], steps[9][1]))
+    decoded: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda *_: decoded.append(1))
+    try:
+        list(generate_texts(model, tokenizer, ["a", "b"], 60, seed=3))
+    finally:
+        hook.remove()
+    # Both sequences in every step; neither text is longer than to its marked token.
+    assert 2 <= len(decoded) <= 2 * 10

@@ -21,6 +21,7 @@ from fastllm.generation.text_stream import UNFINISHED  # noqa: E402
 from fastllm.serving.app import create_app  # noqa: E402
 from fastllm.serving.guard import Limits  # noqa: E402
 from fastllm.serving.model import ServedModel  # noqa: E402
+from fastllm.tokenization import SubwordTokenizer  # noqa: E402
 from tests.serving.conftest import (  # noqa: E402
     Model,
     RunningServer,
@@ -32,7 +33,7 @@ from tests.serving.conftest import (  # noqa: E402
     slowed,
     wait_until,
 )
-from tests.tokenizer_kinds import TOKENIZERS  # noqa: E402
+from tests.tokenizer_kinds import TOKENIZERS, with_special_tokens  # noqa: E402
 
 JSON = "content-type: application/json\r\n"
 
@@ -95,6 +96,42 @@ def test_a_completion(client: Any, characters: Model, sampling: dict[str, float]
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected
     assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert last.choices == [] and last.usage.total_tokens == 43
+
+
+def test_an_end_of_text_token_ends_a_completion(subwords: Model) -> None:
+    """It is not shown, but counted; tokens before a prompt are counted and scored."""
+    model, plain = subwords
+    assert isinstance(plain, SubwordTokenizer)
+    start = [9]
+    tokens = list(generate_tokens(model, [*start, *plain.encode("the wor")], 40, temperature=0))
+    end = next(i for i, token in enumerate(tokens) if i > 12 and token not in tokens[:i])
+    expected = plain.decode(plain.encode("the wor") + tokens[:end]).removeprefix("the wor")
+    tokenizer = with_special_tokens(plain, start, [tokens[end]])
+    settings = {"model": "tiny", "prompt": "the wor", "temperature": 0, "max_tokens": 40}
+    with running_server(model, tokenizer) as server:
+        client = client_of(server)
+        # The second stop text never comes; its beginning is held back until the end.
+        for more in ({}, {"stop": [expected[-1] + "~~"]}, {"logprobs": 1}):
+            answer = client.completions.create(**settings, **more)
+            (choice,) = answer.choices
+            assert (choice.text, choice.finish_reason) == (expected, "stop")
+            assert answer.usage.prompt_tokens == 1 + len(plain.encode("the wor"))
+            assert answer.usage.completion_tokens == end + 1
+            *chunks, last = client.completions.create(
+                **settings, **more, stream=True, stream_options={"include_usage": True}
+            )
+            assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+            assert [c.choices[0].finish_reason for c in chunks][-1] == "stop"
+            assert last.usage == answer.usage
+        assert len(choice.logprobs.tokens) == end
+        echo = client.completions.create(**settings, logprobs=0, echo=True).choices[0]
+        assert echo.text == "the wor" + expected
+        assert echo.logprobs.tokens[0] == plain.decode(start)
+        assert echo.logprobs.text_offset[:2] == [0, 0]
+        ids = [*start, *plain.encode("the wor")]
+        given = client.completions.create(**{**settings, "prompt": ids}, logprobs=0, echo=True)
+        scores = given.choices[0].logprobs.token_logprobs
+        assert echo.logprobs.token_logprobs == scores
 
 
 def test_several_prompts_in_every_form(client: Any, characters: Model) -> None:

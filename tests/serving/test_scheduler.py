@@ -78,6 +78,7 @@ def alone(model: Model, job: Job, precision: str = "fp32") -> str:
 
         encode = staticmethod(lambda text: job.prompt.tokens)
         decode = staticmethod(model[1].decode)
+        start_tokens, end_tokens = (), model[1].end_tokens
 
     pieces = generate_text(
         model[0],
@@ -325,7 +326,7 @@ def test_an_id_without_a_token_fails_its_job_alone(characters: Model) -> None:
     tokenizer = characters[1]
 
     class Holes:
-        pad_token_id = tokenizer.pad_token_id
+        pad_token_id, end_tokens = tokenizer.pad_token_id, tokenizer.end_tokens
 
         def decode(self, tokens: list[int]) -> str:
             if 0 in tokens:
@@ -346,7 +347,7 @@ def test_an_alternative_without_a_token_is_left_out(characters: Model) -> None:
     tokenizer = characters[1]
 
     class Holes:
-        pad_token_id = tokenizer.pad_token_id
+        pad_token_id, end_tokens = tokenizer.pad_token_id, tokenizer.end_tokens
 
         def decode(self, tokens: list[int]) -> str:
             if 0 in tokens:
@@ -419,6 +420,8 @@ def test_an_unexpected_error_fails_its_job_and_is_logged(
     characters: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken:
+        end_tokens = characters[1].end_tokens
+
         def decode(self, tokens: list[int]) -> str:
             if len(tokens) == 4:
                 raise RuntimeError("no text")
