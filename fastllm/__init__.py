@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 from fastllm.version import __version__
 
 if TYPE_CHECKING:
+    from fastllm.integrations.any_model import load_model
     from fastllm.models.config import DecoderConfig
     from fastllm.public import *
-    from fastllm.training.saved_model import load_model, save_model
+    from fastllm.training.saved_model import save_model
 
 __all__ = [
     "MLP",
@@ -32,7 +33,7 @@ __all__ = [
 # These check settings, with a library that the rest does not need.
 CHECKING_SETTINGS = {
     "DecoderConfig": "fastllm.models.config",
-    "load_model": "fastllm.training.saved_model",
+    "load_model": "fastllm.integrations.any_model",
     "save_model": "fastllm.training.saved_model",
 }
 

@@ -1,15 +1,19 @@
 """Export a trained model: `fastllm export --checkpoint DIR --format gguf`."""
 
-import json
+from __future__ import annotations
+
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import field_validator
 
 from fastllm.command import command, errors_in_one_line, log, parse_settings
 from fastllm.files import writing_aside
 from fastllm.flags import CommandSettings, Format
+
+if TYPE_CHECKING:
+    from fastllm.training.trained_model import TrainedModel
 
 CARD = "README.md"
 
@@ -23,7 +27,8 @@ fastllm export --checkpoint runs/book --format hf --out book-model
 """
 
     checkpoint: Path
-    """Run folder of train, or a checkpoint in it."""
+    """A run of train or finetune, or a checkpoint in it; a folder in Hugging Face's format, or a
+    name on its hub."""
     format: Format
     """hf for transformers, onnx for onnxruntime and others, gguf for llama.cpp."""
     out: Path | None = None
@@ -44,39 +49,37 @@ fastllm export --checkpoint runs/book --format hf --out book-model
 def main(arguments: list[str]) -> None:
     config = parse_settings(ExportConfig, arguments)
     # After the flags: help and their errors need not wait for PyTorch.
+    from fastllm.integrations.any_model import load_trained_model
     from fastllm.integrations.formats import ExportError, check_packages
-    from fastllm.training.checkpoint import CheckpointError, find_checkpoint, run_of
+    from fastllm.training.checkpoint import CheckpointError
 
     with errors_in_one_line(CheckpointError, ExportError, OSError, ValueError, ImportError):
         check_packages(config.format)
-        check_not_transformers(config.checkpoint)
-        checkpoint = find_checkpoint(config.checkpoint)
-        run_dir = run_of(checkpoint)
-        folder, files = choose_files(config, run_dir)
-        difference = export(config, checkpoint, run_dir, folder, files)
+        trained = load_trained_model(config.checkpoint)
+        check_not_exported(config, trained.folder)
+        folder, files = choose_files(config, trained.run_dir)
+        difference = export(config, trained, folder, files)
     for file in files.values():
         log(f"{file.stat().st_size:14,} bytes  {file}")
     log(f"largest difference of a logit, on random tokens: {difference:.1e}")
 
 
 def export(
-    config: ExportConfig, checkpoint: Path, run_dir: Path, folder: Path, files: dict[str, Path]
+    config: ExportConfig, trained: TrainedModel, folder: Path, files: dict[str, Path]
 ) -> float:
     """Writes all files, or none of them; returns the largest difference of a logit."""
     from fastllm.integrations.formats import check_expressible, write_model
     from fastllm.integrations.model_card import model_card
-    from fastllm.training.checkpoint import load_model
 
-    model, tokenizer, settings = load_model(checkpoint)
-    model.eval()
+    model, tokenizer, run_dir = trained.model.eval(), trained.tokenizer, trained.run_dir
     check_expressible(model, tokenizer, config.format)
     with writing_aside(folder) as aside:
         name = run_dir.name
         difference = write_model(model, tokenizer, config.format, aside, name)
         model_file = files.get(f"model.{config.format}", run_dir).name
         text = model_card(
-            config.format, config.license, model_file, model, settings, checkpoint, run_dir,
-            difference,
+            config.format, config.license, model_file, model, trained.settings, trained.folder,
+            run_dir, difference,
         )  # fmt: skip
         (aside / CARD).write_text(text, encoding="utf-8")
         for written, file in files.items():
@@ -84,19 +87,14 @@ def export(
     return difference
 
 
-def check_not_transformers(folder: Path) -> None:
-    """Raises a `ValueError` if a model of transformers is in the folder or in its `model/`."""
-    for place in (folder, folder / "model"):
-        try:
-            settings = json.loads((place / "config.json").read_bytes())
-        except (OSError, ValueError):
-            continue  # not a transformers folder; reading the checkpoint reports other faults
-        if isinstance(settings, dict) and "model_type" in settings:
-            raise ValueError(
-                f"{place} is already in the format of Hugging Face's transformers: from_pretrained "
-                "loads it, optimum converts it to ONNX, and llama.cpp's convert_hf_to_gguf.py "
-                "converts it to GGUF"
-            )
+def check_not_exported(config: ExportConfig, folder: Path) -> None:
+    """Raises a `ValueError` if the model has the wanted format already."""
+    from fastllm.tokenization.pretrained import read_settings
+
+    if config.format == "hf" and "model_type" in read_settings(folder / "config.json"):
+        raise ValueError(
+            f"{folder} is already in the format of Hugging Face's transformers; copy it as it is"
+        )
 
 
 def choose_files(config: ExportConfig, run_dir: Path) -> tuple[Path, dict[str, Path]]:
@@ -107,6 +105,8 @@ def choose_files(config: ExportConfig, run_dir: Path) -> tuple[Path, dict[str, P
     """
     from fastllm.integrations.formats import FILES
 
+    if config.out is None and not config.checkpoint.exists():
+        raise ValueError("give an --out for a model of the hub")
     folder = config.out or run_dir / config.format
     names = {name: name for name in [*FILES[config.format], CARD]}
     if folder.suffix in (".onnx", ".gguf"):

@@ -6,15 +6,12 @@ import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fastllm.command import command, errors_in_one_line, first_line, log, parse_settings
 from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
-
-if TYPE_CHECKING:
-    from fastllm.ops.sampling import Sampling
 
 
 class GenerateConfig(CommandSettings):
@@ -23,6 +20,7 @@ class GenerateConfig(CommandSettings):
     examples: ClassVar = """
 fastllm generate --checkpoint runs/book --prompt "Once upon a time"
 fastllm generate --checkpoint runs/book --prompt_file lines.txt --top_p 0.9
+fastllm generate --checkpoint HuggingFaceTB/SmolLM2-135M --prompt "It was"
 """
     groups: ClassVar = {
         "Model and text": "checkpoint prompt prompt_file max_new_tokens stop",
@@ -31,7 +29,8 @@ fastllm generate --checkpoint runs/book --prompt_file lines.txt --top_p 0.9
     }
 
     checkpoint: Path
-    """A run folder, or a checkpoint inside it."""
+    """A run of train or finetune, or a checkpoint in it; a folder in Hugging Face's format, or a
+    name on its hub. A model's own generation_config.json overrides the defaults of sampling."""
     prompt: str | None = None
     """Text to continue. Without it, a prompt is asked for again and again, or the whole of standard
     input is continued if that is a pipe or a file."""
@@ -73,27 +72,25 @@ fastllm generate --checkpoint runs/book --prompt_file lines.txt --top_p 0.9
             raise ValueError("--stop is empty; leave it out, or give the text to end before")
         return self
 
-    @property
-    def sampling(self) -> Sampling:
-        from fastllm.ops.sampling import Sampling
-
-        return Sampling(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
-        )
-
 
 @command
 def main(arguments: list[str]) -> None:
     config = parse_settings(GenerateConfig, arguments)
     # After the flags: help and their errors need not wait for PyTorch.
     from fastllm.generation.decoding import prepare_for_decoding
+    from fastllm.generation.defaults import choose_sampling, describe_defaults
     from fastllm.generation.text_stream import generate_text, generate_texts
+    from fastllm.integrations.any_model import load_trained_model
     from fastllm.threads import set_threads
-    from fastllm.training.checkpoint import CheckpointError, find_checkpoint, load_model
+    from fastllm.training.checkpoint import CheckpointError
 
     set_threads(config.threads)
-    with errors_in_one_line(CheckpointError, OSError, KeyError, ValueError, ImportError):
-        model, tokenizer, _ = load_model(find_checkpoint(config.checkpoint))
+    with errors_in_one_line(CheckpointError, OSError, LookupError, ValueError, ImportError):
+        trained = load_trained_model(config.checkpoint)
+        model, tokenizer = trained.model, trained.tokenizer
+        sampling = choose_sampling(config, trained.sampling)
+        if decided := describe_defaults(tokenizer, trained.sampling, config.model_fields_set):
+            log(decided)
         precision = prepare_for_decoding(model, config.device, config.precision, config.quantize)
         if config.prompt_file is not None:
             lines = read_lines(config.prompt_file)
@@ -103,7 +100,7 @@ def main(arguments: list[str]) -> None:
                 lines,
                 config.max_new_tokens,
                 config.stop,
-                config.sampling,
+                sampling,
                 config.seed,
                 precision,
                 echo=True,
@@ -122,7 +119,7 @@ def main(arguments: list[str]) -> None:
                 config.max_new_tokens,
                 config.stop,
                 echo=True,
-                **config.sampling._asdict(),
+                **sampling._asdict(),
                 seed=seed,
                 precision=precision,
             )

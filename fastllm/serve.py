@@ -1,5 +1,7 @@
 """A trained model behind OpenAI's HTTP interface: `fastllm serve --checkpoint DIR`."""
 
+from __future__ import annotations
+
 import importlib
 import os
 import re
@@ -7,12 +9,16 @@ import socket
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fastllm.command import command, errors_in_one_line, log, parse_settings
 from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
+
+if TYPE_CHECKING:
+    from fastllm.models.decoder import DecoderModel
+    from fastllm.serving.model import ServedModel
 
 # Models with fewer parameters compute on one thread and leave the other cores to the requests. On
 # two cores, that was faster with 0.8 million parameters and slower with 3 million.
@@ -33,8 +39,8 @@ FASTLLM_API_KEY=... fastllm serve --checkpoint runs/book --host 0.0.0.0
     }
 
     checkpoint: Path
-    """A run folder, whose newest checkpoint is served as soon as training has saved it, or one
-    checkpoint inside it."""
+    """A run of train, whose newest checkpoint is served as soon as training has saved it, or one
+    checkpoint in it; a run of finetune, a folder in Hugging Face's format, or a name on its hub."""
     host: str = "127.0.0.1"
     """Address to listen on; all but loopback addresses require an API key."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -60,7 +66,7 @@ FASTLLM_API_KEY=... fastllm serve --checkpoint runs/book --host 0.0.0.0
     other cores to the requests."""
 
     @model_validator(mode="after")
-    def _check_together(self) -> "ServeConfig":
+    def _check_together(self) -> ServeConfig:
         check_quantize(self.quantize, self.precision)
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("--api_key is empty; leave it out, or give one")
@@ -104,20 +110,22 @@ def check_packages() -> None:
 
 def serve(config: ServeConfig, listener: socket.socket, api_key: str | None) -> int:
     """Serves until a signal ends it; returns the exit status."""
+    from fastllm.generation.defaults import describe_defaults
+    from fastllm.integrations.any_model import load_trained_model
     from fastllm.serving.app import create_app
     from fastllm.serving.guard import Limits
-    from fastllm.serving.model import load_served_model
+    from fastllm.serving.model import prepare_served_model
     from fastllm.serving.renewal import keep_newest
     from fastllm.serving.server import Server
     from fastllm.threads import set_threads
 
-    load = partial(
-        load_served_model,
-        device=config.device,
-        precision=config.precision,
-        quantize=config.quantize,
-    )
+    def load(source: Path) -> tuple[ServedModel, DecoderModel]:
+        trained = load_trained_model(source)
+        return prepare_served_model(trained, config.device, config.precision, config.quantize)
+
     served, model = load(config.checkpoint)
+    if decided := describe_defaults(served.tokenizer, served.sampling):
+        log(decided)
     parameters = served.parameters
     if parameters < FEW_PARAMETERS and not (config.threads or os.environ.get("OMP_NUM_THREADS")):
         set_threads(1)

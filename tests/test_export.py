@@ -238,20 +238,16 @@ def test_a_failed_export_leaves_no_files(
     assert list((plain_run / "gguf").iterdir()) == []
 
 
-def test_a_model_of_transformers_is_not_exported(
+def test_a_model_in_transformers_format_is_exported_too(
     plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "tuned/model").mkdir(parents=True)
-    (tmp_path / "tuned/config.json").write_text('{"model": "minilm"}')
-    (tmp_path / "tuned/model/config.json").write_text('{"model_type": "bert"}')
-    for folder, found in (("tuned", "tuned/model"), ("tuned/model", "tuned/model")):
-        message = fails(capsys, "--checkpoint", str(tmp_path / folder), "--format", "onnx")
-        assert (
-            f"{tmp_path / found} is already in the format of Hugging Face's transformers" in message
-        )
     hf = run_export(plain_run, "hf")
-    message = fails(capsys, "--checkpoint", str(hf), "--format", "gguf")
+    message = fails(capsys, "--checkpoint", str(hf), "--format", "hf", "--out", str(tmp_path))
     assert f"{hf} is already in the format of Hugging Face's transformers" in message
+    file = run_export(hf, "onnx") / "model.onnx"
+    ours, _ = loaded(plain_run)
+    ids = random_ids(ours, 3, ours.max_seq_len)
+    assert_close(onnx.onnx_logits(file, ids), logits(ours, ids), 1e-5)
 
 
 def test_missing_packages_are_named(

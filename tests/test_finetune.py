@@ -41,6 +41,10 @@ SMALL = {
         **{"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2},
         **{"intermediate_size": 64, "max_position_embeddings": 64},
     },
+    "llama": {
+        **{"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "intermediate_size": 56, "max_position_embeddings": 64},
+    },
 }
 
 
@@ -114,6 +118,30 @@ def test_a_run_and_its_files(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--model", "gpt2", *data.split(), "--resume", "--out_dir", str(run_dir)])
     with pytest.raises(SystemExit, match="runs/gpt2 holds a run already; --resume continues it"):
         run("gpt2", "--out_dir", "runs/gpt2")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_other_commands_take_the_run(kind: str) -> None:
+    """Greedy text is that of transformers, whichever folder of the run is given."""
+    run(kind, "--out_dir", "run", "--save_interval", "2", "--max_steps", "3")
+    model = AutoModelForCausalLM.from_pretrained("run/model").eval()
+    tokenizer = AutoTokenizer.from_pretrained("run/model")
+    prompt = "the quick brown"
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=30)[0].tolist()
+    expected = tokenizer.decode(ids).removesuffix(f" {tokenizer.eos_token}")
+    for folder in ("run", "run/model", "run/checkpoints/checkpoint-3"):
+        flags = ("--checkpoint", folder, "--threads", "1")
+        more = "--temperature 0 --max_new_tokens 30".split()
+        result = run_command("generate", *flags, "--prompt", prompt, *more)
+        assert result.stdout == expected + "\n", result.stderr
+    loss = json.loads(run_command("evaluate", *flags, "data.jsonl", "--json").stdout)["loss"]
+    assert 0 < loss < math.log(len(tokenizer)) + 1
+    run(kind, "--out_dir", "adapted", "--lora")
+    adapter = run_command("generate", "--checkpoint", "adapted/checkpoints/checkpoint-3")
+    assert "checkpoint-3 is a LoRA adapter without its model; give the `model`" in adapter.stderr
+    merged = run_command("generate", "--checkpoint", "adapted", "--prompt", prompt, *more)
+    assert merged.returncode == 0 and merged.stdout.startswith(prompt)
 
 
 def mask_every_fifth(

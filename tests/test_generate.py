@@ -1,19 +1,24 @@
 import codecs
 import io
 import json
+import math
 import os
 import select
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from fastllm.generation import generate_text, generate_tokens
+from fastllm.tokenization.pretrained import load_pretrained_tokenizer
 from fastllm.training.checkpoint import Progress, find_checkpoint, load_model, save_checkpoint
 from tests.commands import run_command
 from tests.conftest import MakeTrainer
+from tests.hf_models import MODELS, greedy, save_hf_model
 
 
 def run(module: str, *flags: str) -> "subprocess.CompletedProcess[str]":
@@ -205,7 +210,7 @@ def test_evaluate_command(run_dir: Path, text: Path) -> None:
     result = run("evaluate", *flags, "--json")
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
-    assert set(values) == {"loss", "perplexity", "bits_per_character", "tokens"}
+    assert set(values) == {"loss", "perplexity", "bits_per_character", "bits_per_byte", "tokens"}
     assert values["tokens"] == len(text.read_text()) - 1
     assert values["bits_per_character"] == pytest.approx(values["loss"] / 0.6931472, rel=1e-5)
     assert "bits per character" in run("evaluate", *flags).stdout
@@ -232,3 +237,129 @@ def test_evaluate_a_model_whose_scores_are_not_numbers(run_dir: Path, text: Path
             assert json.loads(result.stdout)["perplexity"] is None
             assert json.loads(result.stdout)["loss"] > 700
             assert "unknown" in run("evaluate", *flags[:-1]).stdout
+
+
+HF_PROMPTS = ["What's in a name? 世", "That which we", " rose"]
+
+
+@pytest.fixture(params=MODELS)
+def hf_model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any, Any]:
+    """A folder in Hugging Face's format, and what transformers loads from it."""
+    folder = tmp_path / "small"
+    return folder, *save_hf_model(folder, request.param)
+
+
+def text_of(folder: Path, ids: list[int]) -> str:
+    """The text of prompt and continuation, without what the model expects around it."""
+    tokenizer = load_pretrained_tokenizer(folder, max(ids) + 1)
+    return tokenizer.decode(ids[len(tokenizer.start_tokens) :])
+
+
+def test_greedy_text_is_that_of_transformers(hf_model: tuple[Path, Any, Any]) -> None:
+    folder, model, tokenizer = hf_model
+    flags = f"--checkpoint {folder} --temperature 0 --max_new_tokens 40".split()
+    texts = [text_of(folder, greedy(model, tokenizer, prompt, 40)) for prompt in HF_PROMPTS]
+    for prompt, text in zip(HF_PROMPTS, texts, strict=True):
+        result = run("generate", *flags, "--prompt", prompt)
+        assert result.stdout == text + "\n"
+        assert result.stderr == "texts end at </s>\n"
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(HF_PROMPTS))
+    together = run("generate", *flags, "--prompt_file", str(prompts)).stdout
+    assert together == "\n---\n".join(texts) + "\n"
+
+
+def test_generation_config_is_honoured(hf_model: tuple[Path, Any, Any]) -> None:
+    """Texts end where transformers ends them, and penalties count without sampling too."""
+    folder, model, tokenizer = hf_model
+    ids = greedy(model, tokenizer, HF_PROMPTS[1], 40)
+    ends = [ids[-20], ids[-30]]
+    model.generation_config.eos_token_id = ends
+    model.generation_config.repetition_penalty = 1.7
+    model.generation_config.save_pretrained(folder)
+    flags = f"--checkpoint {folder} --max_new_tokens 40 --prompt".split()
+    spelt = " or ".join(tokenizer.decode([id]) for id in sorted(ends))
+    for prompt in HF_PROMPTS:
+        *shown, last = greedy(model, tokenizer, prompt, 40)
+        text = text_of(folder, shown if last in ends else [*shown, last])
+        result = run("generate", *flags, prompt, "--temperature", "0")
+        assert result.stdout == text + "\n"
+        assert f"sets repetition_penalty 1.7; texts end at {spelt}\n" in result.stderr
+    assert last in ends or len(shown) == len(tokenizer(prompt)["input_ids"]) + 39
+
+
+def test_sampling_of_the_file_and_of_the_flags(hf_model: tuple[Path, Any, Any]) -> None:
+    folder, _, _ = hf_model
+    flags = f"--checkpoint {folder} --max_new_tokens 20 --prompt rose".split()
+    ours = run("generate", *flags).stdout
+    file = {"do_sample": False, "temperature": 2.5, "top_k": 9, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(file))
+    result = run("generate", *flags)
+    assert (result.stdout, result.stderr) == (ours, "texts end at </s>\n")
+    (folder / "generation_config.json").write_text(json.dumps({**file, "do_sample": True}))
+    result = run("generate", *flags)
+    said = "generation_config.json sets temperature 2.5, top_k 9, top_p 0.9; texts end at </s>\n"
+    assert result.stderr == said
+    explicit = "--temperature 2.5 --top_k 9 --top_p 0.9".split()
+    again = run("generate", *flags, *explicit)
+    assert (again.stdout, again.stderr) == (result.stdout, "texts end at </s>\n")
+    # A flag counts even if it is the default.
+    plain = run("generate", *flags, *"--temperature 0.8 --top_k 0 --top_p 1".split())
+    assert (plain.stdout, plain.stderr) == (ours, "texts end at </s>\n")
+
+
+@torch.no_grad()
+def perplexity_of_transformers(model: Any, ids: torch.Tensor, window: int, stride: int) -> float:
+    """The sum of losses as in transformers' guide to perplexity, over all predictions."""
+    total, count, before = 0.0, 0, 0
+    for begin in range(0, ids.size(1), stride):
+        end = min(begin + window, ids.size(1))
+        labels = ids[:, begin:end].clone()
+        labels[:, : -(end - before)] = -100
+        predicted = int((labels[:, 1:] != -100).sum())
+        if predicted:
+            total += float(model(ids[:, begin:end], labels=labels).loss) * predicted
+            count += predicted
+        before = end
+        if end == ids.size(1):
+            break
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(64, 63), (64, 32), (30, 1), (17, 5)])
+def test_sliding_windows_score_as_in_transformers(
+    hf_model: tuple[Path, Any, Any], text: Path, window: int, stride: int
+) -> None:
+    folder, model, tokenizer = hf_model
+    text.write_text(text.read_text()[:600] + "世")
+    ids = tokenizer(text.read_text(), return_tensors="pt")["input_ids"]
+    flags = f"--checkpoint {folder} --max_seq_len {window} --stride {stride} --json".split()
+    result = run("evaluate", *flags, "--file_path", str(text), "--batch_size", "3")
+    values = json.loads(result.stdout)
+    expected = perplexity_of_transformers(model, ids, window, stride)
+    assert values["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert values["tokens"] == ids.size(1) - 1
+    begins = tokenizer.decode(ids[0, :1]) == "<s>"
+    assert result.stderr == begins * "the text begins with <s>, which the model expects there\n"
+    content = text.read_text()
+    bits = values["loss"] / math.log(2) * (ids.size(1) - begins)
+    assert values["bits_per_character"] == pytest.approx(bits / len(content))
+    assert values["bits_per_byte"] == pytest.approx(bits / len(content.encode()))
+
+
+def test_windows_of_a_run(run_dir: Path, text: Path) -> None:
+    """Every token is predicted once; with a smaller stride, from more tokens before it."""
+    flags = ("--checkpoint", str(run_dir), "--file_path", str(text), "--json")
+    whole = json.loads(run("evaluate", *flags).stdout)
+    for stride in (15, 8, 1):
+        values = json.loads(run("evaluate", *flags, "--stride", str(stride)).stdout)
+        assert values["tokens"] == whole["tokens"]
+        assert (values == whole) == (stride == 15)
+    for wrong, message in (
+        ("--stride 16", "--stride must be less than the window of 16 tokens"),
+        ("--max_seq_len 8 --stride 8", "--stride must be less than the window of 8 tokens"),
+        ("--max_seq_len 17", "--max_seq_len 17 is more than the model's 16"),
+        ("--stride 0", "--stride must be greater than or equal to 1"),
+    ):
+        result = run("evaluate", *flags, *wrong.split())
+        assert result.returncode == 1 and message in result.stderr

@@ -8,23 +8,12 @@ from pathlib import Path
 
 from fastllm.command import cause_of, first_line, is_out_of_memory, log
 from fastllm.files import remove_folder, tidy, writing_aside
+from fastllm.integrations.trainer_checkpoints import step_of, whole_checkpoints
 from fastllm.training.checkpoint import CheckpointError
-
-STATE = "trainer_state.json"  # written after everything else of its checkpoint
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"checkpoint-{step}"
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def whole_checkpoints(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints in the folder of a run's checkpoints, the highest step last."""
-    states = checkpoints.glob(f"checkpoint-*/{STATE}")
-    return sorted((state.parent for state in states), key=step_of)
 
 
 def last_checkpoint(run_dir: Path) -> Path:

@@ -26,15 +26,13 @@ from transformers import (
 from fastllm.command import StopRequest, cause_of, is_fault, is_out_of_memory, log
 from fastllm.device import autocast
 from fastllm.finetuning.checkpoint import (
-    STATE,
     checkpoint_folder,
     complete_or_absent,
     reading,
     remove_checkpoints,
-    step_of,
-    whole_checkpoints,
 )
 from fastllm.finetuning.config import FinetuneConfig
+from fastllm.integrations.trainer_checkpoints import STATE, step_of, whole_checkpoints
 from fastllm.optim import AdamW
 from fastllm.training.checkpoint import CheckpointError
 from fastllm.training.evaluation import Evaluation

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from fastllm.generation.defaults import choose_sampling
 from fastllm.generation.text_stream import Prompt, TextStream
 from fastllm.serving.errors import ApiError, respond
 from fastllm.serving.metrics import Metrics
@@ -129,13 +130,14 @@ class Completion(Response):
         }
         self._prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         seed = secrets.randbits(63) if request.seed is None else request.seed
+        sampling = choose_sampling(request, served.sampling)
         repeated = [prompt for prompt in prompts for _ in range(request.n)]
         self._echoes = [prompt.text if request.echo else "" for prompt in repeated]
         self._jobs = [
             Job(
                 prompt,
                 request.max_tokens,
-                request.sampling,
+                sampling,
                 (seed + i) % 2**64,
                 request.stop,
                 request.logprobs,

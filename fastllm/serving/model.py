@@ -1,6 +1,6 @@
 """The model that a server serves, and its description."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from fastllm.generation.decoding import prepare_for_decoding
 from fastllm.models.decoder import DecoderModel
 from fastllm.serving.examples import example_prompts
 from fastllm.tokenization import SimpleCharacterTokenizer, Tokenizer
-from fastllm.training.checkpoint import find_checkpoint, load_model, read_progress, run_of
+from fastllm.training.trained_model import TrainedModel
 
 
 class ServedModel(NamedTuple):
@@ -25,6 +25,7 @@ class ServedModel(NamedTuple):
         progress: its checkpoint's record of the training: step, tokens, losses.
         created: when its weights were written, in seconds since the epoch.
         examples: prompts to start from.
+        sampling: fields of a `Sampling` for requests that leave them out.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ServedModel(NamedTuple):
     progress: dict[str, Any]
     created: int
     examples: Sequence[str] = ()
+    sampling: Mapping[str, float] = {}
 
     @property
     def step(self) -> int | None:
@@ -56,29 +58,24 @@ class ServedModel(NamedTuple):
         return None
 
 
-def load_served_model(
-    run: Path, device: Device, precision: Precision, quantize: str | None
+def prepare_served_model(
+    trained: TrainedModel, device: Device, precision: Precision, quantize: str | None
 ) -> tuple[ServedModel, DecoderModel]:
-    """Loads a run's latest checkpoint, or the given one, ready for decoding.
-
-    Raises:
-        CheckpointError: there is no usable checkpoint.
-    """
-    checkpoint = find_checkpoint(run)
-    model, tokenizer, config = load_model(checkpoint)
+    """A model ready for decoding, and its description."""
+    model = trained.model
     decoding_precision = prepare_for_decoding(model, device, precision, quantize)
-    progress = read_progress(checkpoint)
-    run_dir = run_of(checkpoint)
+    settings = trained.settings
     served = ServedModel(
-        run_dir.name,
-        tokenizer,
-        model.settings if config is None else config.model_dump(mode="json"),
+        trained.name,
+        trained.tokenizer,
+        model.settings if settings is None else settings.model_dump(mode="json"),
         decoding_precision,
         sum(parameter.numel() for parameter in model.parameters()),
         model.max_seq_len,
-        run_dir,
-        {} if progress is None else asdict(progress),
-        int((checkpoint / "model.safetensors").stat().st_mtime),
-        example_prompts(run_dir, tokenizer),
+        trained.run_dir,
+        {} if trained.progress is None else asdict(trained.progress),
+        int(trained.weights.stat().st_mtime),
+        example_prompts(trained.run_dir, trained.tokenizer),
+        trained.sampling,
     )
     return served, model

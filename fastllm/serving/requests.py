@@ -15,7 +15,6 @@ from pydantic import (
 
 from fastllm.command import describe_error
 from fastllm.generation.text_stream import Prompt, encode_prompt
-from fastllm.ops.sampling import Sampling
 from fastllm.serving.errors import ApiError
 from fastllm.tokenization import Tokenizer
 
@@ -102,12 +101,6 @@ class CompletionRequest(BaseModel):
     def scores_prompt(self) -> bool:
         """Whether the tokens of the prompts get log probabilities."""
         return self.echo and self.logprobs is not None
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
-        )
 
 
 def parse_request(body: bytes) -> CompletionRequest:

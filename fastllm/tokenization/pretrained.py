@@ -48,13 +48,14 @@ def load_pretrained_tokenizer(folder: Path, model_vocab_size: int) -> Tokenizer:
     """
     settings = read_settings(folder / "special_tokens_map.json")
     settings |= read_settings(folder / "tokenizer_config.json")
+    end = _end_tokens(folder, model_vocab_size)
     file = folder / "tokenizer.json"
     if file.exists():
         data = read_json(file)
         chars = exported_characters(data) if isinstance(data, dict) else None
         if chars is not None:
             characters = SimpleCharacterTokenizer(chars)
-            characters.end_tokens = _end_ids(folder)
+            characters.end_tokens = end or frozenset()
             return characters
         library = read_tokenizer_json(file)
     else:
@@ -72,8 +73,9 @@ def load_pretrained_tokenizer(folder: Path, model_vocab_size: int) -> Tokenizer:
     )
     library.encode_special_tokens = bool(settings.get("split_special_tokens"))
     ids = {role: library.token_to_id(token) for role, token in special.items() if token}
-    eos = ids.get("eos_token")
-    end = _end_ids(folder) or frozenset(() if eos is None else (eos,))
+    if end is None:
+        eos = ids.get("eos_token")
+        end = frozenset(() if eos is None else (eos,))
     pads = [ids.get("pad_token"), *map(library.token_to_id, PAD_NAMES), *sorted(end), 0]
     pad = next(id for id in pads if id is not None)
     special_tokens = SpecialTokens(pad, _start_ids(library), end)
@@ -98,8 +100,12 @@ def _content(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _end_ids(folder: Path) -> frozenset[int]:
-    """The ids that end a text, by the first file that names any."""
+def _end_tokens(folder: Path, model_vocab_size: int) -> frozenset[int] | None:
+    """The ids that end a text, by the first file that names any; None if none does.
+
+    Ids that the model does not have are left out: configurations with another vocabulary often keep
+    those of the architecture's own.
+    """
     for file in (folder / "generation_config.json", folder / "config.json"):
         given = read_settings(file).get("eos_token_id")
         ids = given if isinstance(given, list) else [given]
@@ -107,8 +113,8 @@ def _end_ids(folder: Path) -> frozenset[int]:
             continue
         if not all(type(id) is int for id in ids):
             raise ValueError(f"{file}: eos_token_id must be a token id or a list, not {given!r}")
-        return frozenset(ids)
-    return frozenset()
+        return frozenset(ids) & frozenset(range(model_vocab_size))
+    return None
 
 
 def _start_ids(library: LibraryTokenizer) -> list[int]:

@@ -225,9 +225,12 @@ def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig |
                 model = config.build_model(tokenizer.vocab_size, tokenizer.pad_token_id)
             else:
                 model = DecoderModel.from_settings(saved)
+                special = _read_settings(checkpoint / "config.json").get("special_tokens", {})
+                tokenizer.start_tokens = special.get("start", ())
+                tokenizer.end_tokens = frozenset(special.get("end", ()))
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
-    except (TypeError, ArithmeticError, RuntimeError) as error:
+    except (TypeError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint / 'config.json'} is damaged: {error}") from error
     file = checkpoint / "model.safetensors"
     expected = {name: list(tensor.shape) for name, tensor in _weights(model).items()}

@@ -14,6 +14,10 @@ from fastllm.tokenization import Tokenizer
 from fastllm.training.distributed import SINGLE
 from fastllm.training.engine import Engine, dummy_sequence
 
+# Longer windows come in smaller batches, so that a batch's activations fit into memory.
+TOKENS_AT_A_TIME = 2**15
+NOTHING_TO_PREDICT = "the text has no token to predict: it needs two tokens at least"
+
 
 class Evaluation(NamedTuple):
     """Loss over a text: `loss` in nats per token, over `tokens` predictions."""
@@ -64,18 +68,62 @@ def evaluate(
     model.train(was_training)
     total, count = data_group.all_reduce(total, count)
     if not count:
-        raise ValueError("the text has no token to predict: it needs two tokens at least")
+        raise ValueError(NOTHING_TO_PREDICT)
     return Evaluation(total / count, int(count))
 
 
-def bits_per_character(loss: float, dataset: TextDataset) -> float | None:
-    """Converts a loss in nats per token into bits per character of the dataset's text.
+@torch.no_grad()
+def evaluate_windows(model: DecoderModel, dataset: TextDataset, batch_size: int) -> Evaluation:
+    """Mean loss over the tokens of `dataset`, each predicted once but for the first.
 
-    None for lossy tokenizers.
+    The sequences of the dataset are windows on its text. All but the first predict only the tokens
+    after their overlap with the one before, so that each has at least this many before it.
+
+    Args:
+        dataset: with an overlap of at least 1.
+        batch_size: sequences in a forward; fewer if these are longer than `TOKENS_AT_A_TIME`.
+
+    Raises:
+        ValueError: there is no token to predict.
     """
+    device = next(model.parameters()).device
+    model.eval()
+    window, overlap = dataset.max_seq_len, dataset.overlap
+    rows = max(1, min(batch_size, TOKENS_AT_A_TIME // window))
+    total, count = 0.0, 0
+    for first in range(0, len(dataset), rows):
+        indices = range(first, min(first + rows, len(dataset)))
+        ids = collate(dataset.__getitems__(indices))["input_ids"]
+        index, place = torch.tensor(indices)[:, None], torch.arange(window)
+        is_new = (index == 0) | (place >= overlap)
+        is_text = index * (window - overlap) + place < len(dataset.tokens)
+        labels = ids.masked_fill(~(is_new & is_text), -100).to(device)
+        predicted = int((model.targets(labels) != -100).sum())
+        if predicted:
+            total += float(model.loss(ids.to(device), labels)) * predicted
+            count += predicted
+    if not count:
+        raise ValueError(NOTHING_TO_PREDICT)
+    return Evaluation(total / count, count)
+
+
+class Bits(NamedTuple):
+    """A loss in bits per character and per byte in UTF-8 of the text."""
+
+    per_character: float
+    per_byte: float
+
+
+def bits_of_text(nats: float, dataset: TextDataset) -> Bits | None:
+    """Converts a loss in nats per token of the dataset; None for lossy tokenizers."""
     tokenizer = cast(Tokenizer, dataset.tokenizer)
     if not tokenizer.is_lossless:
         return None
     pieces = np.array_split(dataset.tokens, len(dataset.tokens) // 1_000_000 + 1)
-    characters = sum(len(tokenizer.decode(piece.tolist())) for piece in pieces)
-    return loss / math.log(2) * len(dataset.tokens) / characters
+    characters = bytes = 0
+    for piece in pieces:
+        text = tokenizer.decode(piece.tolist())
+        characters += len(text)
+        bytes += len(text.encode("utf-8", "surrogatepass"))
+    bits = nats / math.log(2) * len(dataset.tokens)
+    return Bits(bits / characters, bits / bytes)

@@ -43,7 +43,7 @@ from fastllm.training.distributed import (
     process_group,
 )
 from fastllm.training.engine import Engine, choose_engine
-from fastllm.training.evaluation import bits_per_character
+from fastllm.training.evaluation import bits_of_text
 from fastllm.training.loop import Trainer, derive_seed
 from fastllm.training.memory import check_memory
 from fastllm.training.metrics import plot_losses, resident_mb, tokens_per_second
@@ -500,10 +500,10 @@ def report(trainer: Trainer, log: Log) -> None:
         return
     if trainer.evaluation is not None and trainer.val_set is not None:
         loss, perplexity = trainer.evaluation.loss, trainer.evaluation.perplexity
-        bits = bits_per_character(loss, trainer.val_set)
+        bits = bits_of_text(loss, trainer.val_set)
         log(
             f"validation  loss {loss:.4f}, perplexity {perplexity:.3f}, "
-            f"{'unknown' if bits is None else f'{bits:.4f}'} bits per character"
+            f"{'unknown' if bits is None else f'{bits.per_character:.4f}'} bits per character"
         )
         log(
             f"best        loss {progress.best_val_loss:.4f}: "

@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from fastllm.files import writing_aside
 from fastllm.models.decoder import DecoderModel, check_as_built
 from fastllm.tokenization import Tokenizer
-from fastllm.training.checkpoint import find_checkpoint, read_saved_settings
-from fastllm.training.checkpoint import load_model as load_checkpoint
+from fastllm.training.checkpoint import read_saved_settings
 from fastllm.version import __version__
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
@@ -45,21 +44,9 @@ def save_model(model: DecoderModel, tokenizer: Tokenizer, folder: str | os.PathL
     weights = {name: each.detach().cpu().contiguous() for name, each in model.state_dict().items()}
     if model.tie_word_embeddings:  # safetensors refuses shared memory
         del weights["lm_head.weight"]
-    config = {"fastllm_version": __version__, "model": settings}
+    special = {"start": list(tokenizer.start_tokens), "end": sorted(tokenizer.end_tokens)}
+    config = {"fastllm_version": __version__, "model": settings, "special_tokens": special}
     with writing_aside(folder) as aside:
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(aside / "tokenizer.json")
         save_file(weights, aside / "model.safetensors")
-
-
-def load_model(folder: str | os.PathLike[str]) -> tuple[DecoderModel, Tokenizer]:
-    """The model, on the CPU and in evaluation mode, and the tokenizer of a folder.
-
-    Args:
-        folder: of `save_model`, of a run, or a checkpoint in a run.
-
-    Raises:
-        CheckpointError: there is no model, or a file is missing or damaged.
-    """
-    model, tokenizer, _ = load_checkpoint(find_checkpoint(folder))
-    return model.eval(), tokenizer

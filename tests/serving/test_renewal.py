@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer
+from fastllm.integrations.any_model import load_trained_model
 from fastllm.serving import renewal
 from fastllm.serving.app import create_app
-from fastllm.serving.model import ServedModel, load_served_model
+from fastllm.serving.model import ServedModel, prepare_served_model
 from fastllm.serving.renewal import keep_newest
 from fastllm.tokenization import Tokenizer
 from fastllm.training.checkpoint import Progress, save_checkpoint
@@ -28,7 +29,10 @@ from tests.serving.conftest import (
 
 CONFIG = TrainConfig(hidden_size=32, num_layers=2, num_heads=2, max_seq_len=100)
 TOKENIZER = SimpleCharacterTokenizer(["abcdefghij klmno"])
-load = partial(load_served_model, device="cpu", precision="fp32", quantize=None)
+
+
+def load(run: Path) -> tuple[ServedModel, DecoderModel]:
+    return prepare_served_model(load_trained_model(run), "cpu", "fp32", None)
 
 
 def save(run: Path, step: int, tokenizer: Tokenizer = TOKENIZER, keep: int = 1) -> DecoderModel:

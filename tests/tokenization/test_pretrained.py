@@ -1,7 +1,6 @@
 """Tokenizers of models in Hugging Face's format, compared with transformers' own loading."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ import pytest
 
 from fastllm.tokenization import SimpleCharacterTokenizer, SubwordTokenizer
 from fastllm.tokenization.pretrained import load_pretrained_tokenizer
-from tests.tokenizer_kinds import TEXT, byte_fallback, unigram
+from tests.hf_models import LIBRARIES, library_of, like_gpt2
+from tests.tokenizer_kinds import TEXT
 
 transformers = pytest.importorskip("transformers", reason="needs transformers ([finetune])")
 tokenizers = pytest.importorskip("tokenizers")
@@ -22,34 +22,6 @@ SAMPLES = [
 ]
 
 
-def like_gpt2() -> Any:
-    """Byte-level BPE without anything around a text."""
-    library = tokenizers.Tokenizer.from_str(SubwordTokenizer.train([TEXT], "bpe", 300).to_json())
-    library.add_special_tokens(["<s>", "</s>", "<|im_end|>"])
-    return library
-
-
-def with_template(library: Any, single: str) -> Any:
-    """The tokenizer with a template such as `<s> $A` for texts."""
-    library.add_special_tokens(["<s>", "</s>", "<|im_end|>"])
-    library.post_processor = tokenizers.processors.TemplateProcessing(
-        single=single,
-        special_tokens=[(token, library.token_to_id(token)) for token in ("<s>", "</s>")],
-    )
-    return library
-
-
-def library_of(tokenizer: SubwordTokenizer) -> Any:
-    return tokenizers.Tokenizer.from_str(tokenizer.to_json())
-
-
-KINDS: dict[str, Callable[[], Any]] = {
-    "like GPT-2": like_gpt2,
-    "with bos": lambda: with_template(like_gpt2(), "<s> $A"),
-    "like Llama": lambda: with_template(library_of(byte_fallback()), "<s> $A"),
-    "Unigram with eos": lambda: with_template(library_of(unigram()), "$A </s>"),
-    "bos twice": lambda: with_template(like_gpt2(), "<s> <s> $A </s>"),
-}
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<PAD>"}
 
 
@@ -62,7 +34,7 @@ def write(folder: Path, library: Any, **settings: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LIBRARIES)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"add_bos_token": True, "add_eos_token": True}, {"split_special_tokens": True}],
@@ -75,7 +47,7 @@ def test_prompts_encode_as_in_transformers(
 
     transformers takes what surrounds a text from tokenizer.json, whatever add_bos_token says.
     """
-    folder = write(tmp_path / "model", KINDS[kind](), **settings)
+    folder = write(tmp_path / "model", LIBRARIES[kind](), **settings)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ours = load_pretrained_tokenizer(folder, len(theirs))
     end = theirs.eos_token_id
@@ -107,6 +79,8 @@ def test_named_tokens_become_special_as_in_transformers(tmp_path: Path) -> None:
         ({"eos_token_id": [3, 7]}, {"eos_token_id": 5}, {}, {3, 7}),
         ({"eos_token_id": 0}, {"eos_token_id": 5}, {}, {0}),
         ({}, {"eos_token_id": 5}, {}, {5}),
+        ({"eos_token_id": [3, 50256]}, {}, {}, {3}),
+        ({"eos_token_id": 50256}, {"eos_token_id": 5}, {}, set()),
         ({"eos_token_id": None}, {"eos_token_id": [5, 6]}, {}, {5, 6}),
         (None, None, {}, {"</s>"}),
         (None, {}, {"eos_token": {"content": "<|im_end|>"}}, {"<|im_end|>"}),
@@ -128,7 +102,7 @@ def test_where_the_end_of_text_is_found(
 def test_ids_without_a_token_decode_to_nothing(tmp_path: Path) -> None:
     """A model may have more embeddings than the tokenizer has tokens."""
     for name in ("like GPT-2", "like Llama"):
-        folder = write(tmp_path / name, KINDS[name]())
+        folder = write(tmp_path / name, LIBRARIES[name]())
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         ours = load_pretrained_tokenizer(folder, len(theirs) + 10)
         assert ours.vocab_size == len(theirs) + 10

@@ -88,11 +88,13 @@ def test_a_saved_model_is_served_and_exported(text: Path, tmp_path: Path) -> Non
     pytest.importorskip("fastapi", reason="pip install '.[serve]' brings the server")
     from fastapi.testclient import TestClient
 
+    from fastllm.integrations.any_model import load_trained_model
     from fastllm.serving.app import create_app
-    from fastllm.serving.model import load_served_model
+    from fastllm.serving.model import prepare_served_model
 
     fastllm.save_model(*trained(text), tmp_path / "mine")
-    served, model = load_served_model(tmp_path / "mine", "cpu", "fp32", None)
+    saved = load_trained_model(tmp_path / "mine")
+    served, model = prepare_served_model(saved, "cpu", "fp32", None)
     app = create_app(served, model, 2, 2)
     try:
         with TestClient(app, base_url="http://127.0.0.1") as client:
