@@ -29,6 +29,7 @@ for module in ("onnx", "onnxscript", "onnxruntime", "gguf", "tokenizers", "trans
 
 FLAGS = {
     "default": "",
+    "head-bias": "--lm_head_bias",
     "learned-tied": "--pos_encoding learned --tie_word_embeddings --num_heads 4"
     " --activation gelu_tanh",
     "bpe": "--tokenizer bpe --vocab_size 300 --tie_word_embeddings --num_layers 2",
@@ -151,9 +152,15 @@ def test_gguf_read_back(run: Path) -> None:
         mlp_activation="gelu_tanh" if "gelu_tanh" in (run / "config.json").read_text() else "gelu",
         norm_eps=settings["gpt2.attention.layer_norm_epsilon"],
         lm_head_bias=False,
+        tie_word_embeddings="output.weight" not in tensors,
         scale_embeddings=False,
     ).eval()
+    widened = theirs.hidden_size > ours.hidden_size
+    assert widened == (ours.lm_head.bias is not None)
+    assert theirs.tie_word_embeddings == ours.tie_word_embeddings
     names = tensor_names(gguf.TENSORS, settings["gpt2.block_count"])
+    if theirs.tie_word_embeddings:
+        del names["lm_head.weight"]
     assert sorted(names.values()) == sorted(tensors)
     theirs.load_state_dict({ours: torch.tensor(tensors[name]) for ours, name in names.items()})
     ids = random_ids(ours, 3, ours.max_seq_len)
@@ -289,6 +296,7 @@ def test_the_card(run: Path) -> None:
         '"hidden_size": 16',
     ):
         assert expected in text
+    assert ("GPT-2 has no bias in its head" in text) == (model.lm_head.bias is not None)
     assert str(run.parent) not in text
     assert not any(word in text for word in ("$file", "$length", "$half"))
 

@@ -46,8 +46,8 @@ characters of a prompt that the vocabulary lacks.""",
 }
 WIDER = """
 
-GPT-2 has no bias in its head. The model stores it in a few more channels than the settings below
-say, one for each attention head; the results are the same."""
+GPT-2 has no bias in its head. The model stores it in more channels and attention heads than the
+settings below say; the results are the same."""
 
 
 def model_card(
@@ -68,7 +68,8 @@ def model_card(
     """
     rows = model_rows(model, settings, difference) | run_rows(checkpoint, run_dir)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    loading = Template(LOADING[format] + ("" if format == "onnx" else WIDER)).substitute(
+    wider = format != "onnx" and model.lm_head.bias is not None
+    loading = Template(LOADING[format] + (WIDER if wider else "")).substitute(
         file=file_name, length=model.max_seq_len, half=model.max_seq_len // 2
     )
     licence = (

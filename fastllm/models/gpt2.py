@@ -88,15 +88,15 @@ def check_gpt2(model: "DecoderModel", convertible: bool = False) -> None:
 def convert_to_gpt2(model: "DecoderModel") -> "DecoderModel":
     """Returns a new model of GPT-2's architecture with the same logits up to rounding.
 
-    The token embeddings are multiplied by their scale; a head tied to them gets a matrix of its
-    own. Sinusoidal positions become a table of positions.
+    The token embeddings are multiplied by their scale, and the final norm, if the head is tied to
+    them, is divided by it. Sinusoidal positions become a table of positions.
 
-    GPT-2's head has no bias. A nonzero bias becomes a column of the head's matrix, for a channel in
-    which the last layer norm always returns 1. This widens the model by one channel for each
-    attention head, and the residual stream is 0 in all of the new channels. In the old channels the
-    layer norms return the same as before: everything added to the residual stream loses its mean
-    over the channels, which layer norms ignore, so the mean over more channels is 0 as well; and
-    the layer norms' weights and epsilons compensate for a variance over more channels.
+    GPT-2's head has no bias. A nonzero bias becomes a column of the head's matrix, which is then
+    not tied, for a channel in which the last layer norm always returns 1. This widens the model by
+    whole attention heads, and the residual stream is 0 in all of the new channels. In the old
+    channels the layer norms return the same as before: everything added to the residual stream
+    loses its mean over the channels, which layer norms ignore, so the mean over more channels is 0
+    as well; and the layer norms' weights and epsilons compensate for a variance over more channels.
 
     Raises:
         ValueError: GPT-2's format cannot express the model even so; the message says why.
@@ -105,14 +105,14 @@ def convert_to_gpt2(model: "DecoderModel") -> "DecoderModel":
     table, block = model.embedding_layer, cast(TransformerBlock, model.transformer_blocks[0])
     layer = cast(Layer, block.record())
     V, H = table.token_embeddings.weight.shape
-    N = layer.attention.heads
-    extra = 0 if model.lm_head.bias is None or not model.lm_head.bias.any() else 1
-    wide = H + N * extra
+    N, D = layer.attention.heads, H // layer.attention.heads
+    biased = model.lm_head.bias is not None and bool(model.lm_head.bias.any())
+    heads = N + (_more_heads(N, D) if biased else 0)
     result = type(model)(
         V,
-        wide,
+        heads * D,
         len(model.transformer_blocks),
-        N,
+        heads,
         model.max_seq_len,
         layer.mlp.fc1.weight.size(0),
         pos_encoding_learned=True,
@@ -120,56 +120,52 @@ def convert_to_gpt2(model: "DecoderModel") -> "DecoderModel":
         attn_dropout_p=block.self_attn.p,
         mlp_dropout_p=block.mlp.dropout.p,
         mlp_activation=layer.mlp.activation,
-        norm_eps=cast(Norm, layer.mlp.norm).eps * H / wide,
+        norm_eps=cast(Norm, layer.mlp.norm).eps * N / heads,
         padding_idx=model.padding_idx,
         lm_head_bias=False,
         dtype=table.token_embeddings.weight.dtype,
+        tie_word_embeddings=model.tie_word_embeddings and not biased,
         scale_embeddings=False,
     )
-    result.load_state_dict(_converted_weights(model, layer, wide, extra))
+    result.load_state_dict(_converted_weights(model, result.hidden_size - H))
     return result.train(model.training)
 
 
-def _converted_weights(
-    model: "DecoderModel", layer: Layer, wide: int, extra: int
-) -> dict[str, Tensor]:
+def _more_heads(heads: int, head_dim: int) -> int:
+    """The least number of more heads that keeps a width in blocks of 32, as formats of 4 and 8 bits
+    need it, in such blocks."""
+    return 1 if heads * head_dim % 32 else 32 // math.gcd(32, head_dim)
+
+
+def _converted_weights(model: "DecoderModel", extra: int) -> dict[str, Tensor]:
     """The state dict of `convert_to_gpt2`'s result, in float64.
 
     Args:
-        wide: its hidden size.
-        extra: new channels for each attention head, 0 or 1.
+        extra: new channels, for the head's bias if there are any.
     """
     table, H = model.embedding_layer, model.hidden_size
-    N = layer.attention.heads
-    D = H // N
 
-    def channels(tensor: Tensor, dim: int = -1) -> Tensor:
-        return _padded(tensor, dim, 1, wide - H)
+    def channels(tensor: Tensor, dim: int = -1, parts: int = 1) -> Tensor:
+        return _padded(tensor, dim, parts, extra)
 
     def residual(tensor: Tensor, dim: int = -1) -> Tensor:
         """For parameters whose output is added to the residual stream."""
         return channels(tensor - tensor.mean(dim, keepdim=True) if extra else tensor, dim)
 
-    def projections(tensor: Tensor) -> Tensor:
-        """For q, k and v; q makes up for scores divided by the root of a larger head_dim."""
-        factors = torch.tensor([math.sqrt((D + extra) / D), 1, 1], dtype=tensor.dtype)
-        scaled = tensor.unflatten(0, (3, H)) * factors.view(3, *[1] * tensor.ndim)
-        return _padded(scaled.flatten(0, 1), 0, 3 * N, extra)
-
     old = {name: tensor.double().cpu() for name, tensor in model.state_dict().items()}
     new = {name: channels(old[name]) for name in old if "norm" in name}
     for name in new:
         if name.endswith("weight"):
-            new[name] *= math.sqrt(H / wide)
+            new[name] *= math.sqrt(H / (H + extra))
     for i in range(len(model.transformer_blocks)):
         attention, mlp = f"transformer_blocks.{i}.self_attn.", f"transformer_blocks.{i}.mlp."
         new |= {
-            f"{attention}qkv_proj.weight": projections(
-                channels(old[f"{attention}qkv_proj.weight"])
+            f"{attention}qkv_proj.weight": channels(
+                channels(old[f"{attention}qkv_proj.weight"]), 0, parts=3
             ),
-            f"{attention}qkv_proj.bias": projections(old[f"{attention}qkv_proj.bias"]),
+            f"{attention}qkv_proj.bias": channels(old[f"{attention}qkv_proj.bias"], parts=3),
             f"{attention}out_proj.weight": residual(
-                _padded(old[f"{attention}out_proj.weight"], 1, N, extra), 0
+                channels(old[f"{attention}out_proj.weight"]), 0
             ),
             f"{attention}out_proj.bias": residual(old[f"{attention}out_proj.bias"]),
             f"{mlp}fc1.weight": channels(old[f"{mlp}fc1.weight"]),
@@ -181,6 +177,10 @@ def _converted_weights(
     new[f"{tokens}.weight"] = residual(old[f"{tokens}.weight"] * table.scale)
     table_of_positions = cast(Tensor, table.position_table())
     new[f"{positions}.pos_embedding.weight"] = residual(table_of_positions.double().cpu())
+    if model.tie_word_embeddings and not extra:
+        for kind in ("weight", "bias"):
+            new[f"final_norm.{kind}"] /= table.scale
+        return new
     new["lm_head.weight"] = channels(old["lm_head.weight"])
     if extra:
         new["final_norm.bias"][H] = 1

@@ -70,6 +70,11 @@ class RunSettings(CommandSettings):
         """The settings that a new run is made from, when these were given."""
         return given
 
+    @classmethod
+    def of_saved_run(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a run whose config.json, of any version, holds these."""
+        return saved
+
     def to_json(self) -> str:
         """The settings of the run, with the package's version: the text of config.json."""
         settings = self.model_dump(mode="json", exclude=set(self.of_one_command))
@@ -139,8 +144,8 @@ class TrainConfig(OptimizationSettings):
         "max_seq_len", "overlap", "tokenizer", "vocab_size", "min_line_length", "dedup_lines",
         "val_fraction", "arch", "hidden_size", "num_layers", "num_heads", "num_kv_heads",
         "head_dim", "dropout", "norm", "norm_first", "pos_encoding", "rope_base", "activation",
-        "mlp", "qk_norm", "window", "tie_word_embeddings", "batch_size", "grad_accum",
-        "optimizer", "seed",
+        "mlp", "qk_norm", "window", "tie_word_embeddings", "lm_head_bias", "batch_size",
+        "grad_accum", "optimizer", "seed",
     )  # fmt: skip
     positional: ClassVar = "file_path"
     aliases: ClassVar = {"dataset": "file_path"}
@@ -157,7 +162,8 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
         "Data": "file_path text_column tokenizer vocab_size max_seq_len overlap min_line_length "
         "dedup_lines val_fraction",
         "Model": "arch hidden_size num_layers num_heads num_kv_heads head_dim dropout norm "
-        "norm_first pos_encoding rope_base activation mlp qk_norm window tie_word_embeddings",
+        "norm_first pos_encoding rope_base activation mlp qk_norm window tie_word_embeddings "
+        "lm_head_bias",
         "Length of the run": "epochs max_steps max_minutes patience dry_run",
         "Optimization": "batch_size grad_accum lr lr_schedule warmup_steps min_lr optimizer "
         "muon_lr weight_decay beta1 beta2 max_grad_norm seed",
@@ -238,6 +244,9 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     tie_word_embeddings: bool = False
     """Share one matrix between the embeddings and the head: fewer parameters when the vocabulary is
     large."""
+    lm_head_bias: bool = False
+    """A bias in the head. Formats of other programs have no place for it: export widens the model
+    instead."""
 
     # Optimization
     max_minutes: NonNegative = 0
@@ -291,6 +300,11 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     @classmethod
     def of_new_run(cls, given: dict[str, Any]) -> dict[str, Any]:
         return given if is_by_hand(given) else {"preset": DEFAULT_PRESET, **given}
+
+    @classmethod
+    def of_saved_run(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        # Heads had a bias, except those of an architecture, before there was a setting for it.
+        return {"lm_head_bias": saved.get("arch") is None, **saved}
 
     @model_validator(mode="before")
     @classmethod
@@ -379,6 +393,7 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
             "mlp_dropout_p": self.dropout,
             "padding_idx": padding_idx,
             "tie_word_embeddings": self.tie_word_embeddings,
+            "lm_head_bias": self.lm_head_bias,
         }
         if not self.norm_first:
             given["norm_order"] = "post"
@@ -512,7 +527,7 @@ def read_config(path: Path, settings_class: type[AnyRun]) -> AnyRun:
         if not isinstance(settings, dict):
             raise ValueError("expected a JSON object")
         settings.pop("fastllm_version", None)
-        return settings_class(**settings)
+        return settings_class(**settings_class.of_saved_run(settings))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: {path.parent} holds no run") from None
     except (ValidationError, TypeError) as error:

@@ -551,7 +551,7 @@ def test_models_with_fastllms_defaults_become_gpt2(activation: str, tied: bool) 
     torch.manual_seed(0)
     settings: dict[str, Any] = {"mlp_activation": activation, "tie_word_embeddings": tied}
     model = DecoderModel(61, 24, 2, 4, 20, norm_eps=1e-2, padding_idx=60, **settings)
-    assert assert_converted(model).hidden_size == 24 + 4
+    assert assert_converted(model).hidden_size == 24 + 6
 
 
 @pytest.mark.parametrize(
@@ -567,7 +567,21 @@ def test_models_with_fastllms_defaults_become_gpt2(activation: str, tied: bool) 
 )
 def test_conversion_widens_only_for_a_bias_of_the_head(changes: dict[str, Any]) -> None:
     result = assert_converted(make_model(**changes))
-    assert result.hidden_size == (28 if changes.get("lm_head_bias") else 24)
+    assert result.hidden_size == (30 if changes.get("lm_head_bias") else 24)
+    assert result.tie_word_embeddings == changes.get("tie_word_embeddings", False)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "num_heads", "expected"), [(64, 2, 96), (64, 8, 96), (96, 4, 192), (30, 5, 36)]
+)
+def test_a_wider_model_keeps_its_heads_and_blocks_of_32_channels(
+    hidden_size: int, num_heads: int, expected: int
+) -> None:
+    """llama.cpp's formats of 4 and 8 bits need rows of such blocks."""
+    model = DecoderModel(61, hidden_size, 1, num_heads, 20)
+    result = assert_converted(model)
+    head_dim = hidden_size // num_heads
+    assert (result.hidden_size, result.config.num_heads) == (expected, expected // head_dim)
 
 
 def test_a_bias_of_zeros_does_not_widen() -> None:

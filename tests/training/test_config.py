@@ -277,6 +277,20 @@ def test_flags_override_the_architecture() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("flags", ["", "--hidden_size 48 --num_heads 4", "--arch llama"])
+def test_only_runs_of_earlier_versions_have_a_bias_in_the_head(flags: str, tmp_path: Path) -> None:
+    config = parse_train_config(flags.split())
+    assert not config.decoder_config(7, None).lm_head_bias
+    settings = json.loads(config.to_json())
+    del settings["lm_head_bias"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    earlier = parse_train_config(["--resume", "--out_dir", str(tmp_path)])
+    assert earlier.decoder_config(7, None).lm_head_bias == (config.arch is None)
+    assert (
+        parse_train_config([*flags.split(), "--lm_head_bias"]).decoder_config(7, None).lm_head_bias
+    )
+
+
 def test_flags_without_an_architecture() -> None:
     flags = "--norm rms --pos_encoding rope --num_kv_heads 2 --mlp swiglu --qk_norm --window 5"
     model = parse_train_config([*FLAGS, *flags.split()]).decoder_config(7, None)
