@@ -5,10 +5,8 @@ by default keeps keys and values in fp16.
 """
 
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-from fastllm.integrations.hf_tokenizer import check_utf8, tokenizer_json
+from fastllm.integrations.gguf_tokenizer import gguf_vocabulary
 from fastllm.models.decoder import DecoderModel
 from fastllm.models.gpt2 import (
     ACTIVATIONS,
@@ -17,7 +15,7 @@ from fastllm.models.gpt2 import (
     convert_to_gpt2,
     tensor_names,
 )
-from fastllm.tokenization import SimpleCharacterTokenizer, Tokenizer
+from fastllm.tokenization import Tokenizer
 
 # GPT-2's names of GELU. The exact GELU is also accepted: it differs from the approximation by 5e-4
 # at most, less than the table's rounding.
@@ -36,14 +34,6 @@ TENSORS = {
     "transformer_blocks.{i}.mlp.fc1.{kind}": "blk.{i}.ffn_up.{kind}",
     "transformer_blocks.{i}.mlp.fc2.{kind}": "blk.{i}.ffn_down.{kind}",
 }
-
-
-class Vocabulary(NamedTuple):
-    """The tables of llama.cpp's byte-level BPE: each id's text and type, and merges in order."""
-
-    tokens: list[str]
-    types: Sequence[int]
-    merges: list[str]
 
 
 def check_gguf(model: DecoderModel, tokenizer: Tokenizer) -> None:
@@ -103,86 +93,3 @@ def save_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def gguf_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """The tokenizer as a byte-level BPE like GPT-2's, which encodes every text to the same ids.
-
-    Each character becomes a token of all its bytes, whose merges join them from first to last. No
-    byte that begins a character in UTF-8 occurs inside another one, so nothing else is joined.
-    llama.cpp skips characters without a token, for which this package raises an error.
-
-    Raises:
-        ValueError: llama.cpp has no such tokenizer; the message gives the reason.
-        ImportError: the tokenizers library is not installed.
-    """
-    if isinstance(tokenizer, SimpleCharacterTokenizer):
-        check_utf8(tokenizer)
-        return _character_vocabulary(tokenizer)
-    return _subword_vocabulary(
-        tokenizer_json(tokenizer), tokenizer.vocab_size, tokenizer.pad_token_id
-    )
-
-
-def _character_vocabulary(tokenizer: SimpleCharacterTokenizer) -> Vocabulary:
-    from gguf import TokenType
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    as_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
-    *chars, pad = tokenizer.chars
-    spelt = [as_bytes.pre_tokenize_str(char)[0][0] for char in chars]
-    merges = {
-        f"{token[:end]} {token[end]}": None for token in spelt for end in range(1, len(token))
-    }
-    # llama.cpp requires a merge; this one never applies, because nothing produces its parts.
-    return Vocabulary(
-        [*spelt, pad],
-        [TokenType.NORMAL] * len(chars) + [TokenType.CONTROL],
-        [*merges] or [f"{pad} {pad}"],
-    )
-
-
-def _subword_vocabulary(data: dict[str, Any], vocab_size: int, pad_token_id: int) -> Vocabulary:
-    from gguf import TokenType
-
-    reason = _why_not_gpt2(data)
-    if reason is not None:
-        raise ValueError(f"llama.cpp cannot reproduce this tokenizer: {reason}")
-    texts, types = {}, {}
-    for token, id in data["model"]["vocab"].items():
-        texts[id], types[id] = token, TokenType.NORMAL
-    for token in data["added_tokens"]:
-        texts[token["id"]] = token["content"]
-        types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-    merges = [
-        merge if isinstance(merge, str) else " ".join(merge) for merge in data["model"]["merges"]
-    ]
-    pad = texts[pad_token_id]
-    ids = range(vocab_size)
-    return Vocabulary(
-        [texts.get(id, f"[unused{id}]") for id in ids],
-        [types.get(id, TokenType.UNUSED) for id in ids],
-        merges or [f"{pad} {pad}"],
-    )
-
-
-def _why_not_gpt2(data: dict[str, Any]) -> str | None:
-    """Why a tokenizer.json is not of GPT-2's kind, byte-level BPE, or None."""
-    model, words = data["model"], data["pre_tokenizer"]
-    if model["type"] == "WordPiece":
-        return "it has WordPiece only for BERT, in lower case"
-    if model["type"] != "BPE":
-        return f"it has no counterpart of a {model['type']} tokenizer"
-    if words is None or words["type"] != "ByteLevel" or not words.get("use_regex", True):
-        return "the tokenizer does not split text into words as GPT-2 does"
-    if words["add_prefix_space"]:
-        return "the tokenizer puts a space before every text"
-    if data["normalizer"] is not None:
-        return "the tokenizer normalizes texts first"
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
-        if model.get(option):
-            return f"GPT-2's BPE has no {option}"
-    for token in data["added_tokens"]:
-        if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            return f"the token {token['content']!r} depends on the surrounding white space"
-    return None

@@ -44,7 +44,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of the tokenizers library's tokenizer.json; raises like `save_hf_tokenizer`."""
     if isinstance(tokenizer, SimpleCharacterTokenizer):
         check_utf8(tokenizer)
-        text = _character_tokenizer_json(tokenizer)
+        text = character_tokenizer_json(tokenizer)
     else:
         text = tokenizer.to_json()
     # A post_processor puts special tokens around a text.
@@ -60,7 +60,8 @@ def check_utf8(tokenizer: SimpleCharacterTokenizer) -> None:
         )
 
 
-def _character_tokenizer_json(tokenizer: SimpleCharacterTokenizer) -> str:
+def character_tokenizer_json(tokenizer: SimpleCharacterTokenizer) -> str:
+    """The content of the tokenizers library's tokenizer.json for a character tokenizer."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as LibraryTokenizer
 
