@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from fastllm.integrations.huggingface.architectures import FUSED_CLASSES
 from fastllm.integrations.huggingface.attention import ATTENTION
@@ -19,9 +20,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model, enable: bool = True, skip_logits: bool | None = None) -> Model:
     """Puts the kernels under a transformers model, in place; `enable=False` removes them.
 
-    Whole layers and the loss are fused in GPT-2, BERT and DistilBERT, the feed-forward networks and
-    the loss in MobileBERT, the loss in Llama; also in a model that peft has wrapped. In every model
-    that supports transformers' attention interface, kernels compute attention and dropout.
+    Whole layers and the loss are fused in GPT-2, Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3
+    (text), BERT and DistilBERT, the feed-forward networks and the loss in MobileBERT; also in a
+    model that peft has wrapped. In every model that supports transformers' attention interface,
+    kernels compute attention and dropout.
 
     If only a loss is computed and no padding is scored, fused layers skip the padding.
 
@@ -61,7 +63,8 @@ def accelerate(model: Model, enable: bool = True, skip_logits: bool | None = Non
 def _switch_attention(model: PreTrainedModel, enable: bool) -> None:
     """Selects our attention for a model and all that it contains, or the one it had before."""
     previous = model.__dict__.pop("attention_before", None)
-    if enable and model._supports_sdpa:
+    # Gemma 2 lacks transformers' "sdpa" for its softcap alone, which our attention has.
+    if enable and (model._supports_sdpa or isinstance(model, Gemma2PreTrainedModel)):
         model.attention_before = previous or model.config._attn_implementation
         model.set_attn_implementation(ATTENTION)
     elif previous is not None:

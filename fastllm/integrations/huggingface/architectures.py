@@ -12,9 +12,14 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.distilbert import modeling_distilbert as distilbert
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.mobilebert import modeling_mobilebert as mobilebert
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from fastllm.integrations.huggingface.attention import FusedDropout
 from fastllm.integrations.huggingface.fusible import CannotFuse, forwards_of, linear_parameters
@@ -53,9 +58,98 @@ class GPT2LMHeadModel(LanguageModel, gpt2.GPT2LMHeadModel):
     paths = HeadPaths(CausalLMOutputWithCrossAttentions, causal=True, linear="lm_head")
 
 
+LLAMA_LAYER = LayerPaths(
+    norm_first=True,
+    containers=("mlp",),
+    norm1="input_layernorm",
+    attention="self_attn",
+    num_heads="self_attn.config.num_attention_heads",
+    num_kv_heads="self_attn.config.num_key_value_heads",
+    rotary=True,
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.o_proj",
+    weights_dropout="self_attn.attention_dropout",
+    norm2="post_attention_layernorm",
+    fc1="mlp.gate_proj",
+    up="mlp.up_proj",
+    activation="mlp.act_fn",
+    fc2="mlp.down_proj",
+)
+LLAMA_HEAD = HeadPaths(CausalLMOutputWithPast, causal=True, linear="lm_head")
+
+
+class LlamaDecoderLayer(TransformerLayer, llama.LlamaDecoderLayer):
+    paths = LLAMA_LAYER
+    bypassed = forwards_of(llama.LlamaAttention, llama.LlamaMLP)
+
+
 class LlamaForCausalLM(LanguageModel, llama.LlamaForCausalLM):
     forward = with_fused_loss(llama.LlamaForCausalLM.forward)
-    paths = HeadPaths(CausalLMOutputWithPast, causal=True, linear="lm_head")
+    paths = LLAMA_HEAD
+
+
+class MistralDecoderLayer(TransformerLayer, mistral.MistralDecoderLayer):
+    paths = LLAMA_LAYER._replace(window="self_attn.config.sliding_window")
+    bypassed = forwards_of(mistral.MistralAttention, mistral.MistralMLP)
+
+
+class MistralForCausalLM(LanguageModel, mistral.MistralForCausalLM):
+    forward = with_fused_loss(mistral.MistralForCausalLM.forward)
+    paths = LLAMA_HEAD
+
+
+class Qwen2DecoderLayer(TransformerLayer, qwen2.Qwen2DecoderLayer):
+    paths = LLAMA_LAYER._replace(window="self_attn.sliding_window")
+    bypassed = forwards_of(qwen2.Qwen2Attention, qwen2.Qwen2MLP)
+
+
+class Qwen2ForCausalLM(LanguageModel, qwen2.Qwen2ForCausalLM):
+    forward = with_fused_loss(qwen2.Qwen2ForCausalLM.forward)
+    paths = LLAMA_HEAD
+
+
+class Qwen3DecoderLayer(TransformerLayer, qwen3.Qwen3DecoderLayer):
+    paths = LLAMA_LAYER._replace(
+        window="self_attn.sliding_window", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"
+    )
+    bypassed = forwards_of(qwen3.Qwen3Attention, qwen3.Qwen3MLP)
+
+
+class Qwen3ForCausalLM(LanguageModel, qwen3.Qwen3ForCausalLM):
+    forward = with_fused_loss(qwen3.Qwen3ForCausalLM.forward)
+    paths = LLAMA_HEAD
+
+
+GEMMA2_LAYER = LLAMA_LAYER._replace(
+    out_norm1="post_attention_layernorm",
+    norm2="pre_feedforward_layernorm",
+    out_norm2="post_feedforward_layernorm",
+    window="self_attn.sliding_window",
+    softcap="self_attn.attn_logit_softcapping",
+)
+GEMMA_HEAD = LLAMA_HEAD._replace(softcap="config.final_logit_softcapping")
+
+
+class Gemma2DecoderLayer(TransformerLayer, gemma2.Gemma2DecoderLayer):
+    paths = GEMMA2_LAYER
+    bypassed = forwards_of(gemma2.Gemma2Attention, gemma2.Gemma2MLP)
+
+
+class Gemma2ForCausalLM(LanguageModel, gemma2.Gemma2ForCausalLM):
+    forward = with_fused_loss(gemma2.Gemma2ForCausalLM.forward)
+    paths = GEMMA_HEAD
+
+
+class Gemma3DecoderLayer(TransformerLayer, gemma3.Gemma3DecoderLayer):
+    paths = GEMMA2_LAYER._replace(
+        softcap=None, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"
+    )
+    bypassed = forwards_of(gemma3.Gemma3Attention, gemma3.Gemma3MLP)
+
+
+class Gemma3ForCausalLM(LanguageModel, gemma3.Gemma3ForCausalLM):
+    forward = with_fused_loss(gemma3.Gemma3ForCausalLM.forward)
+    paths = GEMMA_HEAD
 
 
 class BertLayer(TransformerLayer, bert.BertLayer):
@@ -174,7 +268,18 @@ class MobileBertForMaskedLM(LanguageModel, mobilebert.MobileBertForMaskedLM):
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     gpt2.GPT2Block: GPT2Block,
     gpt2.GPT2LMHeadModel: GPT2LMHeadModel,
+    llama.LlamaDecoderLayer: LlamaDecoderLayer,
     llama.LlamaForCausalLM: LlamaForCausalLM,
+    mistral.MistralDecoderLayer: MistralDecoderLayer,
+    mistral.MistralForCausalLM: MistralForCausalLM,
+    qwen2.Qwen2DecoderLayer: Qwen2DecoderLayer,
+    qwen2.Qwen2ForCausalLM: Qwen2ForCausalLM,
+    qwen3.Qwen3DecoderLayer: Qwen3DecoderLayer,
+    qwen3.Qwen3ForCausalLM: Qwen3ForCausalLM,
+    gemma2.Gemma2DecoderLayer: Gemma2DecoderLayer,
+    gemma2.Gemma2ForCausalLM: Gemma2ForCausalLM,
+    gemma3.Gemma3DecoderLayer: Gemma3DecoderLayer,
+    gemma3.Gemma3ForCausalLM: Gemma3ForCausalLM,
     bert.BertLayer: BertLayer,
     bert.BertForMaskedLM: BertForMaskedLM,
     distilbert.TransformerBlock: TransformerBlock,

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from fastllm.core.dropout import Dropout
 from fastllm.integrations.huggingface.fusible import are_ignorable, forwards_of, why_not_kernels
@@ -38,22 +39,29 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """For transformers' `AttentionInterface`: q [B, N, S, D], k and v [B, K, T, D] to [B, S, N, D].
 
-    Calls that the kernel does not support go to transformers' "sdpa", which takes the same masks.
+    Calls that the kernel does not support go to transformers' "sdpa", which takes the same masks;
+    those with a softcap, which "sdpa" lacks, to the operation's reference.
     """
-    S, D = query.shape[-2:]
+    S = query.size(2)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_causal = is_causal and attention_mask is None and S > 1
     q, k, v = query, key, value
     if torch.is_autocast_enabled("cpu"):
         q, k, v = q.float(), k.float(), v.float()
-    if (
+    mask_is_added = attention_mask is not None and attention_mask.dtype is not torch.bool
+    if softcap is not None and mask_is_added:
+        return eager_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, softcap
+        )
+    if softcap is None and (
         why_not_kernels(q, k, v) is not None
-        or (attention_mask is not None and attention_mask.dtype is not torch.bool)
+        or mask_is_added
         or (is_causal and k.size(2) != S)  # transformers aligns them at the beginning
         or k.size(-1) != v.size(-1)
         or not are_ignorable(kwargs)
@@ -61,13 +69,10 @@ def attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
-    groups = q.size(1) // k.size(1)
-    k, v = repeat_kv(k, groups), repeat_kv(v, groups)
-    if scaling is not None:
-        q = q * (scaling * D**0.5)  # the operation divides by sqrt(D)
     hidden = None if attention_mask is None else ~attention_mask
     seed = draw_seed() if dropout else 0
-    return attention(q, k, v, hidden, is_causal, dropout, seed).transpose(1, 2), None
+    out = attention(q, k, v, hidden, is_causal, dropout, seed, scale=scaling, softcap=softcap)
+    return out.transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, attention_forward)

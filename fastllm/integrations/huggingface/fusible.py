@@ -6,10 +6,15 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, ClassVar, NoReturn
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from fastllm.core.fusible import FORWARDS, is_plain
@@ -24,11 +29,19 @@ def forwards_of(*classes: type[nn.Module]) -> Forwards:
     return {cls: cls.forward for cls in classes}
 
 
+# Their eps is the attribute `variance_epsilon`.
+RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
+# Their weight is the difference from 1.
+OFFSET_RMS_NORMS = (Gemma2RMSNorm, Gemma3RMSNorm)
+
 PLAIN_FORWARDS: Forwards = FORWARDS | forwards_of(
     Conv1D,
     activations.GELUActivation,
     activations.NewGELUActivation,
     activations.GELUTanh,
+    activations.SiLUActivation,
+    *RMS_NORMS,
+    *OFFSET_RMS_NORMS,
 )
 
 
@@ -119,16 +132,20 @@ def activation_name(module: nn.Module) -> str:
             return "gelu_tanh"
         case nn.ReLU():
             return "relu"
-        case nn.SiLU():
+        case nn.SiLU() | activations.SiLUActivation():
             return "silu"
     raise CannotFuse(f"the kernels have no {type(module).__name__}")
 
 
 def norm_parameters(module: Any) -> Norm:
-    """The parameters of a layer norm."""
+    """The parameters of a layer norm or an RMS norm."""
     assert_plain(module)
+    if isinstance(module, RMS_NORMS):
+        return Norm(module.weight, None, module.variance_epsilon, "rms")
+    if isinstance(module, OFFSET_RMS_NORMS):
+        return Norm(module.weight, None, module.eps, "rms", 1.0)
     if type(module) is not nn.LayerNorm:
-        expected("nn.LayerNorm", module)
+        expected("a norm", module)
     return Norm(module.weight, module.bias, module.eps)
 
 
@@ -156,16 +173,6 @@ def linear_parameters(module: Any) -> Linear:
         # Instead of two thin products with a batch: the sum is as small as the weight.
         weight = weight + module.scaling[name] * (up.weight @ down.weight)
     return Linear(weight, bias)
-
-
-def stacked_linear_parameters(*modules: Any) -> Linear:
-    """Several linear layers of one input as a single one; one alone is left as it is."""
-    if len(modules) == 1:
-        return linear_parameters(modules[0])
-    weights, biases = zip(*map(linear_parameters, modules), strict=True)
-    if any(bias is None for bias in biases):
-        raise CannotFuse("a projection has no bias")
-    return Linear(torch.cat(weights), torch.cat(biases))
 
 
 def expected(what: str, module: nn.Module) -> NoReturn:

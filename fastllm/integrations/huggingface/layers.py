@@ -1,10 +1,11 @@
 """Layers that one or two operations compute as a whole."""
 
 import inspect
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastllm.integrations.huggingface.attention import DROPOUT_FORWARDS
 from fastllm.integrations.huggingface.fusible import (
@@ -15,10 +16,19 @@ from fastllm.integrations.huggingface.fusible import (
     assert_plain,
     linear_parameters,
     norm_parameters,
-    stacked_linear_parameters,
     why_not_kernels,
 )
-from fastllm.ops.decoder import Dropout, Layer, Mlp, MultiHeadAttention
+from fastllm.integrations.huggingface.padding import Unpadded
+from fastllm.ops.decoder import (
+    NO_DROPOUT,
+    Dropout,
+    Layer,
+    Linear,
+    Mlp,
+    MultiHeadAttention,
+    Norm,
+    Rope,
+)
 from fastllm.ops.dropout import fresh_seeds
 from fastllm.ops.mlp import mlp
 from fastllm.ops.multi_head_attention import multi_head_attention
@@ -31,16 +41,21 @@ class LayerPaths(NamedTuple):
     Attributes:
         norm_first: Pre-LN: `x + f(norm(x))` rather than `norm(x + f(x))`.
         containers: modules whose forwards are bypassed, besides those named below.
-        norm1, norm2: the layer norms of the attention and of the feed-forward network.
+        norm1, norm2: the norms of the attention and of the feed-forward network.
         attention: the module with the attributes `is_causal` and `scaling`.
         num_heads: number of attention heads.
         qkv: the projections to queries, keys and values, or the one to all of them.
         out: the projection of the heads' outputs.
-        weights_dropout: dropout of the attention weights; active when `attention` is in training
-            mode, whatever its own mode.
-        out_dropout: dropout after `out`, if any.
+        weights_dropout: dropout of the attention weights, a module or a probability; active when
+            `attention` is in training mode, whatever its own mode.
         fc1, activation, fc2: the feed-forward network.
-        mlp_dropout: dropout after `fc2`.
+        out_dropout, mlp_dropout: dropout after `out` and after `fc2`.
+        num_kv_heads: number of heads of keys and values, if fewer.
+        rotary: whether the layer is called with `position_embeddings`.
+        q_norm, k_norm: of each head.
+        window, softcap: see `MultiHeadAttention`.
+        up: the second projection of a gated network.
+        out_norm1, out_norm2: norms of what the attention and the network add.
     """
 
     norm_first: bool
@@ -51,12 +66,21 @@ class LayerPaths(NamedTuple):
     qkv: tuple[str, ...]
     out: str
     weights_dropout: str
-    out_dropout: str | None
     norm2: str
     fc1: str
     activation: str
     fc2: str
-    mlp_dropout: str
+    out_dropout: str | None = None
+    mlp_dropout: str | None = None
+    num_kv_heads: str | None = None
+    rotary: bool = False
+    q_norm: str | None = None
+    k_norm: str | None = None
+    window: str | None = None
+    softcap: str | None = None
+    up: str | None = None
+    out_norm1: str | None = None
+    out_norm2: str | None = None
 
 
 def compute_layer(
@@ -68,13 +92,44 @@ def compute_layer(
 ) -> Tensor:
     """The output of a layer for x: [B, S, H], or [rows, H] with `starts`."""
     seeds = fresh_seeds()
-    attention = layer.attention._replace(mask=mask, causal=causal, starts=starts)
+    window = layer.attention.window if causal else None
+    attention = layer.attention._replace(mask=mask, causal=causal, window=window, starts=starts)
     x = multi_head_attention(x, attention.with_seeds(seeds))
     return mlp(x, layer.mlp.with_seeds(seeds))
 
 
+def shared_rope(
+    position_embeddings: tuple[Tensor, Tensor],
+    position_ids: Tensor | None,
+    unpadded: Unpadded | None,
+) -> Rope | None:
+    """One table of angles that serves every sequence; None if they have different positions.
+
+    Scores depend only on differences of positions, and so sequences whose positions count up, from
+    wherever, share the table of the longest.
+
+    Args:
+        position_embeddings: cosines and sines [1 or B, S, R] of these positions.
+        position_ids: [1 or B, S].
+        unpadded: the rows to be computed, if not all.
+    """
+    tables = torch.cat([each.chunk(2, -1)[0] for each in position_embeddings], -1).float()
+    if unpadded is None:
+        return Rope(tables[0]) if bool((tables[1:] == tables[0]).all()) else None
+    if position_ids is None:
+        return None
+    S, rows = tables.size(1), unpadded.rows
+    sequences, columns = rows // S, rows % S
+    positions = position_ids[sequences % len(position_ids), columns]
+    continued = sequences.diff() == 0
+    if not bool((positions.diff()[continued] == 1).all()):
+        return None
+    begin, end = max(pairwise(unpadded.starts), key=lambda each: each[1] - each[0])
+    return Rope(tables[sequences[begin:end] % len(tables), columns[begin:end]])
+
+
 class TransformerLayer(FusedModule):
-    """Attention and feed-forward network, each with layer norm and residual connection."""
+    """Attention and feed-forward network, each with norm and residual connection."""
 
     FUSED_PARTS = "whole layers fused"
 
@@ -99,10 +154,14 @@ class TransformerLayer(FusedModule):
         attention_mask: Tensor | None = None,
         cache: Any = None,
         encoder_hidden_states: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | None:
         """The output of `forward`, by two operations; None if the modules must compute it."""
         if cache is not None or encoder_hidden_states is not None or not are_ignorable(kwargs):
+            return None
+        if self.paths.rotary != (position_embeddings is not None):
             return None
         if attention_mask is not None and attention_mask.dtype is not torch.bool:
             return None  # a mask for another attention than ours
@@ -115,7 +174,17 @@ class TransformerLayer(FusedModule):
         if why_not_kernels(x, *layer.attention.parameters(), *layer.mlp.parameters()) is not None:
             return None
         unpadded = getattr(attention_mask, "unpadded", None)
-        if unpadded is None or unpadded.is_causal != causal:
+        if unpadded is not None and (unpadded.is_causal, unpadded.window) != (
+            causal,
+            layer.attention.window,
+        ):
+            unpadded = None
+        if position_embeddings is not None:
+            rope = shared_rope(position_embeddings, position_ids, unpadded)
+            if rope is None:
+                return None
+            layer = layer._replace(attention=layer.attention._replace(rope=rope))
+        if unpadded is None:
             masked = None if attention_mask is None else ~attention_mask
             # A mask includes causality.
             return compute_layer(layer, x, masked, causal and masked is None)
@@ -127,36 +196,57 @@ class TransformerLayer(FusedModule):
     def record(self) -> Layer:
         paths = self.paths
         attention = self.at(paths.attention)
-        weights_dropout, mlp_dropout = self.at(paths.weights_dropout), self.at(paths.mlp_dropout)
-        out_dropout = self.at(paths.out_dropout) if paths.out_dropout else None
         self.assert_bypassable(*paths.containers, paths.attention)
-        dropouts = [d for d in (weights_dropout, out_dropout, mlp_dropout) if d is not None]
-        assert_plain(*dropouts, known=DROPOUT_FORWARDS)
-        out, num_heads = linear_parameters(self.at(paths.out)), self.at(paths.num_heads)
-        head_dim = out.weight.size(0) / num_heads
-        if abs(attention.scaling * head_dim**0.5 - 1) > 1e-6:
-            raise CannotFuse("the scores are not divided by the square root of the head width")
-        out_dropout_p = out_dropout.p if out_dropout and out_dropout.training else 0.0
+        first, *others = map(self._linear_at, paths.qkv)
+        weights_dropout = self.at(paths.weights_dropout)
+        if isinstance(weights_dropout, nn.Module):
+            assert_plain(weights_dropout, known=DROPOUT_FORWARDS)
+            weights_dropout = weights_dropout.p
         return Layer(
             MultiHeadAttention(
-                qkv=stacked_linear_parameters(*map(self.at, paths.qkv)),
-                out=out,
-                heads=num_heads,
-                norm=norm_parameters(self.at(paths.norm1)),
+                qkv=(first, others[0], others[1]) if others else first,
+                out=self._linear_at(paths.out),
+                heads=self.at(paths.num_heads),
+                norm=self._norm_at(paths.norm1),
                 norm_first=paths.norm_first,
                 causal=attention.is_causal,
-                weights_dropout=Dropout(weights_dropout.p if attention.training else 0.0),
-                out_dropout=Dropout(out_dropout_p),
+                weights_dropout=Dropout(weights_dropout if attention.training else 0.0),
+                out_dropout=self._dropout_at(paths.out_dropout),
+                kv_heads=self._value_at(paths.num_kv_heads),
+                q_norm=self._norm_at(paths.q_norm),
+                k_norm=self._norm_at(paths.k_norm),
+                window=self._value_at(paths.window),
+                scale=attention.scaling,
+                softcap=self._value_at(paths.softcap),
+                out_norm=self._norm_at(paths.out_norm1),
             ),
             Mlp(
-                fc1=linear_parameters(self.at(paths.fc1)),
-                fc2=linear_parameters(self.at(paths.fc2)),
+                fc1=self._linear_at(paths.fc1),
+                fc2=self._linear_at(paths.fc2),
                 activation=activation_name(self.at(paths.activation)),
-                norm=norm_parameters(self.at(paths.norm2)),
+                norm=self._norm_at(paths.norm2),
                 norm_first=paths.norm_first,
-                out_dropout=Dropout(mlp_dropout.p if mlp_dropout.training else 0.0),
+                out_dropout=self._dropout_at(paths.mlp_dropout),
+                up=self._linear_at(paths.up) if paths.up else None,
+                out_norm=self._norm_at(paths.out_norm2),
             ),
         )
+
+    def _value_at(self, path: str | None) -> Any:
+        return self.at(path) if path else None
+
+    def _linear_at(self, path: str) -> Linear:
+        return linear_parameters(self.at(path))
+
+    def _norm_at(self, path: str | None) -> Norm | None:
+        return norm_parameters(self.at(path)) if path else None
+
+    def _dropout_at(self, path: str | None) -> Dropout:
+        if path is None:
+            return NO_DROPOUT
+        module = self.at(path)
+        assert_plain(module, known=DROPOUT_FORWARDS)
+        return Dropout(module.p if module.training else 0.0)
 
 
 class FeedForwardPaths(NamedTuple):

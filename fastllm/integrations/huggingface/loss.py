@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from fastllm.core.fusible import is_plain
 from fastllm.integrations.huggingface.fusible import (
     CannotFuse,
     FusedModule,
+    forwards_of,
     linear_parameters,
     why_not_kernels,
 )
@@ -21,6 +24,8 @@ from fastllm.integrations.huggingface.padding import skip_padding
 from fastllm.ops.autograd import check_first_derivative
 from fastllm.ops.decoder import Linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
+
+EMBEDDINGS = forwards_of(nn.Embedding, Gemma2TextScaledWordEmbedding, Gemma3TextScaledWordEmbedding)
 
 ROWS_MULTIPLE = 64
 """Scored rows are filled up to a multiple of this: with many different sizes, memory fragments."""
@@ -35,6 +40,7 @@ class HeadPaths(NamedTuple):
         linear: the linear layer over the vocabulary.
         transform: what is called, in turn, between the last hidden states and `linear`.
         containers: modules whose forwards are bypassed.
+        softcap: the cap of the logits, see `linear_cross_entropy`.
     """
 
     output: type[Any]
@@ -42,6 +48,7 @@ class HeadPaths(NamedTuple):
     linear: str
     transform: tuple[str, ...] = ()
     containers: tuple[str, ...] = ()
+    softcap: str | None = None
 
 
 class LanguageModel(FusedModule):
@@ -145,12 +152,16 @@ class LanguageModel(FusedModule):
         embeddings, ids = self.get_input_embeddings(), kwargs.get("input_ids")
         if ids is None or head.weight is not embeddings.weight or not head.weight.requires_grad:
             return head
-        if not is_plain(embeddings) or embeddings.max_norm or embeddings.scale_grad_by_freq:
+        if not is_plain(embeddings, known=EMBEDDINGS):
+            return head
+        if embeddings.max_norm or embeddings.scale_grad_by_freq:
             return head
         del kwargs["input_ids"]
-        kwargs["inputs_embeds"], weight = TiedEmbeddingFunction.apply(
+        rows, weight = TiedEmbeddingFunction.apply(
             head.weight, head.weight, ids, embeddings.padding_idx
         )
+        scale = getattr(embeddings, "embed_scale", None)
+        kwargs["inputs_embeds"] = rows if scale is None else rows * scale
         return Linear(weight, head.bias)
 
     def _loss(
@@ -168,11 +179,12 @@ class LanguageModel(FusedModule):
         rows = hidden_states.index_select(0, F.pad(scored, (0, fill)))
         for path in self.paths.transform:
             rows = self.at(path)(rows)
+        softcap = self.at(self.paths.softcap) if self.paths.softcap else None
         if num_items_in_batch is None:
-            return linear_cross_entropy(rows, head, targets, ignore_index)
+            return linear_cross_entropy(rows, head, targets, ignore_index, softcap)
         if len(scored) == 0:
             return F.linear(rows, *head).sum()  # 0; the mean over no tokens would be NaN
-        loss = linear_cross_entropy(rows, head, targets, ignore_index)
+        loss = linear_cross_entropy(rows, head, targets, ignore_index, softcap)
         return loss * (len(scored) / num_items_in_batch)
 
 

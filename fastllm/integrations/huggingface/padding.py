@@ -20,17 +20,20 @@ class Unpadded(NamedTuple):
         rows: indices of these positions among all B S.
         starts: where each sequence begins among these rows, and where the last one ends.
         is_causal: whether the mask hides later positions as well.
+        window: the number of keys, its own included, that a query sees at most; None for all.
     """
 
     rows: Tensor
     starts: tuple[int, ...]
     is_causal: bool
+    window: int | None
 
 
-def unpad(mask: Tensor) -> Unpadded | None:
+def unpad(mask: Tensor, window: int | None) -> Unpadded | None:
     """The unpadded positions of a mask [B, 1, S, T], True where a query sees a key.
 
-    None if the mask hides more than padding and, perhaps, later positions.
+    None if the mask hides more than padding and, perhaps, later positions and those before a
+    window.
     """
     B, _, S, T = mask.shape
     seen = mask[:, 0].any(1)
@@ -38,9 +41,13 @@ def unpad(mask: Tensor) -> Unpadded | None:
         padding_only = seen[:, None].expand(B, S, T)
         if is_causal:
             padding_only = padding_only.tril()
+            if window is not None:
+                padding_only = padding_only.triu(1 - window)
         if S == T and torch.equal(mask[:, 0], padding_only):
             starts = tuple(accumulate(seen.sum(1).tolist(), initial=0))
-            return Unpadded(seen.flatten().nonzero().flatten(), starts, is_causal)
+            return Unpadded(
+                seen.flatten().nonzero().flatten(), starts, is_causal, window if is_causal else None
+            )
     return None
 
 
@@ -61,5 +68,5 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """For transformers' `AttentionMaskInterface`: its "sdpa" mask, with `unpadded` if wanted."""
     mask = sdpa_mask(*args, **kwargs)
     if mask is not None and _padding_is_skipped.get():
-        mask.unpadded = unpad(mask)  # type: ignore[attr-defined]
+        mask.unpadded = unpad(mask, kwargs.get("local_size"))  # type: ignore[attr-defined]
     return mask
