@@ -27,17 +27,19 @@ def multi_head_attention_ref(x: Tensor, mha: MultiHeadAttention) -> Tensor:
     if mha.starts is not None:
         rows, mask = unpacked_rows(mha.starts, S, x.device)
         qkv = qkv.new_zeros(B, S, qkv.size(-1)).masked_scatter(rows[..., None], qkv)
-    D = mha.head_dim
-    q, k, v = (
-        part.unflatten(-1, (width // D, D)).transpose(1, 2)
-        for part, width in zip(qkv.split(mha.widths, -1), mha.widths, strict=True)
-    )
+    q, k, v = split_heads(qkv, mha)
     q, k = position_heads(q, k, mha)
     settings = *mha.weights_dropout, mha.window, mha.scale, mha.softcap
     heads = attention(q, k, v, mask, mha.causal, *settings)
     heads = heads.transpose(1, 2).flatten(2)
     out = F.linear(heads if rows is None else heads[rows], *mha.out)
     return residual.leave(out, x, mha)
+
+
+def split_heads(qkv: Tensor, mha: MultiHeadAttention) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, N, S, D], keys and values [B, K, S, D] from all of them side by side."""
+    q, k, v = (part.unflatten(-1, (-1, mha.head_dim)) for part in qkv.split(mha.widths, -1))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def position_heads(q: Tensor, k: Tensor, mha: MultiHeadAttention) -> tuple[Tensor, Tensor]:
@@ -59,6 +61,21 @@ def unpacked_rows(starts: Sequence[int], S: int, device: torch.device) -> tuple[
     return rows, ~rows[:, None, None]
 
 
+def run_kernel(
+    x: Tensor, mha: MultiHeadAttention, saved: Sequence[Tensor | None], starts: Tensor | None
+) -> Tensor:
+    """The output of the C++ kernel, which fills `saved`."""
+    out = torch.empty_like(x)
+    extension.kernels.multi_head_attention_fwd(
+        out=out.data_ptr(),
+        saved=saved_to_kernel(saved),
+        x=x.data_ptr(),
+        attention=mha.to_kernel(*mha.sizes(x), starts, product_precision()),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
 class MultiHeadAttentionFunction(torch.autograd.Function):
     """The C++ kernel; saves the projections and the heads' outputs."""
 
@@ -66,18 +83,11 @@ class MultiHeadAttentionFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, mha: MultiHeadAttention, keep: bool, *parameters: Tensor | None
     ) -> Tensor:
-        B, S = mha.sizes(x)
-        out, saved = torch.empty_like(x), saved_for_backward(x, mha, keep)
-        ctx.precision, ctx.sizes = product_precision(), (B, S)
+        saved = saved_for_backward(x, mha, keep)
+        ctx.precision, ctx.sizes = product_precision(), mha.sizes(x)
         # A tensor, because the kernels read it from memory in both directions.
         ctx.starts = mha.starts and torch.tensor(mha.starts, dtype=torch.int64, device="cpu")
-        extension.kernels.multi_head_attention_fwd(
-            out=out.data_ptr(),
-            saved=saved_to_kernel(saved),
-            x=x.data_ptr(),
-            attention=mha.to_kernel(B, S, ctx.starts, ctx.precision),
-            threads=torch.get_num_threads(),
-        )
+        out = run_kernel(x, mha, saved, ctx.starts)
         if keep:
             ctx.mha = mha.with_parameters(iter([None] * len(parameters)))._replace(mask=None)
             # Saving the mask lets autograd detect a change to it before the backward.
@@ -135,9 +145,33 @@ def saved_to_kernel(tensors: Sequence[Tensor | None]) -> Any:
     )
 
 
+def multi_head_attention_and_cache(
+    x: Tensor, mha: MultiHeadAttention
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By the C++ kernel, without gradients: the result, and what a cache keeps.
+
+    Args:
+        x: [B, S, H].
+        mha: without `starts`; `why_not_cpu` must have returned None.
+
+    Returns:
+        The output [B, S, H]; keys and values, each [B, K, S, D], normalized and rotated.
+    """
+    x, mha = in_kernel_layout(x, mha)
+    saved = saved_for_backward(x, mha, keep=False)
+    qkv = saved[len(residual.NOTHING_SAVED)]
+    assert qkv is not None
+    out = run_kernel(x, mha, saved, None)
+    _, keys, values = split_heads(qkv.view(*x.shape[:2], -1), mha)
+    return out, keys, values
+
+
+def in_kernel_layout(x: Tensor, mha: MultiHeadAttention) -> tuple[Tensor, MultiHeadAttention]:
+    return x.contiguous(), mha.with_parameters(iter(map(kernel_layout, mha.parameters())))
+
+
 def multi_head_attention_cpu(x: Tensor, mha: MultiHeadAttention) -> Tensor:
-    x = x.contiguous()
-    mha = mha.with_parameters(iter(map(kernel_layout, mha.parameters())))
+    x, mha = in_kernel_layout(x, mha)
     parameters = mha.parameters()
     return MultiHeadAttentionFunction.apply(x, mha, needs_grad(x, *parameters), *parameters)
 

@@ -459,12 +459,56 @@ def test_tuples_and_a_kept_bound_forward() -> None:
     assert model(**inputs).logits is not None
 
 
-def test_generation() -> None:
-    stock, ids = made(gpt2), batch(gpt2)["input_ids"]
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("make", CAUSAL)
+@torch.no_grad()
+def test_fused_layers_fill_a_cache(
+    make: Make, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, inputs = made(make), batch(make, padding)
+    fast, kernels = accelerate(copy.deepcopy(stock)), []
+    original = huggingface.layers.multi_head_attention_and_cache
+
+    def spy(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        kernels.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(huggingface.layers, "multi_head_attention_and_cache", spy)
+    ours, theirs = (model(**inputs) for model in (fast, stock))
+    assert len(kernels) == 2
+    real = inputs["attention_mask"] == 1
+    assert torch.allclose(ours.logits[real], theirs.logits[real], atol=1e-4)
+    assert torch.allclose(ours.loss, theirs.loss, rtol=1e-5)
+    token = torch.randint(0, V, (B, 2))
+    for last in (token[:, :1], token[:, 1:], token):
+        seen = torch.ones(B, ours.cache.get_seq_length() + last.size(1))
+        seen[:, :S] = inputs["attention_mask"]
+        ours = fast(last, attention_mask=seen, cache=ours.cache)
+        theirs = stock(last, attention_mask=seen, cache=theirs.cache)
+        assert torch.allclose(ours.logits, theirs.logits, atol=1e-4)
+    assert len(kernels) == 2
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("make", CAUSAL)
+def test_generation(make: Make, padding: str) -> None:
+    stock, inputs = made(make), batch(make, padding)
+    del inputs["labels"]
     fast = accelerate(copy.deepcopy(stock))
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(stock.generate(ids, **settings), fast.generate(ids, **settings))
-    assert fast(ids, use_cache=True).cache.get_seq_length() == S
+    for settings in (
+        {},
+        {"do_sample": True},
+        {"num_beams": 2},
+        {"use_cache": False},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"return_dict_in_generate": True, "output_logits": True},
+    ):
+        outputs = []
+        for model in (fast, stock):
+            torch.manual_seed(1)
+            output = model.generate(**inputs, max_new_tokens=8, pad_token_id=0, **settings)
+            outputs.append(output if isinstance(output, Tensor) else output.sequences)
+        assert torch.equal(*outputs), settings
 
 
 def test_hooks_and_replaced_modules_are_honoured() -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,6 +23,8 @@ class FusedDropout(Dropout):
     """`nn.Dropout` by the kernel, if it can run."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
         if why_not_kernels(input) is not None:
             return nn.Dropout.forward(self, input)
         return super().forward(input)
@@ -48,6 +51,17 @@ def attention_forward(
     those with a softcap, which "sdpa" lacks, to the operation's reference.
     """
     S = query.size(2)
+    if S == 1 and softcap is None:
+        # A token of generation, for which PyTorch's kernel takes the least time.
+        if attention_mask is None and "position_bias" not in kwargs:
+            shared = query.size(1) != key.size(1)
+            out = F.scaled_dot_product_attention(
+                query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=shared
+            )
+            return out.transpose(1, 2), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_causal = is_causal and attention_mask is None and S > 1

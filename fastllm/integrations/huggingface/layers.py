@@ -1,11 +1,14 @@
 """Layers that one or two operations compute as a whole."""
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from fastllm.integrations.huggingface.attention import DROPOUT_FORWARDS
 from fastllm.integrations.huggingface.fusible import (
@@ -31,7 +34,10 @@ from fastllm.ops.decoder import (
 )
 from fastllm.ops.dropout import fresh_seeds
 from fastllm.ops.mlp import mlp
-from fastllm.ops.multi_head_attention import multi_head_attention
+from fastllm.ops.multi_head_attention import (
+    multi_head_attention,
+    multi_head_attention_and_cache,
+)
 from fastllm.ops.precision import autocast_input
 
 
@@ -89,12 +95,21 @@ def compute_layer(
     mask: Tensor | None,
     causal: bool,
     starts: tuple[int, ...] | None = None,
+    update_cache: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> Tensor:
-    """The output of a layer for x: [B, S, H], or [rows, H] with `starts`."""
+    """The output of a layer for x: [B, S, H], or [rows, H] with `starts`.
+
+    `update_cache` gets the keys and values [B, K, S, D]; gradients must be off.
+    """
     seeds = fresh_seeds()
     window = layer.attention.window if causal else None
     attention = layer.attention._replace(mask=mask, causal=causal, window=window, starts=starts)
-    x = multi_head_attention(x, attention.with_seeds(seeds))
+    attention = attention.with_seeds(seeds)
+    if update_cache is None:
+        x = multi_head_attention(x, attention)
+    else:
+        x, keys, values = multi_head_attention_and_cache(x, attention)
+        update_cache(keys, values)
     return mlp(x, layer.mlp.with_seeds(seeds))
 
 
@@ -142,6 +157,8 @@ class TransformerLayer(FusedModule):
         super().__init_subclass__(**kwargs)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if hidden_states.size(1) == 1 and kwargs.get("cache") is not None:
+            return super().forward(hidden_states, *args, **kwargs)  # a token of generation
         named = dict(zip(self.argument_names, args, strict=False)) | kwargs
         output = self.fused_forward(hidden_states, **named)
         if output is not None:
@@ -159,8 +176,16 @@ class TransformerLayer(FusedModule):
         **kwargs: Any,
     ) -> Tensor | None:
         """The output of `forward`, by two operations; None if the modules must compute it."""
-        if cache is not None or encoder_hidden_states is not None or not are_ignorable(kwargs):
+        if encoder_hidden_states is not None or not are_ignorable(kwargs):
             return None
+        update_cache = None
+        if cache is not None:
+            index = self.at(self.paths.attention).layer_idx
+            if type(cache) is not DynamicCache or cache.get_seq_length(index) > 0:
+                return None
+            if torch.is_grad_enabled():
+                return None
+            update_cache = partial(cache.update, layer_idx=index)
         if self.paths.rotary != (position_embeddings is not None):
             return None
         if attention_mask is not None and attention_mask.dtype is not torch.bool:
@@ -174,10 +199,8 @@ class TransformerLayer(FusedModule):
         if why_not_kernels(x, *layer.attention.parameters(), *layer.mlp.parameters()) is not None:
             return None
         unpadded = getattr(attention_mask, "unpadded", None)
-        if unpadded is not None and (unpadded.is_causal, unpadded.window) != (
-            causal,
-            layer.attention.window,
-        ):
+        window = layer.attention.window
+        if cache is not None or (unpadded and unpadded[2:] != (causal, window)):
             unpadded = None
         if position_embeddings is not None:
             rope = shared_rope(position_embeddings, position_ids, unpadded)
@@ -187,7 +210,8 @@ class TransformerLayer(FusedModule):
         if unpadded is None:
             masked = None if attention_mask is None else ~attention_mask
             # A mask includes causality.
-            return compute_layer(layer, x, masked, causal and masked is None)
+            causal = causal and masked is None
+            return compute_layer(layer, x, masked, causal, update_cache=update_cache)
         flat = x.flatten(0, 1)
         rows = flat.index_select(0, unpadded.rows)
         rows = compute_layer(layer, rows, None, causal, unpadded.starts)
