@@ -34,7 +34,7 @@ FASTLLM_API_KEY=... fastllm serve --checkpoint runs/book --host 0.0.0.0
 """
     groups: ClassVar = {
         "Model": "checkpoint",
-        "Server": "host port api_key max_active max_queue drain_seconds",
+        "Server": "host port api_key max_active max_seq_len max_queue drain_seconds",
         "Machine": "threads device precision quantize",
     }
 
@@ -50,6 +50,8 @@ FASTLLM_API_KEY=... fastllm serve --checkpoint runs/book --host 0.0.0.0
     variable FASTLLM_API_KEY. Other users of this computer can see flags, but not variables."""
     max_active: Annotated[int, Field(ge=1, le=4096)] = 16
     """Sequences computed at the same time; each takes memory for its keys and values."""
+    max_seq_len: Annotated[int, Field(ge=2)] = 4096
+    """Tokens of a sequence that the model sees, at most: each slot in use takes memory for them."""
     max_queue: Annotated[int, Field(ge=0, le=2**20)] = 64
     """Sequences that may wait for a slot; beyond that, requests receive 429."""
     drain_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30
@@ -121,7 +123,9 @@ def serve(config: ServeConfig, listener: socket.socket, api_key: str | None) -> 
 
     def load(source: Path) -> tuple[ServedModel, DecoderModel]:
         trained = load_trained_model(source)
-        return prepare_served_model(trained, config.device, config.precision, config.quantize)
+        return prepare_served_model(
+            trained, config.device, config.precision, config.quantize, config.max_seq_len
+        )
 
     served, model = load(config.checkpoint)
     if decided := describe_defaults(served.tokenizer, served.sampling):

@@ -111,7 +111,15 @@ def create_app(
     """
     metrics = Metrics()
     dispatcher = Dispatcher(metrics)
-    scheduler = Scheduler(model, served.tokenizer, served.precision, slots, max_queue, dispatcher)
+    scheduler = Scheduler(
+        model,
+        served.tokenizer,
+        served.precision,
+        slots,
+        max_queue,
+        dispatcher,
+        served.max_seq_len,
+    )
     metrics.watch(scheduler)
     app = FastAPI(
         title="fastllm",

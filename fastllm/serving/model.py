@@ -21,6 +21,7 @@ class ServedModel(NamedTuple):
         settings: those of its run, or the model's own if it was saved by `save_model`.
         precision: what it decodes in.
         parameters: the number of weights.
+        max_seq_len: tokens of a sequence that it sees.
         run_dir: the folder that may hold its metrics.jsonl.
         progress: its checkpoint's record of the training: step, tokens, losses.
         created: when its weights were written, in seconds since the epoch.
@@ -59,9 +60,17 @@ class ServedModel(NamedTuple):
 
 
 def prepare_served_model(
-    trained: TrainedModel, device: Device, precision: Precision, quantize: str | None
+    trained: TrainedModel,
+    device: Device,
+    precision: Precision,
+    quantize: str | None,
+    longest: int | None = None,
 ) -> tuple[ServedModel, DecoderModel]:
-    """A model ready for decoding, and its description."""
+    """A model ready for decoding, and its description.
+
+    Args:
+        longest: tokens of a sequence that it is to see, if that is fewer than it can.
+    """
     model = trained.model
     decoding_precision = prepare_for_decoding(model, device, precision, quantize)
     settings = trained.settings
@@ -71,7 +80,7 @@ def prepare_served_model(
         model.settings if settings is None else settings.model_dump(mode="json"),
         decoding_precision,
         sum(parameter.numel() for parameter in model.parameters()),
-        model.max_seq_len,
+        min(model.max_seq_len, longest or model.max_seq_len),
         trained.run_dir,
         {} if trained.progress is None else asdict(trained.progress),
         int(trained.weights.stat().st_mtime),

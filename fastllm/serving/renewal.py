@@ -68,4 +68,6 @@ def _prepare(service: Service, run: Path, load: Load) -> tuple[ServedModel, AnyD
         raise ValueError(
             "its vocabulary or max_seq_len differs from the served model's; start the server again"
         )
-    return served, start_decoding(model, service.slots, precision=served.precision)
+    return served, start_decoding(
+        model, service.slots, precision=served.precision, capacity=served.max_seq_len
+    )

@@ -157,6 +157,7 @@ class Scheduler:
         precision: as for `generate_batch`.
         slots: jobs that run at the same time. Each slot, once used, keeps memory for the keys and
             values of `max_seq_len` positions.
+        max_seq_len: tokens of a sequence that the model sees; by default as many as it can.
         max_queue: jobs that may wait for a slot.
         deliver: called by the computing thread with the deltas of each step.
 
@@ -172,12 +173,15 @@ class Scheduler:
         slots: int,
         max_queue: int,
         deliver: Deliver,
+        max_seq_len: int | None = None,
     ) -> None:
         # Not the model, whose weights the kernel has packed.
         self._vocab_size, self._padding_idx = model.vocab_size, model.padding_idx
-        self._max_seq_len = model.max_seq_len
+        self._max_seq_len = max_seq_len or model.max_seq_len
         self.tokenizer, self._deliver = tokenizer, deliver
-        self._decoding = self._newest = start_decoding(model, slots, precision=precision)
+        self._decoding = self._newest = start_decoding(
+            model, slots, precision=precision, capacity=self._max_seq_len
+        )
         self._slots, self._max_queue = slots, max_queue
         self._changed = threading.Condition()  # on a reentrant lock
         self._queue: deque[Job] = deque()

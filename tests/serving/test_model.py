@@ -20,8 +20,8 @@ pytest.importorskip("transformers", reason="pip install '.[finetune]' brings tra
 
 
 @contextmanager
-def client_of(folder: Path) -> Iterator[TestClient]:
-    served, model = prepare_served_model(load_trained_model(folder), "cpu", "fp32", None)
+def client_of(folder: Path, longest: int | None = None) -> Iterator[TestClient]:
+    served, model = prepare_served_model(load_trained_model(folder), "cpu", "fp32", None, longest)
     app = create_app(served, model, 2, 9)
     try:
         with TestClient(app, base_url="http://127.0.0.1") as client:
@@ -76,3 +76,19 @@ def test_requests_take_what_they_leave_out_from_generation_config(tmp_path: Path
             expected = "".join(generate_text(model, tokenizer, "rose", 20, seed=3, **sampling))
             body = {"prompt": "rose", "max_tokens": 20, "seed": 3, "top_p": None, **given}
             assert completion(client, **body)["choices"][0]["text"] == expected
+
+
+def test_a_long_context_is_not_reserved_for_every_sequence(tmp_path: Path) -> None:
+    """Beyond the limit, the older half of a text is dropped, as beyond the model's own."""
+    folder = tmp_path / "small"
+    save_hf_model(folder, "gpt2")
+    model, tokenizer = load_model(folder)
+    prompt, short = "rose by any other name", 16
+    model.max_seq_len = short  # of the context window of generate_text
+    expected = "".join(generate_text(model, tokenizer, prompt, 30, temperature=0))
+    body = {"prompt": prompt, "max_tokens": 30, "temperature": 0}
+    for longest, size in ((short, short), (10**6, 64)):
+        with client_of(folder, longest) as client:
+            assert client.get("/api/card").json()["max_seq_len"] == size
+            text = completion(client, **body)["choices"][0]["text"]
+            assert (text == expected) == (size == short)
