@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from fastllm.command import command, errors_in_one_line, log, parse_settings
 from fastllm.files import writing_aside
-from fastllm.flags import CommandSettings, Format
+from fastllm.flags import CommandSettings, Format, Quantization
 
 if TYPE_CHECKING:
     from fastllm.training.trained_model import TrainedModel
@@ -34,6 +34,9 @@ fastllm export --checkpoint runs/book --format hf --out book-model
     out: Path | None = None
     """Folder to write, or a file NAME.onnx or NAME.gguf. Default: a folder in the run's folder,
     named after the format."""
+    quantize: Quantization | None = None
+    """gguf: the type of the numbers in matrices, fp32 unless given. Embeddings and head have 8 bits
+    at least; rows that are no multiples of 32 numbers become f16."""
     license: str = "unknown"
     """The model's licence for its card, as Hugging Face spells it: mit, cc-by-4.0, other."""
 
@@ -43,6 +46,12 @@ fastllm export --checkpoint runs/book --format hf --out book-model
         if not license or not set(license) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-"):
             raise ValueError("must be spelt as Hugging Face does: mit, cc-by-4.0, other")
         return license
+
+    @model_validator(mode="after")
+    def _check_quantize(self) -> "ExportConfig":
+        if self.quantize and self.format != "gguf":
+            raise ValueError("--quantize needs --format gguf")
+        return self
 
 
 @command
@@ -75,7 +84,7 @@ def export(
     check_expressible(model, tokenizer, config.format)
     with writing_aside(folder) as aside:
         name = run_dir.name
-        difference = write_model(model, tokenizer, config.format, aside, name)
+        difference = write_model(model, tokenizer, config.format, aside, name, config.quantize)
         model_file = files.get(f"model.{config.format}", run_dir).name
         text = model_card(
             config.format, config.license, model_file, model, trained.settings, trained.folder,

@@ -9,15 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 
 from fastllm import DecoderModel, export
 from fastllm.command import no_log
-from fastllm.integrations import formats, gguf, onnx
-from fastllm.models.gpt2 import convert_to_gpt2, tensor_names
+from fastllm.integrations import formats, onnx
+from fastllm.models.gpt2 import convert_to_gpt2
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
 from fastllm.training.checkpoint import find_checkpoint, load_model
 from fastllm.training.run import prepare, resolve
@@ -33,6 +32,7 @@ FLAGS = {
     "learned-tied": "--pos_encoding learned --tie_word_embeddings --num_heads 4"
     " --activation gelu_tanh",
     "bpe": "--tokenizer bpe --vocab_size 300 --tie_word_embeddings --num_layers 2",
+    "llama": "--arch llama --num_kv_heads 1 --tokenizer bpe --vocab_size 300 --num_layers 2",
 }
 
 
@@ -98,6 +98,9 @@ def test_transformers_loads_model_and_tokenizer(run: Path) -> None:
     assert reader(TEXT).input_ids == tokenizer.encode(TEXT)
     assert reader.decode(tokenizer.encode(TEXT)) == TEXT
     assert reader.pad_token_id == tokenizer.pad_token_id
+    # A program that scores texts puts one of these before them.
+    for settings in (reader, theirs.config, theirs.generation_config):
+        assert settings.bos_token_id == settings.eos_token_id == tokenizer.pad_token_id
     assert reader.model_max_length == ours.max_seq_len
     inputs = reader("He said", return_tensors="pt")
     out = theirs.generate(**inputs, max_length=ours.max_seq_len, do_sample=False)
@@ -123,46 +126,22 @@ def test_onnx_export(plain_run: Path) -> None:
         onnx.onnx_logits(folder / "model.onnx", random_ids(model, 1, model.max_seq_len + 1))
 
 
-def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The file's settings and tensors."""
+def test_gguf_read_back(run: Path) -> None:
+    """The model in the file has the logits and the shape of the run's model."""
     from gguf import GGUFReader
 
-    reader = GGUFReader(file)
-    settings = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    assert all(tensor.tensor_type.name == "F32" for tensor in reader.tensors)
-    return settings, tensors
-
-
-def test_gguf_read_back(run: Path) -> None:
-    """A model built from the file's settings and tensors has the logits of the run's model."""
-    settings, tensors = read_gguf(run_export(run, "gguf") / "model.gguf")
+    file = run_export(run, "gguf") / "model.gguf"
+    settings = {name: field.contents() for name, field in GGUFReader(file).fields.items()}
     ours, tokenizer = loaded(run)
-    assert settings["general.architecture"] == "gpt2"
+    arch = "gpt2" if ours.config.pos_encoding != "rope" else "llama"
+    assert settings["general.architecture"] == arch
     assert settings["general.name"] == "run"
-    theirs = DecoderModel(
-        len(settings["tokenizer.ggml.tokens"]),
-        settings["gpt2.embedding_length"],
-        settings["gpt2.block_count"],
-        settings["gpt2.attention.head_count"],
-        settings["gpt2.context_length"],
-        settings["gpt2.feed_forward_length"],
-        pos_encoding_learned=True,
-        # GGUF does not record which GELU it is; the run's config.json does.
-        mlp_activation="gelu_tanh" if "gelu_tanh" in (run / "config.json").read_text() else "gelu",
-        norm_eps=settings["gpt2.attention.layer_norm_epsilon"],
-        lm_head_bias=False,
-        tie_word_embeddings="output.weight" not in tensors,
-        scale_embeddings=False,
-    ).eval()
+    theirs = DecoderModel.from_pretrained(file).eval()
     widened = theirs.hidden_size > ours.hidden_size
     assert widened == (ours.lm_head.bias is not None)
     assert theirs.tie_word_embeddings == ours.tie_word_embeddings
-    names = tensor_names(gguf.TENSORS, settings["gpt2.block_count"])
-    if theirs.tie_word_embeddings:
-        del names["lm_head.weight"]
-    assert sorted(names.values()) == sorted(tensors)
-    theirs.load_state_dict({ours: torch.tensor(tensors[name]) for ours, name in names.items()})
+    assert theirs.config.mlp == ours.config.mlp
+    assert settings[f"{arch}.attention.head_count"] == theirs.config.num_heads
     ids = random_ids(ours, 3, ours.max_seq_len)
     assert_close(logits(theirs, ids), logits(ours, ids), 1e-5)
     pad = tokenizer.pad_token_id
@@ -171,6 +150,49 @@ def test_gguf_read_back(run: Path) -> None:
     for name in ("bos", "eos", "padding"):
         assert settings[f"tokenizer.ggml.{name}_token_id"] == pad
     assert settings["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_quantized_gguf(tmp_path: Path) -> None:
+    """Matrices are rounded as asked, rows that are no blocks of 32 numbers to f16."""
+    from gguf import GGUFReader
+
+    flags = "--hidden_size 64 --num_heads 2 --arch llama --dropout 0 --tokenizer bpe"
+    run = train(tmp_path / "run", f"{flags} --vocab_size 300")
+    ours, _ = loaded(run)
+    ids = random_ids(ours, 2, ours.max_seq_len)
+    expected = logits(ours, ids)
+    worst = 0.0
+    # Half a step of a block's largest number, of about 3 standard deviations, adds up over layers.
+    for name, bound in (("bf16", 0.01), ("q8_0", 0.02), ("q4_0", 0.4)):
+        out = tmp_path / f"{name}.gguf"
+        flags = f"--checkpoint {run} --format gguf --quantize {name} --out {out}"
+        export.main(flags.split())
+        types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(out).tensors}
+        assert types["blk.0.attn_q.weight"] == types["blk.0.ffn_gate.weight"] == name.upper()
+        assert types["token_embd.weight"] == ("Q8_0" if name == "q4_0" else name.upper())
+        assert types["blk.0.attn_norm.weight"] == "F32"
+        actual = logits(DecoderModel.from_pretrained(out).eval(), ids)
+        error = ((actual - expected).std() / expected.std()).item()
+        assert worst < error < bound, name
+        worst = error
+    odd = train(tmp_path / "odd", "--hidden_size 48 --num_heads 2 --dropout 0")
+    file = run_export(odd, "gguf", "--quantize", "q8_0") / "model.gguf"
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    assert types["blk.0.attn_qkv.weight"] == "F16" and types["blk.0.ffn_down.weight"] == "Q8_0"
+    assert types["position_embd.weight"] == "F32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--format hf --quantize q8_0", "--quantize needs --format gguf"),
+        ("--format gguf --quantize q3_k", "--quantize must be 'f16', 'bf16', 'q8_0'"),
+    ],
+)
+def test_unknown_quantizations(
+    capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    assert message in fails(capsys, "--checkpoint", "run", *flags.split())
 
 
 def test_llama_cpp_computes_the_same(run: Path) -> None:
@@ -201,7 +223,7 @@ def test_llama_cpp_computes_the_same(run: Path) -> None:
         ("--post_norm", "gguf", "GPT-2's format cannot express this model: it is Post-LN"),
         ("--activation leaky_relu", "hf", "its activation is leaky_relu"),
         ("--activation leaky_relu", "gguf", "its activation is leaky_relu"),
-        ("--activation silu", "gguf", "supports only GELU, not silu"),
+        ("--activation silu", "gguf", "supports only gelu, not silu"),
         ("--tokenizer wordpiece --vocab_size 300", "gguf", "it has WordPiece only for BERT"),
     ],
 )

@@ -1,17 +1,25 @@
 """The formats that `python -m fastllm.export` writes: for transformers, ONNX and llama.cpp."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastllm.flags import Format
-from fastllm.integrations.gguf import check_gguf, save_gguf
-from fastllm.integrations.hf_tokenizer import CONFIG_FILE, save_hf_tokenizer, tokenizer_json
+from fastllm.flags import Format, Quantization
+from fastllm.integrations.gguf import find_architecture, save_gguf
+from fastllm.integrations.gguf_tokenizer import gguf_vocabulary
+from fastllm.integrations.hf_tokenizer import (
+    CONFIG_FILE,
+    begin_and_end,
+    save_hf_tokenizer,
+    tokenizer_json,
+)
 from fastllm.integrations.onnx import check_onnx, onnx_logits, save_onnx
-from fastllm.models.decoder import DecoderModel
-from fastllm.models.gpt2 import check_gpt2, convert_to_gpt2
+from fastllm.models.decoder import DecoderModel, check_as_built
+from fastllm.models.gpt2 import convert_to_gpt2
+from fastllm.models.huggingface import write_settings
 from fastllm.tokenization import Tokenizer
 
 PACKAGES: dict[Format, list[str]] = {
@@ -19,8 +27,9 @@ PACKAGES: dict[Format, list[str]] = {
     "onnx": ["tokenizers", "onnx", "onnxscript", "onnxruntime"],
     "gguf": ["tokenizers", "gguf"],
 }
+GENERATION_FILE = "generation_config.json"
 FILES: dict[Format, list[str]] = {
-    "hf": ["config.json", "model.safetensors", "tokenizer.json", CONFIG_FILE],
+    "hf": ["config.json", GENERATION_FILE, "model.safetensors", "tokenizer.json", CONFIG_FILE],
     "onnx": ["model.onnx", "tokenizer.json", CONFIG_FILE],
     "gguf": ["model.gguf"],
 }
@@ -38,28 +47,49 @@ def check_packages(format: Format) -> None:
         raise ImportError(f"{', '.join(missing)} missing: pip install '.[export]'")
 
 
+def expressible(model: DecoderModel) -> DecoderModel:
+    """The model itself if Hugging Face has its architecture, otherwise the same as a GPT-2.
+
+    Raises:
+        ValueError: it is neither; the message gives the reason.
+    """
+    try:
+        write_settings(model.config)
+    except ValueError:
+        if model.config.pos_encoding not in ("learned", "sinusoidal"):
+            raise
+        return convert_to_gpt2(model)
+    check_as_built(model)
+    return model
+
+
 def check_expressible(model: DecoderModel, tokenizer: Tokenizer, format: Format) -> None:
     """Raises a `ValueError` with the reason if the format cannot express the model."""
-    if format == "gguf":
-        check_gguf(model, tokenizer)
-        return
-    if format == "hf":
-        check_gpt2(model, convertible=True)
-    else:
+    if format == "onnx":
         check_onnx(model)
+    elif format == "hf":
+        expressible(model)
+    else:
+        find_architecture(expressible(model).config)
+        gguf_vocabulary(tokenizer)
+        return
     tokenizer_json(tokenizer)
 
 
 def write_model(
-    model: DecoderModel, tokenizer: Tokenizer, format: Format, folder: Path, name: str
+    model: DecoderModel,
+    tokenizer: Tokenizer,
+    format: Format,
+    folder: Path,
+    name: str,
+    quantization: Quantization | None = None,
 ) -> float:
     """Writes the format's `FILES` and returns the largest difference of a logit.
 
-    The logits are those of the written files on random tokens, except that for GGUF the converted
-    weights are run by fastllm.
+    The logits are those of the written files on random tokens.
 
     Raises:
-        ExportError: a logit differs by more than rounding.
+        ExportError: a logit differs by more than rounding, without a quantization.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(model.max_seq_len, LONGEST_CHECK)
@@ -68,28 +98,38 @@ def write_model(
         save_onnx(model, folder / "model.onnx")
         theirs = onnx_logits(folder / "model.onnx", ids)
     elif format == "hf":
-        convert_to_gpt2(model).save_gpt2(folder)
-        theirs = _logits(DecoderModel.from_gpt2(folder).eval(), ids)
+        save_hf_model(model, tokenizer, folder)
+        theirs = _logits(DecoderModel.from_pretrained(folder).eval(), ids)
     else:
-        save_gguf(model, tokenizer, folder / "model.gguf", name)
-        theirs = _logits(convert_to_gpt2(model), ids)
+        file = folder / "model.gguf"
+        save_gguf(expressible(model), tokenizer, file, name, quantization)
+        theirs = _logits(DecoderModel.from_pretrained(file).eval(), ids)
     if format != "gguf":
         save_hf_tokenizer(tokenizer, folder, model.max_seq_len)
-    return _largest_difference(_logits(model, ids), theirs)
-
-
-@torch.no_grad()
-def _logits(model: DecoderModel, ids: Tensor) -> Tensor:
-    return model(ids)
-
-
-def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Raises an `ExportError` if the difference is more than 1e-4 of the scale."""
+    ours = _logits(model, ids)
     difference = (ours - theirs).abs().max().item()
     scale = max(1.0, ours.abs().max().item())
-    if not difference <= 1e-4 * scale:  # NaN fails too
+    if not quantization and not difference <= 1e-4 * scale:  # NaN fails too
         raise ExportError(
             "the written files do not compute what this model does: a logit differs by "
             f"{difference:.3g}. Please report this, with the run's config.json"
         )
     return difference
+
+
+def save_hf_model(model: DecoderModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes a model for transformers, with the tokens that begin and end its texts."""
+    begin, end = begin_and_end(tokenizer)
+    tokens = {
+        "bos_token_id": begin,
+        "eos_token_id": end if len(end) > 1 else end[0],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    expressible(model).save_pretrained(folder, **tokens)
+    text = json.dumps(tokens, indent=2) + "\n"
+    (folder / GENERATION_FILE).write_text(text, encoding="utf-8")
+
+
+@torch.no_grad()
+def _logits(model: DecoderModel, ids: Tensor) -> Tensor:
+    return model(ids)

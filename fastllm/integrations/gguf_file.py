@@ -32,7 +32,9 @@ class GgufFile:
             raise FileNotFoundError(f"{path} does not exist")
         try:
             reader = GGUFReader(path)
-            self.settings = {key: field.contents() for key, field in reader.fields.items()}
+            self.settings: dict[str, Any] = {
+                key: field.contents() for key, field in reader.fields.items()
+            }
         except Exception as error:  # the package has no error of its own for a damaged file
             problem = f"{path} is not a GGUF file, or is damaged or incomplete: {error}"
             raise ValueError(problem) from error
@@ -42,8 +44,8 @@ class GgufFile:
             name: [int(size) for size in reversed(tensor.shape)]
             for name, tensor in self._tensors.items()
         }
-        self.architecture = self.get("general.architecture", str)
-        if self.get("split.count", int, 1) > 1:
+        self.architecture = str(self.settings.get("general.architecture"))
+        if self.settings.get("split.count", 1) not in (0, 1):
             raise ValueError(f"{path} is one of several parts; join them with llama-gguf-split")
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
@@ -53,14 +55,15 @@ class GgufFile:
             default: for a key that the file lacks; without one, the key is required.
 
         Raises:
-            ValueError: it is missing, or not of this kind.
+            ValueError: it is missing, or not of this kind; the message names the key alone.
         """
         value = self.settings.get(key, default)
         if value is None:
-            raise ValueError(f"{self.path} has no {key}")
-        if not isinstance(value, kind):
-            raise ValueError(f"{self.path}: {key} must be of type {kind.__name__}, not {value!r}")
-        return value
+            raise ValueError(f"it has no {key}")
+        if type(value) is not kind:
+            raise ValueError(f"{key} must be of type {kind.__name__}, not {value!r}")
+        # The shortest number that rounds to the one in the file: 1e-05, not 9.99999974e-06.
+        return float(str(np.float32(str(value)))) if kind is float else value
 
     def model(self, key: str, kind: type, default: Any = None) -> Any:
         """A setting of the architecture; see `get`."""
@@ -79,7 +82,5 @@ class GgufFile:
             values = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             kind = tensor.tensor_type.name
-            raise ValueError(
-                f"{self.path}: {name} has numbers of type {kind}; export it in another"
-            ) from None
+            raise ValueError(f"{self.path}: {name} is of the unknown type {kind}") from None
         return torch.from_numpy(np.array(values, dtype=np.float32)).view(self.shapes[name])

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastllm.command import first_line
 from fastllm.integrations.gguf_file import GgufFile
-from fastllm.integrations.hf_tokenizer import character_tokenizer_json, check_utf8, tokenizer_json
+from fastllm.integrations.hf_tokenizer import (
+    begin_and_end,
+    character_tokenizer_json,
+    check_utf8,
+    tokenizer_json,
+)
 from fastllm.tokenization import SimpleCharacterTokenizer, Tokenizer
 from fastllm.tokenization.base import PAD
+from fastllm.tokenization.subword_tokenizer import BYTE_TOKEN
 
 if TYPE_CHECKING:
+    from gguf import GGUFWriter
     from tokenizers import Tokenizer as LibraryTokenizer
 
 
 class Vocabulary(NamedTuple):
-    """The tables of llama.cpp's byte-level BPE: each id's text and type, and merges in order."""
+    """The tables of a tokenizer in llama.cpp.
+
+    Attributes:
+        tokens, types: of each id.
+        merges: of a byte-level BPE, in order; empty for SentencePiece's.
+        pre: how a byte-level BPE finds words; see `WORDS`.
+        scores: of each id, for SentencePiece's BPE.
+        space_first: whether a text gets a space before it.
+    """
 
     tokens: list[str]
     types: Sequence[int]
     merges: list[str]
+    pre: str = "gpt-2"
+    scores: Sequence[float] = ()
+    space_first: bool = False
 
 
 class SavedTokenizer(NamedTuple):
@@ -101,31 +121,35 @@ def read_tokenizer(file: GgufFile) -> SavedTokenizer:
     """The tokenizer in a GGUF file.
 
     Raises:
-        ValueError: it is of an unknown kind, or damaged; the message names the key.
+        ValueError: it is of an unknown kind, or damaged; the message names the file and the key.
         ImportError: the tokenizers library is not installed.
     """
+    try:
+        return _read_tokenizer(file)
+    except ImportError:
+        raise
+    except Exception as error:  # the library has no error of its own for a damaged vocabulary
+        raise ValueError(f"{file.path}: {first_line(error)}") from error
+
+
+def _read_tokenizer(file: GgufFile) -> SavedTokenizer:
     kind = file.get("tokenizer.ggml.model", str)
     if kind not in ("gpt2", "llama"):
-        raise ValueError(f"{file.path}: tokenizer.ggml.model must be gpt2 or llama, not {kind}")
+        raise ValueError(f"tokenizer.ggml.model must be gpt2 or llama, not {kind}")
     tokens = file.get("tokenizer.ggml.tokens", list)
     ids = {token: id for id, token in enumerate(tokens)}
     if len(ids) != len(tokens):
-        raise ValueError(f"{file.path}: tokenizer.ggml.tokens has the same token twice")
-    try:
-        if kind == "gpt2":
-            library, starts = _byte_level_bpe(file, ids)
-        else:
-            library, starts = _sentencepiece(file, ids), True
-        _add_special_tokens(file, library, tokens)
-    except ValueError:
-        raise
-    except Exception as error:  # the library has no error of its own for a damaged vocabulary
-        raise ValueError(f"{file.path}: the tokenizer is damaged: {error}") from error
+        raise ValueError("tokenizer.ggml.tokens has the same token twice")
+    if kind == "gpt2":
+        library, starts = _byte_level_bpe(file, ids)
+    else:
+        library, starts = _sentencepiece(file, ids), True
+    _add_special_tokens(file, library, tokens)
     named = {}
     for name in ("bos", "eos", "eot", "padding"):
         id = file.get(f"tokenizer.ggml.{name}_token_id", int, -1)
         if not -1 <= id < len(tokens):
-            raise ValueError(f"{file.path}: tokenizer.ggml.{name}_token_id {id} is not a token")
+            raise ValueError(f"tokenizer.ggml.{name}_token_id {id} is not a token")
         named[name] = id
     starts = file.get("tokenizer.ggml.add_bos_token", bool, starts) and named["bos"] >= 0
     return SavedTokenizer(
@@ -144,7 +168,7 @@ def _byte_level_bpe(file: GgufFile, ids: dict[str, int]) -> tuple[LibraryTokeniz
     name = file.get("tokenizer.ggml.pre", str, "default")
     if name not in WORDS:
         known = ", ".join(WORDS)
-        raise ValueError(f"{file.path}: tokenizer.ggml.pre must be one of {known}, not {name}")
+        raise ValueError(f"tokenizer.ggml.pre must be one of {known}, not {name}")
     if (characters := _characters(ids)) is not None:
         return characters, False
     merges = []
@@ -213,7 +237,7 @@ def _of_tokens(file: GgufFile, name: str, count: int, default: Any = None) -> li
     """A list with a number for each token."""
     values: list[Any] = file.get(f"tokenizer.ggml.{name}", list, default)
     if len(values) != count:
-        raise ValueError(f"{file.path}: tokenizer.ggml.{name} must have a number for each token")
+        raise ValueError(f"tokenizer.ggml.{name} must have a number for each token")
     return values
 
 
@@ -231,22 +255,72 @@ def _add_special_tokens(file: GgufFile, library: LibraryTokenizer, tokens: list[
     library.add_tokens(added)
 
 
-def gguf_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """The tokenizer as a byte-level BPE like GPT-2's, which encodes every text to the same ids.
+def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Writes the settings of a tokenizer."""
+    begin, end = begin_and_end(tokenizer)
+    settings: dict[str, Any] = {
+        "model": "llama" if vocabulary.scores else "gpt2",
+        "pre": "default" if vocabulary.scores else vocabulary.pre,
+        "tokens": vocabulary.tokens,
+        "scores": list(vocabulary.scores),
+        "token_type": [int(type) for type in vocabulary.types],
+        "merges": vocabulary.merges,
+        "add_space_prefix": vocabulary.space_first,
+        # Without these two, llama.cpp takes a token of GPT-2's or Llama's for them.
+        "bos_token_id": begin,
+        "eos_token_id": end[0],
+        "padding_token_id": tokenizer.pad_token_id,
+        "add_bos_token": bool(tokenizer.start_tokens),
+        "add_eos_token": False,
+    }
+    if len(end) > 1:
+        settings["eot_token_id"] = end[1]
+    for key, value in settings.items():
+        add_setting(writer, f"tokenizer.ggml.{key}", value)
 
-    Each character becomes a token of all its bytes, whose merges join them from first to last. No
-    byte that begins a character in UTF-8 occurs inside another one, so nothing else is joined.
-    llama.cpp skips characters without a token, for which this package raises an error.
+
+def add_setting(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Writes a setting with the type that llama.cpp expects; an empty list is left out."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif value:
+        writer.add_array(key, value)
+
+
+def gguf_vocabulary(tokenizer: Tokenizer, size: int | None = None) -> Vocabulary:
+    """The tokenizer in llama.cpp, which encodes every text to the same ids.
+
+    Each character of a character tokenizer becomes a token of all its bytes, whose merges join them
+    from first to last. No byte that begins a character in UTF-8 occurs inside another one, so
+    nothing else is joined. llama.cpp skips characters without a token, for which this package
+    raises an error.
+
+    Args:
+        size: the model's number of ids, which may exceed the tokenizer's.
 
     Raises:
         ValueError: llama.cpp has no such tokenizer; the message gives the reason.
         ImportError: the tokenizers library is not installed.
     """
+    from gguf import TokenType
+
     if isinstance(tokenizer, SimpleCharacterTokenizer):
         check_utf8(tokenizer)
-        return _character_vocabulary(tokenizer)
-    return _subword_vocabulary(
-        tokenizer_json(tokenizer), tokenizer.vocab_size, tokenizer.pad_token_id
+        vocabulary = _character_vocabulary(tokenizer)
+    else:
+        data = tokenizer_json(tokenizer)
+        vocabulary = _subword_vocabulary(data, tokenizer.vocab_size, tokenizer.pad_token_id)
+    unused = range(len(vocabulary.tokens), size or 0)
+    return vocabulary._replace(
+        tokens=[*vocabulary.tokens, *(f"[unused{id}]" for id in unused)],
+        types=[*vocabulary.types, *[TokenType.UNUSED] * len(unused)],
+        scores=vocabulary.scores and [*vocabulary.scores, *[0.0] * len(unused)],
     )
 
 
@@ -271,44 +345,98 @@ def _character_vocabulary(tokenizer: SimpleCharacterTokenizer) -> Vocabulary:
 def _subword_vocabulary(data: dict[str, Any], vocab_size: int, pad_token_id: int) -> Vocabulary:
     from gguf import TokenType
 
-    reason = _why_not_gpt2(data)
-    if reason is not None:
-        raise ValueError(f"llama.cpp cannot reproduce this tokenizer: {reason}")
+    kind = _kind_of(data)
     texts, types = {}, {}
     for token, id in data["model"]["vocab"].items():
         texts[id], types[id] = token, TokenType.NORMAL
+        if kind == "llama" and BYTE_TOKEN.fullmatch(token):
+            types[id] = TokenType.BYTE
     for token in data["added_tokens"]:
         texts[token["id"]] = token["content"]
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     merges = [
         merge if isinstance(merge, str) else " ".join(merge) for merge in data["model"]["merges"]
     ]
-    pad = texts[pad_token_id]
     ids = range(vocab_size)
-    return Vocabulary(
+    vocabulary = Vocabulary(
         [texts.get(id, f"[unused{id}]") for id in ids],
         [types.get(id, TokenType.UNUSED) for id in ids],
-        merges or [f"{pad} {pad}"],
+        merges or [f"{texts[pad_token_id]} {texts[pad_token_id]}"],
+        kind,
     )
+    if kind != "llama":
+        return vocabulary
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(merge.replace(" ", ""), rank)
+    scores = [-float(ranks.get(token, len(ranks))) for token in vocabulary.tokens]
+    space_first = "normalizers" in data["normalizer"] and len(data["normalizer"]["normalizers"]) > 1
+    return vocabulary._replace(merges=[], scores=scores, space_first=space_first)
 
 
-def _why_not_gpt2(data: dict[str, Any]) -> str | None:
-    """Why a tokenizer.json is not of GPT-2's kind, byte-level BPE, or None."""
-    model, words = data["model"], data["pre_tokenizer"]
+def _kind_of(data: dict[str, Any]) -> str:
+    """The name in `WORDS` of a byte-level BPE, or "llama" for SentencePiece's.
+
+    Args:
+        data: the content of its tokenizer.json.
+
+    Raises:
+        ValueError: llama.cpp has neither; the message gives the reason.
+    """
+    reason, model = _why_unknown(data), data["model"]
+    if reason is None and _has_spaces_as_sentencepiece(data):
+        return "llama"
+    if reason is None:
+        cuts, whole = _cuts(data["pre_tokenizer"]), bool(model.get("ignore_merges"))
+        fitting = {
+            name: words
+            for name, words in WORDS.items()
+            if _cuts(json.loads(words.pre_tokenizer().__getstate__())) == cuts
+        }
+        for name, words in fitting.items():
+            if words.whole == whole:
+                return name
+        reason = "the tokenizer does not split text into words as GPT-2 or another model does"
+        if fitting:
+            reason = f"it has no such words with ignore_merges {str(whole).lower()}"
+    raise ValueError(f"llama.cpp cannot reproduce this tokenizer: {reason}")
+
+
+def _why_unknown(data: dict[str, Any]) -> str | None:
+    """Why llama.cpp has no BPE like the one in a tokenizer.json, whatever its words, or None."""
+    model = data["model"]
     if model["type"] == "WordPiece":
         return "it has WordPiece only for BERT, in lower case"
     if model["type"] != "BPE":
         return f"it has no counterpart of a {model['type']} tokenizer"
-    if words is None or words["type"] != "ByteLevel" or not words.get("use_regex", True):
-        return "the tokenizer does not split text into words as GPT-2 does"
-    if words["add_prefix_space"]:
-        return "the tokenizer puts a space before every text"
-    if data["normalizer"] is not None:
-        return "the tokenizer normalizes texts first"
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
-            return f"GPT-2's BPE has no {option}"
+            return f"its BPE has no {option}"
     for token in data["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             return f"the token {token['content']!r} depends on the surrounding white space"
+    if model.get("byte_fallback"):
+        spaces = _has_spaces_as_sentencepiece(data)
+        return None if spaces else "the tokenizer does not treat spaces as SentencePiece does"
+    if any(part.get("add_prefix_space") for part in _cuts(data["pre_tokenizer"])):
+        return "the tokenizer puts a space before every text"
+    if data["normalizer"] not in (None, {"type": "NFC"}):  # most texts are composed already
+        return "the tokenizer normalizes texts first"
     return None
+
+
+def _cuts(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The parts of a pre_tokenizer, without what does not matter for the ids."""
+    if pre_tokenizer is None:
+        return []
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    return [{key: each for key, each in part.items() if key != "trim_offsets"} for part in parts]
+
+
+def _has_spaces_as_sentencepiece(data: dict[str, Any]) -> bool:
+    """Whether a BPE with a token for each byte replaces spaces, and nothing else."""
+    normalizer = data["normalizer"] or {}
+    parts = normalizer.get("normalizers", [normalizer])
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    return bool(data["model"].get("byte_fallback")) and parts in ([replace], [prepend, replace])

@@ -13,8 +13,8 @@ CONFIG_FILE = "tokenizer_config.json"
 def save_hf_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json.
 
-    `AutoTokenizer` then encodes every text to the same ids as this tokenizer, without special
-    tokens around them, and decodes ids to the same text. The character tokenizer has one exception:
+    `AutoTokenizer` then encodes every text to the same ids as this tokenizer, after its
+    `start_tokens`, and decodes ids to the same text. The character tokenizer has one exception:
     "<PAD>" alone encodes to five characters there, as it does inside a text. (The tokenizers
     library alone takes it for padding everywhere, unless `encode_special_tokens` is set.)
 
@@ -27,9 +27,19 @@ def save_hf_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> N
     data = tokenizer_json(tokenizer)
     names = {token["id"]: token["content"] for token in data["added_tokens"]}
     names |= {id: token for token, id in data["model"]["vocab"].items()}
+    begin, end = begin_and_end(tokenizer)
+    if tokenizer.start_tokens:
+        from tokenizers.processors import TemplateProcessing
+
+        start = [(names[id], id) for id in tokenizer.start_tokens]
+        texts = " ".join(name for name, _ in start)
+        template = TemplateProcessing(f"{texts} $A", f"{texts} $A $B", start)
+        data["post_processor"] = json.loads(template.__getstate__())
     config = {
         # This class uses the file as it is; the model's own class splits text as GPT-2 does.
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": names[begin],
+        "eos_token": names[end[0]],
         "pad_token": names[tokenizer.pad_token_id],
         "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": False,
@@ -38,6 +48,12 @@ def save_hf_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> N
     for name, content in (("tokenizer.json", data), (CONFIG_FILE, config)):
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def begin_and_end(tokenizer: Tokenizer) -> tuple[int, list[int]]:
+    """The id that begins a text, and those that end it; models of `train` know only padding."""
+    end = sorted(tokenizer.end_tokens) or [tokenizer.pad_token_id]
+    return next(iter(tokenizer.start_tokens), end[0]), end
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:

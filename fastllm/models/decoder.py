@@ -193,14 +193,15 @@ class DecoderModel(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> DecoderModel:
-        """A model in Hugging Face's format, in training mode.
+        """A model in Hugging Face's format or llama.cpp's, in training mode.
 
         Its dropout of attention weights is also that of the attention's output here, and its
         dropout of an MLP's output that of the activations.
 
         Args:
             source: a folder with config.json and model.safetensors (or its shards and their index),
-                a run of `fastllm finetune`, or the name of a model on the hub.
+                a run of `fastllm finetune`, the name of a model on the hub, or a GGUF file, whose
+                weights are unpacked.
             padding_idx: as in the constructor. `pad_token_id` is not used for it, because it is
                 often the end-of-text token, which is also to be learnt.
             dtype: the weights' type; PyTorch's default unless given.

@@ -22,7 +22,7 @@ from fastllm.models.huggingface import (
     refuse,
     tensor_names,
 )
-from fastllm.models.pretrained import load_model, missing, read_json, write_model
+from fastllm.models.pretrained import SafeTensors, load_model, missing, read_json, write_model
 from fastllm.ops.decoder import Layer, Norm
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def load_gpt2(
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if folder is not None:
-        return load_model(model_class, folder, GPT2, config, device, dtype)
+        with SafeTensors(folder, GPT2) as tensors:
+            return load_model(model_class, tensors, GPT2, config, device, dtype)
     model = model_class.from_config(config, device, dtype)
     _initialise(model, std)
     return model

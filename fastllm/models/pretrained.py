@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,9 +37,14 @@ def load_pretrained(
     dtype: Any = None,
 ) -> "DecoderModel":
     """See `DecoderModel.from_pretrained`."""
+    if Path(source).suffix == ".gguf":
+        from fastllm.integrations.gguf import load_gguf
+
+        return load_gguf(model_class, Path(source), padding_idx, device, dtype)
     folder = find_folder(source)
     architecture, config = read_config(folder / "config.json", padding_idx)
-    return load_model(model_class, folder, architecture, config, device, dtype)
+    with SafeTensors(folder, architecture) as tensors:
+        return load_model(model_class, tensors, architecture, config, device, dtype)
 
 
 def find_folder(source: str | os.PathLike[str]) -> Path:
@@ -92,27 +97,37 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
+class Tensors(Protocol):
+    """The tensors of a model by their names in Hugging Face's format."""
+
+    def check(self, model: "DecoderModel", names: Mapping[str, list[str]]) -> None:
+        """Raises a `ValueError` unless the tensors are exactly those of the model, which is on the
+        meta device."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of this name."""
+
+
 def load_model(
     model_class: "type[DecoderModel]",
-    folder: Path,
+    tensors: Tensors,
     architecture: Architecture,
     config: DecoderConfig,
     device: Any,
     dtype: Any,
 ) -> "DecoderModel":
-    """A model of the configuration with the weights in the folder."""
+    """A model of the configuration with these tensors."""
     # Compare shapes before allocating: a config.json of other weights may ask for terabytes.
     model = model_class.from_config(config, device="meta", dtype=dtype)
-    with Tensors(folder, architecture) as tensors:
-        names = names_in(architecture, model)
-        tensors.check(model, names)
-        model.to_empty(device=torch.get_default_device() if device is None else device)
-        state = model.state_dict()
-        with torch.no_grad():
-            for theirs, ours in names.items():
-                parts = architecture.layout_of(theirs).to_ours(tensors.read(theirs), config)
-                for name, part in zip(ours, parts, strict=True):
-                    state[name].copy_(part)
+    names = names_in(architecture, model)
+    tensors.check(model, names)
+    model.to_empty(device=torch.get_default_device() if device is None else device)
+    state = model.state_dict()
+    with torch.no_grad():
+        for theirs, ours in names.items():
+            parts = architecture.layout_of(theirs).to_ours(tensors.read(theirs), config)
+            for name, part in zip(ours, parts, strict=True):
+                state[name].copy_(part)
     return model
 
 
@@ -128,7 +143,7 @@ def names_in(architecture: Architecture, model: "DecoderModel") -> dict[str, lis
     return names
 
 
-class Tensors:
+class SafeTensors:
     """The tensors in model.safetensors, or in its shards, each read when it is needed.
 
     Use as a context manager.
@@ -139,7 +154,7 @@ class Tensors:
         self._open = ExitStack()
         self._files: dict[str, tuple[Any, str]] = {}  # the file and the name there, by `short`
 
-    def __enter__(self) -> "Tensors":
+    def __enter__(self) -> "SafeTensors":
         with self._open:
             for path in tensor_files(self.folder):
                 try:

@@ -70,10 +70,11 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
             {"pre_tokenizer": {**BYTE_LEVEL, "use_regex": True, "add_prefix_space": True}},
             "puts a space before every text",
         ),
-        ({"normalizer": {"type": "NFC"}}, "normalizes texts first"),
-        ({"ignore_merges": True}, "no ignore_merges"),
+        ({"normalizer": {"type": "NFKC"}}, "normalizes texts first"),
+        ({"ignore_merges": True}, "no such words with ignore_merges true"),
+        ({"byte_fallback": True}, "does not treat spaces as SentencePiece does"),
     ],
-    ids=["no-regex", "none", "prefix", "normalizer", "ignore-merges"],
+    ids=["no-regex", "none", "prefix", "normalizer", "ignore-merges", "spaces"],
 )
 def test_tokenizers_that_llama_cpp_cannot_reproduce(
     tmp_path: Path, changes: dict[str, Any], message: str
@@ -91,12 +92,12 @@ def test_ids_without_a_token_are_unused_in_gguf(tmp_path: Path) -> None:
     vocab[last] += 10
     more = {**pad, "id": vocab[last] + 1, "content": "<|more|>", "special": False}
     tokenizer = edited(trained, tmp_path, vocab=vocab, added_tokens=[pad, more])
-    tokens, types, _ = gguf_vocabulary(tokenizer)
-    assert len(tokens) == len(set(tokens)) == tokenizer.vocab_size
+    tokens, types, *_ = gguf_vocabulary(tokenizer, tokenizer.vocab_size + 2)
+    assert len(tokens) == len(set(tokens)) == len(types) == tokenizer.vocab_size + 2
     for id, text in ((tokenizer.pad_token_id, "<PAD>"), *((i, t) for t, i in vocab.items())):
         assert tokens[id] == text
     assert [types[id] for id in tokenizer.encode("<PAD>a<|more|>")] == [3, 1, 4]
-    assert types.count(5) == tokenizer.vocab_size - len(vocab) - 1 == 9
+    assert types.count(5) - 2 == tokenizer.vocab_size - len(vocab) - 1 == 9
 
 
 def test_a_lone_surrogate_is_refused() -> None:
@@ -135,8 +136,13 @@ def encoded(library: Any, text: str) -> list[int]:
 
 
 def settings_of(vocabulary: Vocabulary) -> dict[str, Any]:
-    names = ("tokens", "token_type", "merges")
-    return {"model": "gpt2", "pre": "gpt-2", **dict(zip(names, map(list, vocabulary), strict=True))}
+    return {
+        "model": "gpt2",
+        "pre": vocabulary.pre,
+        "tokens": vocabulary.tokens,
+        "token_type": list(vocabulary.types),
+        "merges": vocabulary.merges,
+    }
 
 
 ODD = "It's 12345.6  and\tI'LL  ÜBERwindEN été 世界, 😀!\r\n\n  x=y//z <PAD>e "
@@ -179,6 +185,8 @@ def test_words_are_cut_as_in_the_original_tokenizer(tmp_path: Path, name: str) -
     original = SubwordTokenizer.from_file(tmp_path / "tokenizer.json")
     plain = SubwordTokenizer.train([TEXT], "bpe", 300)
     settings = {**settings_of(gguf_vocabulary(plain)), "pre": name, "bos_token_id": 7}
+    whole = edited(original, tmp_path, ignore_merges=name == "llama-bpe")
+    assert gguf_vocabulary(whole).pre == name
     saved = read(tmp_path, **settings)
     assert encoded(saved.library, ODD + TEXT) == original.encode(ODD + TEXT)
     words = [word for word, _ in saved.library.pre_tokenizer.pre_tokenize_str(ODD)]
@@ -203,18 +211,21 @@ def test_sentencepiece(tmp_path: Path, prefix: bool) -> None:
     trained.train_from_iterator(["He said so and so on, and then he went.\n"] * 9, trainer)
     model = json.loads(trained.to_str())["model"]
     pairs = [tuple(pair) for pair in model["merges"]]
-    merges = {"".join(pair): rank for rank, pair in enumerate(pairs)}
     original = Tokenizer(
         models.BPE(model["vocab"], pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
     original.normalizer = spaces
-    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    original.add_special_tokens(special[:3])
+    vocabulary = gguf_vocabulary(SubwordTokenizer(original))
+    types = vocabulary.types
+    assert [types[id] for id in (0, 2, 3, 258, 259)] == [3, 3, 6, 6, 1]
+    assert vocabulary.space_first == prefix and not vocabulary.merges
     saved = read(
         tmp_path,
         model="llama",
-        tokens=tokens,
-        scores=[float(-merges.get(token, 999)) for token in tokens],
-        token_type=[2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259),
+        tokens=vocabulary.tokens,
+        scores=list(vocabulary.scores),
+        token_type=[int(type) for type in types],
         add_space_prefix=prefix,
         bos_token_id=1, eos_token_id=2, eot_token_id=5,
     )  # fmt: skip
