@@ -24,8 +24,8 @@ fastllm evaluate --checkpoint runs/gpt2 other.txt --stride 512
 """
 
     checkpoint: Path
-    """A run of train or finetune, or a checkpoint in it; a folder in Hugging Face's format, or a
-    name on its hub."""
+    """A run of train or finetune, or a checkpoint in it; a folder in Hugging Face's format, a name
+    on its hub, or a GGUF file."""
     file_path: FileNames
     """UTF-8 texts to predict, or .jsonl, .json, .csv or .parquet, each also compressed (.gz, .xz,
     .zst): files, folders or patterns, read as one text."""

@@ -1,7 +1,5 @@
 """Export a trained model: `fastllm export --checkpoint DIR --format gguf`."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -27,8 +25,8 @@ fastllm export --checkpoint runs/book --format hf --out book-model
 """
 
     checkpoint: Path
-    """A run of train or finetune, or a checkpoint in it; a folder in Hugging Face's format, or a
-    name on its hub."""
+    """A run of train or finetune, or a checkpoint in it; a folder in Hugging Face's format, a name
+    on its hub, or a GGUF file."""
     format: Format
     """hf for transformers, onnx for onnxruntime and others, gguf for llama.cpp."""
     out: Path | None = None
@@ -65,7 +63,7 @@ def main(arguments: list[str]) -> None:
     with errors_in_one_line(CheckpointError, ExportError, OSError, ValueError, ImportError):
         check_packages(config.format)
         trained = load_trained_model(config.checkpoint)
-        check_not_exported(config, trained.folder)
+        check_not_exported(config, trained)
         folder, files = choose_files(config, trained.run_dir)
         difference = export(config, trained, folder, files)
     for file in files.values():
@@ -74,7 +72,7 @@ def main(arguments: list[str]) -> None:
 
 
 def export(
-    config: ExportConfig, trained: TrainedModel, folder: Path, files: dict[str, Path]
+    config: ExportConfig, trained: "TrainedModel", folder: Path, files: dict[str, Path]
 ) -> float:
     """Writes all files, or none of them; returns the largest difference of a logit."""
     from fastllm.integrations.formats import check_expressible, write_model
@@ -96,13 +94,16 @@ def export(
     return difference
 
 
-def check_not_exported(config: ExportConfig, folder: Path) -> None:
+def check_not_exported(config: ExportConfig, trained: "TrainedModel") -> None:
     """Raises a `ValueError` if the model has the wanted format already."""
     from fastllm.tokenization.pretrained import read_settings
 
-    if config.format == "hf" and "model_type" in read_settings(folder / "config.json"):
+    if config.format != "hf" or trained.weights.suffix != ".safetensors":
+        return
+    if "model_type" in read_settings(trained.folder / "config.json"):
         raise ValueError(
-            f"{folder} is already in the format of Hugging Face's transformers; copy it as it is"
+            f"{trained.folder} is already in the format of Hugging Face's transformers; copy it as "
+            "it is"
         )
 
 

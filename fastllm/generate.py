@@ -29,8 +29,8 @@ fastllm generate --checkpoint HuggingFaceTB/SmolLM2-135M --prompt "It was"
     }
 
     checkpoint: Path
-    """A run of train or finetune, or a checkpoint in it; a folder in Hugging Face's format, or a
-    name on its hub. A model's own generation_config.json overrides the defaults of sampling."""
+    """A run of train or finetune, or a checkpoint in it; a folder in Hugging Face's format, a name
+    on its hub, or a GGUF file. A model's generation_config.json overrides the defaults below."""
     prompt: str | None = None
     """Text to continue. Without it, a prompt is asked for again and again, or the whole of standard
     input is continued if that is a pipe or a file."""

@@ -40,7 +40,8 @@ FASTLLM_API_KEY=... fastllm serve --checkpoint runs/book --host 0.0.0.0
 
     checkpoint: Path
     """A run of train, whose newest checkpoint is served as soon as training has saved it, or one
-    checkpoint in it; a run of finetune, a folder in Hugging Face's format, or a name on its hub."""
+    checkpoint in it; a run of finetune, a folder in Hugging Face's format, a name on its hub, or
+    a GGUF file."""
     host: str = "127.0.0.1"
     """Address to listen on; all but loopback addresses require an API key."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000

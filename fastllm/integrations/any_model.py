@@ -1,18 +1,28 @@
 """A trained model with its tokenizer, from whatever wrote it.
 
-That is `train`, `save_model`, `finetune`, or transformers and everything else that writes its
-format.
+That is `train`, `save_model`, `finetune`, transformers and everything else that writes its format,
+or a converter to llama.cpp's.
 """
 
+import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastllm.generation.defaults import read_sampling
+from fastllm.integrations.gguf_file import GgufFile
+from fastllm.integrations.gguf_tokenizer import read_tokenizer
 from fastllm.integrations.trainer_checkpoints import whole_checkpoints
 from fastllm.models.decoder import DecoderModel
 from fastllm.models.hub import HUB_NAME, download
 from fastllm.models.pretrained import tensor_files
-from fastllm.tokenization import Tokenizer
+from fastllm.tokenization import (
+    SimpleCharacterTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
+    exported_characters,
+)
+from fastllm.tokenization.base import SpecialTokens
 from fastllm.tokenization.pretrained import load_pretrained_tokenizer, read_settings
 from fastllm.training.checkpoint import (
     CheckpointError,
@@ -23,7 +33,10 @@ from fastllm.training.checkpoint import (
 from fastllm.training.checkpoint import load_model as load_checkpoint
 from fastllm.training.trained_model import TrainedModel
 
-KINDS = "a run, a checkpoint in it, a folder in Hugging Face's format, or a name on its hub"
+KINDS = (
+    "a run, a checkpoint in it, a folder in Hugging Face's format, a name on its hub (which needs "
+    "the package huggingface_hub), or a .gguf file"
+)
 
 
 def load_trained_model(source: str | os.PathLike[str]) -> TrainedModel:
@@ -31,7 +44,8 @@ def load_trained_model(source: str | os.PathLike[str]) -> TrainedModel:
 
     Args:
         source: a run of `train` or a checkpoint in it, a folder of `save_model`, a run of
-            `finetune` or a folder in it, a folder in Hugging Face's format, or a name on its hub.
+            `finetune` or a folder in it, a folder in Hugging Face's format, a name on its hub, or
+            a GGUF file.
 
     Raises:
         CheckpointError: there is no model, or one of `train` is damaged.
@@ -41,9 +55,11 @@ def load_trained_model(source: str | os.PathLike[str]) -> TrainedModel:
     """
     path = Path(source)
     if path.is_file():
-        raise CheckpointError(f"{path} is a file; give {KINDS}")
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is a file; give {KINDS}")
+        return _load_gguf(path)
     if not path.exists():
-        if not HUB_NAME.fullmatch(str(path)) or (len(path.parts) == 2 and path.parent.exists()):
+        if not _may_be_on_hub(path):
             raise CheckpointError(f"{path} does not exist; give {KINDS}")
         return _load_pretrained(download(str(path)), str(path))
     folder = _finetuned(path)
@@ -79,6 +95,13 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[DecoderModel, Tokenizer]
     return trained.model.eval(), trained.tokenizer
 
 
+def _may_be_on_hub(path: Path) -> bool:
+    """Whether a path that does not exist is a name on the hub, rather than misspelt."""
+    is_name = HUB_NAME.fullmatch(str(path)) is not None and path.suffix != ".gguf"
+    is_in_a_folder = len(path.parts) == 2 and path.parent.exists()
+    return is_name and not is_in_a_folder and find_spec("huggingface_hub") is not None
+
+
 def _finetuned(folder: Path) -> Path:
     """The model that a run of `finetune` has written, else its newest checkpoint; any other folder
     itself."""
@@ -105,3 +128,20 @@ def _load_pretrained(folder: Path, name: str = "") -> TrainedModel:
         tensor_files(folder)[0],
         sampling=read_sampling(folder),
     )
+
+
+def _load_gguf(file: Path) -> TrainedModel:
+    model = DecoderModel.from_pretrained(file)
+    saved = read_tokenizer(GgufFile(file))
+    # Only models of `train` have such a vocabulary.
+    is_of_characters = type(saved.library.model).__name__ == "WordLevel"
+    chars = exported_characters(json.loads(saved.library.to_str())) if is_of_characters else None
+    tokenizer: Tokenizer
+    if chars is not None:
+        tokenizer = SimpleCharacterTokenizer(chars)
+        tokenizer.end_tokens = saved.end
+    else:
+        pad = next(iter(sorted(saved.end)), 0) if saved.pad is None else saved.pad
+        special = SpecialTokens(pad, saved.start, saved.end)
+        tokenizer = SubwordTokenizer.checked(saved.library, file, special, model.vocab_size)
+    return TrainedModel(file.stem, model, tokenizer, file.parent, file.parent, file)

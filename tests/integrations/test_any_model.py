@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import fastllm
-from fastllm import DecoderModel
+from fastllm import DecoderModel, SimpleCharacterTokenizer
 from fastllm.integrations import any_model
 from fastllm.integrations.any_model import load_trained_model
 from fastllm.training.checkpoint import CheckpointError
+from tests.commands import run_command
 from tests.conftest import MakeTrainer
-from tests.hf_models import save_hf_model
+from tests.hf_models import MODELS, save_hf_model
 
 pytest.importorskip("transformers", reason="pip install '.[finetune]' brings transformers")
 
@@ -100,6 +101,38 @@ def test_sharded_weights(folder: Path) -> None:
     assert all(map(torch.equal, *states))
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_gguf_file(kind: str, tmp_path: Path) -> None:
+    """It computes and tokenizes as the folder that it was made from."""
+    pytest.importorskip("gguf", reason="pip install '.[export]' brings gguf")
+    save_hf_model(tmp_path / "small", kind)
+    file = tmp_path / "other.gguf"
+    flags = ("--checkpoint", str(tmp_path / "small"), "--format", "gguf", "--out", str(file))
+    result = run_command("export", *flags)
+    assert result.returncode == 0, result.stderr
+    whole, trained = load_trained_model(tmp_path / "small"), load_trained_model(file)
+    assert (trained.name, trained.weights, trained.run_dir) == ("other", file, tmp_path)
+    text = "What's in a name?"
+    for each in (whole, trained):
+        each.model.eval()
+    ids = [*whole.tokenizer.start_tokens, *whole.tokenizer.encode(text)]
+    assert [*trained.tokenizer.start_tokens, *trained.tokenizer.encode(text)] == ids
+    assert trained.tokenizer.end_tokens == whole.tokenizer.end_tokens
+    expected = whole.model(torch.tensor([ids]))
+    assert (trained.model(torch.tensor([ids])) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_gguf_file_of_a_run(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="pip install '.[export]' brings gguf")
+    trainer = make_trainer("book", "--max_steps", "1")
+    trainer.train()
+    run_command("export", "--checkpoint", str(trainer.run_dir), "--format", "gguf")
+    model, tokenizer = fastllm.load_model(trainer.run_dir / "gguf/model.gguf")
+    assert isinstance(tokenizer, SimpleCharacterTokenizer)
+    assert tokenizer.fingerprint == trainer.tokenizer.fingerprint
+    assert model.vocab_size == tokenizer.vocab_size
+
+
 def without(*names: str) -> Any:
     """Removes files of a folder."""
 
@@ -157,11 +190,17 @@ def test_paths_without_a_model(
     monkeypatch.setattr(any_model, "download", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for missing in ("runs/bokk", "../model", "a/b/c", "/nowhere", "~/model"):
+    for missing in ("runs/bokk", "../model", "a/b/c", "/nowhere", "~/model", "model.gguf"):
         with pytest.raises(CheckpointError, match=f"{missing} does not exist; give a run"):
             load_trained_model(missing)
     with pytest.raises(CheckpointError, match="config.json is a file; give a run"):
         load_trained_model(folder / "config.json")
+    monkeypatch.setattr(any_model, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="^gpt3 does not exist; .* needs the package hugg"):
+        load_trained_model("gpt3")
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="damaged.gguf is not a GGUF file, or is damaged"):
+        load_trained_model("damaged.gguf")
 
 
 def test_what_the_library_saves_can_be_loaded_again(folder: Path, tmp_path: Path) -> None:
