@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastllm
+from fastllm.ops.decode import Decoding
 from fastllm.ops.precision import why_not_autocast
 from tests.conftest import assert_as_accurate, needs_extension
 
@@ -502,18 +503,124 @@ def test_generation(make: Make, padding: str) -> None:
         {"use_cache": False},
         {"cache_implementation": "static", "disable_compile": True},
         {"return_dict_in_generate": True, "output_logits": True},
+        {"eos_token_id": list(range(V // 2, V, 5))},
+        {"repetition_penalty": 1.5, "num_return_sequences": 2, "do_sample": True},
+        {"prefill_chunk_size": 4},
     ):
         outputs = []
         for model in (fast, stock):
             torch.manual_seed(1)
-            output = model.generate(**inputs, max_new_tokens=8, pad_token_id=0, **settings)
+            output = model.generate(**inputs, max_new_tokens=17, pad_token_id=0, **settings)
             outputs.append(output if isinstance(output, Tensor) else output.sequences)
         assert torch.equal(*outputs), settings
 
 
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of tokens that the kernel appended, call by call."""
+    calls, extend = [], Decoding.extend
+
+    def spy(self: Decoding, tokens: list[list[int]]) -> Tensor:
+        calls.append(sum(map(len, tokens)))
+        return extend(self, tokens)
+
+    monkeypatch.setattr(Decoding, "extend", spy)
+    return calls
+
+
+SETTINGS = {"max_new_tokens": 17, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.mark.parametrize("make", CAUSAL)
+def test_the_kernel_generates(make: Make, decoded: list[int]) -> None:
+    inputs = batch(make, "left")
+    del inputs["labels"]
+    model = accelerate(made(make))
+    assert "loss fused; generation fused" in accelerated(model)
+    model.generate(**inputs, **SETTINGS)
+    assert decoded == [int(inputs["attention_mask"].sum()), *[B] * 16]
+
+
+def hook(model: Any) -> None:
+    model.model.layers[1].register_forward_hook(lambda module, arguments, out: None)
+
+
+def dropout(model: Any) -> None:
+    model.train()
+
+
+def dynamic(model: Any) -> None:
+    model.model.rotary_emb.rope_type = "dynamic"
+
+
+def replace(model: Any) -> None:
+    model.model.norm = nn.Identity()
+
+
+def bf16(model: Any) -> None:
+    model.bfloat16()
+
+
+@pytest.mark.parametrize("change", [hook, dropout, dynamic, replace, bf16])
+def test_the_modules_generate(change: Callable[[Any], None], decoded: list[int]) -> None:
+    stock, ids = made(llama), batch(llama)["input_ids"]
+    fast = accelerate(copy.deepcopy(stock))
+    outputs = []
+    for model in (stock, fast):
+        change(model)
+        torch.manual_seed(0)
+        outputs.append(model.generate(ids, **SETTINGS))
+    assert "generation through the modules: " in accelerated(fast)
+    assert decoded == []
+    if change is not dropout:  # whose masks differ
+        assert torch.equal(*outputs)
+
+
+def test_changed_weights_generate(decoded: list[int]) -> None:
+    model, ids = accelerate(made(qwen3)), batch(qwen3)["input_ids"]
+    before = model.generate(ids, **SETTINGS)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.neg_()
+    after = model.generate(ids, **SETTINGS)
+    assert len(decoded) == 34
+    assert not torch.equal(before, after)
+    assert torch.equal(accelerate(model, enable=False).generate(ids, **SETTINGS), after)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("make", [gpt2, llama, gemma2])
+def test_a_returned_cache_is_as_any_other(make: Make, padding: str, decoded: list[int]) -> None:
+    stock, inputs = (
+        made(make, **({"n_positions": 64} if make is gpt2 else {})),
+        batch(make, padding),
+    )
+    del inputs["labels"]
+    outputs = []
+    for model in (stock, accelerate(copy.deepcopy(stock))):
+        output = model.generate(**inputs, **SETTINGS, return_dict_in_generate=True)
+        cache, tokens = copy.deepcopy(output.cache), output.sequences
+        assert output.cache.get_seq_length() == cache.get_seq_length() == S + 16
+        seen = torch.ones_like(tokens)
+        seen[:, :S] = inputs["attention_mask"]
+        more = model.generate(tokens, attention_mask=seen, cache=cache, **SETTINGS)
+        outputs.append((more, [layer.keys for layer in cache.layers]))
+    assert len(decoded) == 17
+    (expected, their_keys), (found, our_keys) = outputs
+    assert torch.equal(found, expected)
+    for theirs, ours in zip(their_keys, our_keys, strict=True):
+        assert theirs.shape == ours.shape
+    real = inputs["attention_mask"][0] == 1
+    if make is not gemma2:  # one of its layers keeps a window
+        assert torch.allclose(
+            our_keys[1][0, :, :S][:, real], their_keys[1][0, :, :S][:, real], atol=1e-4
+        )
+
+
 def test_hooks_and_replaced_modules_are_honoured() -> None:
     model, inputs = accelerate(made(gpt2), skip_logits=True), batch(gpt2)
-    assert accelerated(model) == "1 GPT2LMHeadModel: loss fused\n2 GPT2Block: whole layers fused"
+    assert accelerated(model) == (
+        "1 GPT2LMHeadModel: loss fused; generation fused\n2 GPT2Block: whole layers fused"
+    )
     seen = []
     handle = model.transformer.h[1].attn.c_attn.register_forward_hook(
         lambda module, arguments, out: seen.append(out.shape)
@@ -574,7 +681,7 @@ def test_custom_masks() -> None:
 
 
 @pytest.mark.parametrize("make", [gpt2, bert, llama, gemma3])
-def test_lora(make: Make) -> None:
+def test_lora(make: Make, decoded: list[int]) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     names = {gpt2: ["c_attn", "c_fc"], bert: ["query", "value"]}.get(make, ["q_proj", "down_proj"])
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, fan_in_fan_out=make is gpt2)
@@ -597,6 +704,10 @@ def test_lora(make: Make) -> None:
             trained += 1
             assert torch.allclose(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
     assert trained == 8
+    if make is not bert:
+        outputs = [model.generate(inputs["input_ids"], **SETTINGS) for model in (stock, fast)]
+        assert torch.equal(*outputs)
+        assert len(decoded) == 17
     with fast.disable_adapter(), stock.disable_adapter():
         assert torch.allclose(fast(**inputs).loss, stock(**inputs).loss, rtol=1e-5)
     merged = fast.merge_and_unload()
@@ -630,6 +741,10 @@ def test_other_models() -> None:
     torch.manual_seed(0)
     stock, inputs = transformers.OPTForCausalLM(config).eval(), batch(gpt2)
     fast = accelerate(copy.deepcopy(stock))
+    assert accelerated(fast) == (
+        "2 OPTDecoderLayer: attention fused if it is plain (the layer is none of those fused as a "
+        "whole)"
+    )
     assert torch.allclose(fast(**inputs).logits, stock(**inputs).logits, atol=1e-5)
 
 

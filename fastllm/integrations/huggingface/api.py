@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from fastllm.integrations.huggingface.architectures import FUSED_CLASSES
@@ -13,6 +14,7 @@ from fastllm.integrations.huggingface.attention import ATTENTION
 from fastllm.integrations.huggingface.fusible import FusedModule
 from fastllm.integrations.huggingface.loss import LanguageModel
 from fastllm.ops import extension
+from fastllm.ops.decode import forget_packed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,7 +27,9 @@ def accelerate(model: Model, enable: bool = True, skip_logits: bool | None = Non
     model that peft has wrapped. In every model that supports transformers' attention interface,
     kernels compute attention and dropout.
 
-    If only a loss is computed and no padding is scored, fused layers skip the padding.
+    If only a loss is computed and no padding is scored, fused layers skip the padding. Greedy
+    `generate` and sampling with at least 16 new tokens run by one operation a token; their copy of
+    the weights stays in memory until the next training step or `enable=False`.
 
     Args:
         model: a `PreTrainedModel`, or a module that contains one.
@@ -52,6 +56,7 @@ def accelerate(model: Model, enable: bool = True, skip_logits: bool | None = Non
         module.__class__ = classes.get(type(module), type(module))
         if isinstance(module, LanguageModel):
             module.skip_logits = skip_logits
+        forget_packed(module)
     if enable and extension.kernels is None:
         warnings.warn(f"nothing is accelerated: {extension.problem}", stacklevel=2)
     inner = {id(module) for each in models for module in each.modules() if module is not each}
@@ -74,8 +79,26 @@ def _switch_attention(model: PreTrainedModel, enable: bool) -> None:
 def accelerated(model: nn.Module) -> str:
     """What is fused in an accelerated model, and why the rest is not: a line for each kind."""
     lines = Counter(
-        f"{type(module).__name__}: {module.why_not() or module.FUSED_PARTS}"
+        f"{type(module).__name__}: {_summary(module, model)}"
         for module in model.modules()
-        if isinstance(module, FusedModule)
+        if isinstance(module, FusedModule) or _has_no_fused_part(module)
     )
     return "\n".join(f"{count} {line}" for line, count in lines.items())
+
+
+def _has_no_fused_part(module: nn.Module) -> bool:
+    """Whether this is a layer of a transformer none of whose modules has a class of ours."""
+    parts = module.modules()
+    is_layer = isinstance(module, GradientCheckpointingLayer)
+    return is_layer and not any(isinstance(part, FusedModule) for part in parts)
+
+
+def _summary(module: nn.Module, model: nn.Module) -> str:
+    if isinstance(module, FusedModule):
+        return module.summary()
+    if type(module) in FUSED_CLASSES:
+        return "through the modules: accelerate(model) was not called"
+    models = (each for each in model.modules() if isinstance(each, PreTrainedModel))
+    if any(each.config._attn_implementation == ATTENTION for each in models):
+        return "attention fused if it is plain (the layer is none of those fused as a whole)"
+    return "through the modules: neither the layer nor its attention is known"

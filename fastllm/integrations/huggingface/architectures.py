@@ -23,6 +23,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from fastllm.integrations.huggingface.attention import FusedDropout
 from fastllm.integrations.huggingface.fusible import CannotFuse, forwards_of, linear_parameters
+from fastllm.integrations.huggingface.generation import DecoderPaths
 from fastllm.integrations.huggingface.layers import (
     FeedForward,
     FeedForwardPaths,
@@ -55,7 +56,20 @@ class GPT2Block(TransformerLayer, gpt2.GPT2Block):
 
 class GPT2LMHeadModel(LanguageModel, gpt2.GPT2LMHeadModel):
     forward = with_fused_loss(gpt2.GPT2LMHeadModel.forward)
-    paths = HeadPaths(CausalLMOutputWithCrossAttentions, causal=True, linear="lm_head")
+    paths = HeadPaths(
+        CausalLMOutputWithCrossAttentions,
+        causal=True,
+        linear="lm_head",
+        decoder=DecoderPaths(
+            base="transformer",
+            embedding="transformer.wte",
+            positions="transformer.wpe",
+            dropout="transformer.drop",
+            layers="transformer.h",
+            norm="transformer.ln_f",
+        ),
+    )
+    bypassed = forwards_of(gpt2.GPT2Model, GPT2Block)
 
 
 LLAMA_LAYER = LayerPaths(
@@ -75,7 +89,18 @@ LLAMA_LAYER = LayerPaths(
     activation="mlp.act_fn",
     fc2="mlp.down_proj",
 )
-LLAMA_HEAD = HeadPaths(CausalLMOutputWithPast, causal=True, linear="lm_head")
+LLAMA_HEAD = HeadPaths(
+    CausalLMOutputWithPast,
+    causal=True,
+    linear="lm_head",
+    decoder=DecoderPaths(
+        base="model",
+        embedding="model.embed_tokens",
+        rotary="model.rotary_emb",
+        layers="model.layers",
+        norm="model.norm",
+    ),
+)
 
 
 class LlamaDecoderLayer(TransformerLayer, llama.LlamaDecoderLayer):
@@ -86,6 +111,7 @@ class LlamaDecoderLayer(TransformerLayer, llama.LlamaDecoderLayer):
 class LlamaForCausalLM(LanguageModel, llama.LlamaForCausalLM):
     forward = with_fused_loss(llama.LlamaForCausalLM.forward)
     paths = LLAMA_HEAD
+    bypassed = forwards_of(llama.LlamaModel, llama.LlamaRotaryEmbedding, LlamaDecoderLayer)
 
 
 class MistralDecoderLayer(TransformerLayer, mistral.MistralDecoderLayer):
@@ -96,6 +122,9 @@ class MistralDecoderLayer(TransformerLayer, mistral.MistralDecoderLayer):
 class MistralForCausalLM(LanguageModel, mistral.MistralForCausalLM):
     forward = with_fused_loss(mistral.MistralForCausalLM.forward)
     paths = LLAMA_HEAD
+    bypassed = forwards_of(
+        mistral.MistralModel, mistral.MistralRotaryEmbedding, MistralDecoderLayer
+    )
 
 
 class Qwen2DecoderLayer(TransformerLayer, qwen2.Qwen2DecoderLayer):
@@ -106,6 +135,7 @@ class Qwen2DecoderLayer(TransformerLayer, qwen2.Qwen2DecoderLayer):
 class Qwen2ForCausalLM(LanguageModel, qwen2.Qwen2ForCausalLM):
     forward = with_fused_loss(qwen2.Qwen2ForCausalLM.forward)
     paths = LLAMA_HEAD
+    bypassed = forwards_of(qwen2.Qwen2Model, qwen2.Qwen2RotaryEmbedding, Qwen2DecoderLayer)
 
 
 class Qwen3DecoderLayer(TransformerLayer, qwen3.Qwen3DecoderLayer):
@@ -118,6 +148,7 @@ class Qwen3DecoderLayer(TransformerLayer, qwen3.Qwen3DecoderLayer):
 class Qwen3ForCausalLM(LanguageModel, qwen3.Qwen3ForCausalLM):
     forward = with_fused_loss(qwen3.Qwen3ForCausalLM.forward)
     paths = LLAMA_HEAD
+    bypassed = forwards_of(qwen3.Qwen3Model, qwen3.Qwen3RotaryEmbedding, Qwen3DecoderLayer)
 
 
 GEMMA2_LAYER = LLAMA_LAYER._replace(
@@ -138,6 +169,7 @@ class Gemma2DecoderLayer(TransformerLayer, gemma2.Gemma2DecoderLayer):
 class Gemma2ForCausalLM(LanguageModel, gemma2.Gemma2ForCausalLM):
     forward = with_fused_loss(gemma2.Gemma2ForCausalLM.forward)
     paths = GEMMA_HEAD
+    bypassed = forwards_of(gemma2.Gemma2Model, gemma2.Gemma2RotaryEmbedding, Gemma2DecoderLayer)
 
 
 class Gemma3DecoderLayer(TransformerLayer, gemma3.Gemma3DecoderLayer):
@@ -150,6 +182,7 @@ class Gemma3DecoderLayer(TransformerLayer, gemma3.Gemma3DecoderLayer):
 class Gemma3ForCausalLM(LanguageModel, gemma3.Gemma3ForCausalLM):
     forward = with_fused_loss(gemma3.Gemma3ForCausalLM.forward)
     paths = GEMMA_HEAD
+    bypassed = forwards_of(gemma3.Gemma3TextModel, gemma3.Gemma3RotaryEmbedding, Gemma3DecoderLayer)
 
 
 class BertLayer(TransformerLayer, bert.BertLayer):

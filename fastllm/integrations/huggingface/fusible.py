@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NoReturn
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm, Gemma2TextScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3TextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -42,6 +42,8 @@ PLAIN_FORWARDS: Forwards = FORWARDS | forwards_of(
     activations.SiLUActivation,
     *RMS_NORMS,
     *OFFSET_RMS_NORMS,
+    Gemma2TextScaledWordEmbedding,
+    Gemma3TextScaledWordEmbedding,
 )
 
 
@@ -78,6 +80,10 @@ class FusedModule(nn.Module):
         except CannotFuse as error:
             reason = str(error)
         return reason and f"{self.UNFUSED}: {reason}"
+
+    def summary(self) -> str:
+        """What is fused, and why the rest is not."""
+        return self.why_not() or self.FUSED_PARTS
 
     def at(self, path: str) -> Any:
         """The submodule or attribute at a dotted path."""

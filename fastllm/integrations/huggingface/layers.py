@@ -113,6 +113,11 @@ def compute_layer(
     return mlp(x, layer.mlp.with_seeds(seeds))
 
 
+def rope_table(position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """As `Rope` has them: transformers repeats the cosines and the sines of R / 2 angles."""
+    return torch.cat([each.chunk(2, -1)[0] for each in position_embeddings], -1).float()
+
+
 def shared_rope(
     position_embeddings: tuple[Tensor, Tensor],
     position_ids: Tensor | None,
@@ -128,7 +133,7 @@ def shared_rope(
         position_ids: [1 or B, S].
         unpadded: the rows to be computed, if not all.
     """
-    tables = torch.cat([each.chunk(2, -1)[0] for each in position_embeddings], -1).float()
+    tables = rope_table(position_embeddings)
     if unpadded is None:
         return Rope(tables[0]) if bool((tables[1:] == tables[0]).all()) else None
     if position_ids is None:
@@ -181,7 +186,7 @@ class TransformerLayer(FusedModule):
         update_cache = None
         if cache is not None:
             index = self.at(self.paths.attention).layer_idx
-            if type(cache) is not DynamicCache or cache.get_seq_length(index) > 0:
+            if not isinstance(cache, DynamicCache) or cache.get_seq_length(index) > 0:
                 return None
             if torch.is_grad_enabled():
                 return None

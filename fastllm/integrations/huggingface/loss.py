@@ -7,25 +7,29 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
-from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from fastllm.core.fusible import is_plain
 from fastllm.integrations.huggingface.fusible import (
+    PLAIN_FORWARDS,
     CannotFuse,
     FusedModule,
-    forwards_of,
     linear_parameters,
     why_not_kernels,
+)
+from fastllm.integrations.huggingface.generation import (
+    DecoderPaths,
+    DecodingCache,
+    decoder_record,
 )
 from fastllm.integrations.huggingface.layers import TransformerLayer
 from fastllm.integrations.huggingface.padding import skip_padding
 from fastllm.ops.autograd import check_first_derivative
-from fastllm.ops.decoder import Linear
+from fastllm.ops.decode import forget_packed
+from fastllm.ops.decoder import Decoder, Linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
-
-EMBEDDINGS = forwards_of(nn.Embedding, Gemma2TextScaledWordEmbedding, Gemma3TextScaledWordEmbedding)
 
 ROWS_MULTIPLE = 64
 """Scored rows are filled up to a multiple of this: with many different sizes, memory fragments."""
@@ -41,6 +45,7 @@ class HeadPaths(NamedTuple):
         transform: what is called, in turn, between the last hidden states and `linear`.
         containers: modules whose forwards are bypassed.
         softcap: the cap of the logits, see `linear_cross_entropy`.
+        decoder: the rest of a model that generates.
     """
 
     output: type[Any]
@@ -49,6 +54,7 @@ class HeadPaths(NamedTuple):
     transform: tuple[str, ...] = ()
     containers: tuple[str, ...] = ()
     softcap: str | None = None
+    decoder: DecoderPaths | None = None
 
 
 class LanguageModel(FusedModule):
@@ -84,6 +90,53 @@ class LanguageModel(FusedModule):
         except CannotFuse as error:
             reason = str(error)
         return reason and f"{self.UNFUSED}: {reason}"
+
+    def summary(self) -> str:
+        loss = super().summary()
+        if self.paths.decoder is None:
+            return loss
+        try:
+            self.decoder(length=1)
+        except CannotFuse as error:
+            return f"{loss}; generation {FusedModule.UNFUSED}: {error}"
+        return f"{loss}; generation fused"
+
+    @property
+    def softcap(self) -> float | None:
+        """The cap of the logits, if they have one."""
+        return self.at(self.paths.softcap) if self.paths.softcap else None
+
+    def decoder(self, length: int) -> Decoder:
+        """The whole model for sequences of up to `length` tokens.
+
+        Raises:
+            CannotFuse: its modules must generate.
+        """
+        if self.paths.decoder is None:
+            raise CannotFuse("it is no decoder")
+        head = linear_parameters(self.at(self.paths.linear))
+        return decoder_record(self, self.paths.decoder, head, self.softcap, length)
+
+    def _prepare_cache_for_generation(
+        self: Any,
+        generation_config: Any,
+        model_kwargs: Any,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """transformers' own, with the kernel's cache in place of its default one."""
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("cache")
+        if (
+            self.paths.decoder is not None
+            and type(cache) is DynamicCache
+            and not (cache.offloading or hasattr(cache, "_is_user_defined"))
+            and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        ):
+            model_kwargs["cache"] = DecodingCache(self, max_cache_length)
 
     def skips_logits(
         self,
@@ -122,6 +175,8 @@ class LanguageModel(FusedModule):
                 targets = shift_labels
             else:
                 targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+        if torch.is_grad_enabled():
+            forget_packed(self)  # what `generate` packed: the weights are about to change
         padding_is_unread = self._padding_is_unread(targets != ignore_index, **kwargs)
         head = self._tie_embeddings(head, kwargs)
         with skip_padding(padding_is_unread):
@@ -152,7 +207,7 @@ class LanguageModel(FusedModule):
         embeddings, ids = self.get_input_embeddings(), kwargs.get("input_ids")
         if ids is None or head.weight is not embeddings.weight or not head.weight.requires_grad:
             return head
-        if not is_plain(embeddings, known=EMBEDDINGS):
+        if not is_plain(embeddings, known=PLAIN_FORWARDS):
             return head
         if embeddings.max_norm or embeddings.scale_grad_by_freq:
             return head
@@ -179,7 +234,7 @@ class LanguageModel(FusedModule):
         rows = hidden_states.index_select(0, F.pad(scored, (0, fill)))
         for path in self.paths.transform:
             rows = self.at(path)(rows)
-        softcap = self.at(self.paths.softcap) if self.paths.softcap else None
+        softcap = self.softcap
         if num_items_in_batch is None:
             return linear_cross_entropy(rows, head, targets, ignore_index, softcap)
         if len(scored) == 0:
@@ -194,7 +249,14 @@ def with_fused_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)  # Trainer and generate() read its signature
     def fused_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The Trainer keeps the bound method that it found, beyond accelerate(enable=False).
-        if issubclass(type(self), LanguageModel) and self.skips_logits(**kwargs):
+        if not issubclass(type(self), LanguageModel):
+            return forward(self, *args, **kwargs)
+        cache = kwargs.get("cache")
+        if type(cache) is DecodingCache and not args:
+            others = {name: value for name, value in kwargs.items() if name != "cache"}
+            if (logits := cache.extend(**others)) is not None:
+                return self.paths.output(logits=logits, cache=cache)
+        if self.skips_logits(**kwargs):
             try:
                 head = self.record()
             except CannotFuse:
