@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,20 @@ def test_old_checkpoints_are_removed_and_the_best_stays(make_trainer: MakeTraine
     trainer.progress.best_step = 4
     trainer.train()
     assert steps(trainer.run_dir) == ["step-00000004", "step-00000008", "step-00000009"]
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_highest_step(make_trainer: MakeTrainer) -> None:
+    """Whatever the clock said when it was written."""
+    flags = "--max_steps 6 --save_interval 2 --keep_checkpoints 2 --val_fraction 0"
+    trainer = make_trainer("run", *flags.split())
+    trainer.total_steps = 4
+    trainer.train()
+    tomorrow = time.time() + 86_400
+    os.utime(trainer.run_dir / "checkpoints/step-00000002", (tomorrow, tomorrow))
+    assert find_checkpoint(trainer.run_dir).name == "step-00000004"
+    trainer.total_steps = 6
+    trainer.train()
+    assert steps(trainer.run_dir) == ["step-00000004", "step-00000006"]
 
 
 @pytest.mark.parametrize("fail_at", ["write", "flush", "rename"])
