@@ -468,8 +468,7 @@ _QWEN_DEFAULTS = {
     "num_key_value_heads": 32, "max_position_embeddings": 32768,
 }  # fmt: skip
 _GEMMA_KEYS = {
-    **_LLAMA_KEYS, **_BIAS_AND_HEAD_DIM, "attn_logit_softcapping": "attn_softcap",
-    "final_logit_softcapping": "head_softcap",
+    **_LLAMA_KEYS, **_BIAS_AND_HEAD_DIM, "final_logit_softcapping": "head_softcap",
 }  # fmt: skip
 _GEMMA_DEFAULTS = {
     **_LLAMA_DEFAULTS, "attention_bias": False, "hidden_size": 2304, "intermediate_size": 9216,
@@ -579,7 +578,7 @@ ARCHITECTURES = {
         "Gemma2ForCausalLM",
         "model.",
         architectures.gemma2,
-        keys=_GEMMA_KEYS,
+        keys={**_GEMMA_KEYS, "attn_logit_softcapping": "attn_softcap"},
         defaults={
             **_GEMMA_DEFAULTS, "vocab_size": 256000, "max_position_embeddings": 8192,
             "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
@@ -598,7 +597,7 @@ ARCHITECTURES = {
         keys=_GEMMA_KEYS,
         defaults={
             **_GEMMA_DEFAULTS, "vocab_size": 262208, "max_position_embeddings": 131072,
-            "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "final_logit_softcapping": None,
         },
         tensors=_GEMMA_TENSORS,
         codecs=(
@@ -606,7 +605,10 @@ ARCHITECTURES = {
             window_by_layer(lambda c, layer: (layer + 1) % c.get("sliding_window_pattern", 6) > 0),
             query_scale(),
         ),
-        fixed=_CAUSAL_ONLY,
+        fixed={
+            **_CAUSAL_ONLY,
+            "attn_logit_softcapping": (None, "transformers does not cap the scores of Gemma 3"),
+        },
     ),
     "phi3": Architecture(
         "Phi3ForCausalLM",

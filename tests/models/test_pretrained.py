@@ -345,6 +345,7 @@ def test_the_text_model_in_a_gemma3_that_sees(prefix: str, ids: Tensor, tmp_path
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types: .*chunked_attention"),
         ("gemma2", {"sliding_window": None}, "sliding_window: is required by layer_types"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention: must be F"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: must be None, bec"),
         ("gemma3", {"rope_parameters": YARN}, "rope_parameters: needs full_attention and sliding"),
         (
             "gemma3", {"rope_parameters": {"full_attention": {}, "sliding_attention": YARN}},
