@@ -129,6 +129,7 @@ def test_logits_are_those_of_transformers_both_ways(name: str, ids: Tensor, tmp_
     for implementation in ("auto", "ref"):
         with fastllm.use(implementation):
             assert_close(ours.eval()(ids), expected)
+            assert_close(ours.loss(ids, ids), theirs(ids, labels=ids).loss)
     ours.save_pretrained(tmp_path / "ours")
     again = DecoderModel.from_pretrained(tmp_path / "ours")
     assert again.config == ours.config
@@ -141,7 +142,7 @@ def test_logits_are_those_of_transformers_both_ways(name: str, ids: Tensor, tmp_
 def test_caches_and_padding_give_the_logits_of_transformers(
     name: str, ids: Tensor, tmp_path: Path
 ) -> None:
-    """One step at a time, by the kernel if it can and by the modules; and padded on the right."""
+    """One step at a time, by the kernel if it can and by the modules; and padded on either side."""
     theirs = reference(name)
     theirs.save_pretrained(tmp_path)
     expected = theirs(ids).logits
@@ -156,6 +157,9 @@ def test_caches_and_padding_give_the_logits_of_transformers(
     padded[:, is_padding] = 0
     assert_close(ours(padded)[:, :15], expected[:, :15])
     assert_close(ours(padded, is_padding)[:, :15], expected[:, :15])
+    is_token = torch.arange(S) >= torch.tensor([[0], [3], [7]])
+    expected = theirs(ids, attention_mask=is_token.long()).logits
+    assert_close(ours(ids, ~is_token[:, None, None])[is_token], expected[is_token])
 
 
 @pytest.mark.parametrize("name", CASES)
