@@ -32,7 +32,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     AVX2 = ["-mavx2", "-mfma"]
     AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
     AVX512 += ["-mprefer-vector-width=512"]
-    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
+    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16}
 
 NO_EXTENSION = """
 *********************************************************************************************

@@ -28,7 +28,7 @@ from fastllm.threads import set_threads
 
 Letter = Literal["F", "G", "H"]
 SECONDS = 15
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
 # The configuration, and sequences and tokens of a batch.
 SHAPES: dict[Letter, tuple[DecoderConfig, int, int]] = {
@@ -58,6 +58,13 @@ def weights_read(c: DecoderConfig) -> int:
     heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     gated = c.mlp_intermediate_size * 3
     return c.num_layers * c.hidden_size * (heads + gated) + c.vocab_size * c.hidden_size
+
+
+def bytes_read(c: DecoderConfig, precision: str) -> float:
+    """Of the weights, for a token."""
+    count, head = weights_read(c), c.vocab_size * c.hidden_size
+    size = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 4.5 / 8}[precision]
+    return size * (count - head) + (1.0 if precision == "int4" else size) * head
 
 
 def flops(c: DecoderConfig, B: int, S: int) -> int:
@@ -124,7 +131,7 @@ def measure_generation(letter: Letter, threads: int) -> None:
     assert isinstance(decoder, Decoder), decoder
     bandwidth = measure_bandwidth(threads)
     prompt = torch.randint(c.vocab_size, (128,)).tolist()
-    for precision, size in BYTES.items():
+    for precision in PRECISIONS:
         decoding = Decoding(PackedDecoder(decoder, precision), 1)
         prefills, tokens = [], []
         for _ in range(5):
@@ -132,7 +139,7 @@ def measure_generation(letter: Letter, threads: int) -> None:
             prefills.append(time_call(decoding.extend, [prompt]))
             tokens += [time_call(decoding.extend, [[5]]) for _ in range(20)]
         token = min(tokens)
-        share = weights_read(c) * size / bandwidth / 1e9 / token
+        share = bytes_read(c, precision) / bandwidth / 1e9 / token
         print(
             f"{letter}  generation {precision}  {1 / token:5.0f} tokens/s, {share:4.0%} of the "
             f"bandwidth limit; prefill of 128 {1000 * min(prefills):4.0f} ms",

@@ -36,7 +36,8 @@ std::vector<const Kernels*> runnable_tables() {
                         __builtin_cpu_supports("avx512vl");
     if (avx2) tables.push_back(&kernels_avx2);
     if (avx512) tables.push_back(&kernels_avx512);
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&kernels_avx512_bf16);
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+        tables.push_back(&kernels_avx512_bf16);
 #endif
     return tables;
 }

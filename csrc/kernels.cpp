@@ -29,6 +29,7 @@ namespace fastllm {
 #include "scratch.inc"
 #include "threads.inc"
 #include "gemm.inc"
+#include "integer_gemm.inc"
 #include "linear.inc"
 
 #include "adam.inc"

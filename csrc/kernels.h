@@ -34,9 +34,9 @@ struct AdamTensor {
 // blocks costs nothing.
 constexpr int64_t ADAM_BLOCK = 8192;
 
-// The type that operands of matrix products are rounded to; sums are always fp32. INT8, with a
-// scale per output, is for weights only.
-enum class Precision { FP32, BF16, INT8 };
+// The type that operands of matrix products are rounded to; sums are always fp32. The integers, of
+// weights that do not change, are described in integer_gemm.inc.
+enum class Precision { FP32, BF16, INT8, INT4 };
 
 // Dropout with probability p in [0, 1); seed and stream name the mask, see csrc/dropout.inc.
 struct Dropout {

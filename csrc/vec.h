@@ -186,6 +186,32 @@ inline words narrow_neighbours(vec a, vec b) {
 }
 #endif
 
+// sums + the dot product of each word's four bytes, unsigned ones with signed ones.
+inline ints add_dots(ints sums, words bytes, words signed_bytes) {
+#if defined(__AVX512VNNI__)
+    return (ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)bytes, (__m512i)signed_bytes);
+#elif defined(__SSE2__)
+    // Even and odd bytes as 16-bit integers, whose products are summed in pairs.
+    typedef int16_t shorts __attribute__((vector_size(LANES * sizeof(float))));
+    const auto add = [&](words a, shorts b) {
+#if defined(__AVX512F__)
+        sums += (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+        sums += (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+        sums += (ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+    };
+    add(bytes & 0x00FF00FF, (shorts)(signed_bytes << 8) >> 8);
+    add(bytes >> 8 & 0x00FF00FF, (shorts)signed_bytes >> 8);
+    return sums;
+#else
+    for (int i = 0; i < 4; ++i)
+        sums += (ints)(bytes >> 8 * i & 0xFF) * ((ints)(signed_bytes << (24 - 8 * i)) >> 24);
+    return sums;
+#endif
+}
+
 // 64-bit products of the low halves. The plain operator would multiply all 64 bits, three times as
 // slow.
 inline pairs multiply_low_halves(pairs a, pairs b) {

@@ -4,12 +4,12 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from fastllm.command import command, errors_in_one_line, log, parse_settings
-from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
+from fastllm.flags import CommandSettings, Device, Precision, Quantize, Threads, check_quantize
 from fastllm.training.config import FileNames
 
 
@@ -43,8 +43,8 @@ fastllm evaluate --checkpoint runs/gpt2 other.txt --stride 512
     """Type that matrix products round their operands to; auto is bf16 on CPUs that support it."""
     device: Device = "cpu"
     """Device to compute on; falls back to the CPU if CUDA is not available."""
-    quantize: Literal["int8"] | None = None
-    """Round the weights to 8 bits, as `generate --quantize` does, to see how much worse it gets."""
+    quantize: Quantize | None = None
+    """Round the weights as `generate --quantize` does, to see how much worse it gets."""
     json_: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of a table."""
     threads: Threads = 0
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
     from fastllm.data.sources import find_texts
     from fastllm.device import autocast, choose_device, choose_precision
     from fastllm.integrations.any_model import load_trained_model
-    from fastllm.ops.decode import round_weights_to_int8
+    from fastllm.ops.decode import round_linear_layers
     from fastllm.threads import set_threads
     from fastllm.training.checkpoint import CheckpointError
     from fastllm.training.evaluation import bits_of_text, evaluate_windows
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
         stride = config.stride or window - 1
         check_windows(window, stride, model.max_seq_len)
         if config.quantize:
-            round_weights_to_int8(model)
+            round_linear_layers(model, config.quantize)
         device = choose_device(config.device)
         model.to(device)
         precision = choose_precision(config.precision, model.hidden_size, device)

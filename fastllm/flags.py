@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 # Settings that several commands share.
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
+Quantize = Literal["int8", "int4"]
 Format = Literal["hf", "onnx", "gguf"]
 Quantization = Literal["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]  # GGUF's names
 Threads = Annotated[int, Field(ge=0, le=4096)]

@@ -6,12 +6,12 @@ import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from fastllm.command import command, errors_in_one_line, first_line, log, parse_settings
-from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
+from fastllm.flags import CommandSettings, Device, Precision, Quantize, Threads, check_quantize
 
 
 class GenerateConfig(CommandSettings):
@@ -58,8 +58,8 @@ fastllm generate --checkpoint HuggingFaceTB/SmolLM2-135M --prompt "It was"
     """Precision of matrix products; auto uses bf16 on CPUs that support it."""
     device: Device = "cpu"
     """Where to compute; without CUDA, cuda falls back to the CPU."""
-    quantize: Literal["int8"] | None = None
-    """Round the weights to 8 bits: a quarter of the memory to read for each token."""
+    quantize: Quantize | None = None
+    """Round the weights to 8 or 4 bits: less memory to read for each token."""
     threads: Threads = 0
     """CPU threads; 0 uses OMP_NUM_THREADS or the physical cores available to this process."""
 

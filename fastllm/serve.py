@@ -9,12 +9,12 @@ import socket
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from fastllm.command import command, errors_in_one_line, log, parse_settings
-from fastllm.flags import CommandSettings, Device, Precision, Threads, check_quantize
+from fastllm.flags import CommandSettings, Device, Precision, Quantize, Threads, check_quantize
 
 if TYPE_CHECKING:
     from fastllm.models.decoder import DecoderModel
@@ -61,8 +61,8 @@ FASTLLM_API_KEY=... fastllm serve --checkpoint runs/book --host 0.0.0.0
     """Precision of matrix products; auto uses bf16 on CPUs that support it."""
     device: Device = "cpu"
     """Where to compute; without CUDA, cuda falls back to the CPU."""
-    quantize: Literal["int8"] | None = None
-    """Round the weights to 8 bits: a quarter of the memory to read for each token."""
+    quantize: Quantize | None = None
+    """Round the weights to 8 or 4 bits: less memory to read for each token."""
     threads: Threads = 0
     """CPU threads that compute; 0 uses OMP_NUM_THREADS or the physical cores available to this
     process, but only one thread for models of less than 2 million parameters, which leaves the

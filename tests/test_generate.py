@@ -70,7 +70,8 @@ def test_generate_command_on_a_file_of_prompts(run_dir: Path, tmp_path: Path) ->
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the quick\n\nfox\n")
     flags = f"--checkpoint {run_dir} --prompt_file {prompts} --max_new_tokens 20".split()
-    for more in ("", "--quantize int8", "--precision auto", "--temperature 0 --min_p 0.1"):
+    rounded = ("--quantize int8", "--quantize int4", "--precision auto")
+    for more in ("", *rounded, "--temperature 0 --min_p 0.1"):
         result = run("generate", *flags, *more.split())
         assert result.returncode == 0, result.stderr
         first, second = result.stdout.split("\n---\n")

@@ -61,15 +61,15 @@ def generate_batch(
         use_cache: keep the keys and values of earlier tokens. Without, everything is recomputed for
             every token, with the same result.
         precision: of matrix products: `fp32` (`bf16` under autocast to it), `bf16`, `fp16`, or
-            `int8` for weights rounded to 8 bits with one scale per output. All but `fp32` read less
-            memory for each token.
+            `int8` or `int4` for weights rounded to 8 or 4 bits. All but `fp32` read less memory for
+            each token.
 
     Yields:
         The next token of each prompt.
 
     Raises:
-        ValueError: there are no prompts, or an empty one; a setting is out of range; or `int8` is
-            requested for a model that the kernel cannot run.
+        ValueError: there are no prompts, or an empty one; a setting is out of range; or integers
+            are requested for a model that the kernel cannot run.
         IndexError: a token of a prompt is outside the vocabulary.
     """
     if not prompts or not all(prompts):
@@ -197,7 +197,8 @@ def start_decoding(
             `max_seq_len`.
 
     Raises:
-        ValueError: the precision is unknown, or `int8` for a model that only the modules can run.
+        ValueError: the precision is unknown, or one of integers for a model that only the
+            modules can run.
     """
     if precision not in (*PRECISIONS, "fp16"):
         known = ", ".join(PRECISIONS)
@@ -214,8 +215,9 @@ def start_decoding(
             precision = PRECISIONS[product_precision()]
         packed = decode.packed_once(model, decoder, precision)
         return decode.Decoding(packed, batch_size, capacity)
-    if precision == "int8":
-        raise ValueError(f"int8 needs the kernel and its cache: {reason or 'use_cache is off'}")
+    if precision in ("int8", "int4"):
+        off = "use_cache is off"
+        raise ValueError(f"{precision} needs the kernel and its cache: {reason or off}")
     return ModuleDecoding(model, batch_size, use_cache, precision)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm.ops import dispatch, extension
@@ -23,24 +24,61 @@ def why_not_cpu(decoder: Decoder) -> str | None:
     return why_not_decoder(decoder)
 
 
+# Of elements that are rounded to integers together, along the inner dimension of a product.
+GROUP_SIZE = 32
+# A row whose elements are all smaller becomes 0: the inverse of its scale must be finite.
+SMALLEST_ROW = 1e-30
+
+
 def round_to_int8(weight: Tensor) -> Tensor:
     """The weight [outputs, inputs] as the kernel uses it under `int8`, in fp32.
 
     Every row is rounded to multiples of a 127th of its largest element; a row that is nearly 0
     becomes 0.
     """
-    largest = weight.abs().amax(1, keepdim=True)
-    inverse = torch.where(largest < 1e-30, 0, torch.full_like(largest, 127) / largest)
+    largest = weight.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest < SMALLEST_ROW, 0, torch.full_like(largest, 127) / largest)
     return (weight * inverse).round() * (largest / 127)
 
 
+def round_to_int4(weight: Tensor) -> Tensor:
+    """The weight [outputs, inputs] as the kernel uses it under `int4`, in fp32.
+
+    In each row, every 32 elements are rounded to multiples, from -8 to 7, of a step rounded to bf16
+    for which their element of largest size is -8.
+    """
+    groups = _groups(weight)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    step = (extreme / -8).bfloat16().to(weight.dtype)
+    inverse = torch.where(extreme.abs() < SMALLEST_ROW, 0, 1 / step)
+    rounded = (groups * inverse).round().clamp(-8, 7) * step
+    return rounded.flatten(-2)[..., : weight.size(-1)]
+
+
+def round_input(x: Tensor) -> Tensor:
+    """The input [..., inputs] of a linear layer with integer weights as the kernel uses it.
+
+    Every 32 elements are rounded to multiples of a 127th of their largest.
+    """
+    return round_to_int8(_groups(x)).flatten(-2)[..., : x.size(-1)]
+
+
+def _groups(x: Tensor) -> Tensor:
+    return F.pad(x, (0, -x.size(-1) % GROUP_SIZE)).unflatten(-1, (-1, GROUP_SIZE))
+
+
 @torch.no_grad()
-def round_weights_to_int8(model: nn.Module) -> None:
-    """Rounds the weights of a model's linear layers as `Decoding` does under `int8`."""
-    for module in model.modules():
+def round_linear_layers(model: nn.Module, precision: str) -> None:
+    """Makes a model's linear layers compute as `Decoding` does under `int8` or `int4`.
+
+    The head, which is named lm_head, keeps 8 bits under `int4`.
+    """
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            # A new parameter leaves tied embeddings unchanged.
-            module.weight = nn.Parameter(round_to_int8(module.weight))
+            as_int4 = precision == "int4" and name != "lm_head"
+            weight = round_to_int4(module.weight) if as_int4 else round_to_int8(module.weight)
+            module.weight = nn.Parameter(weight)  # tied embeddings keep the old one
+            module.register_forward_pre_hook(lambda _, inputs: (round_input(inputs[0]),))
 
 
 class PackedDecoder:
@@ -52,8 +90,8 @@ class PackedDecoder:
     Args:
         decoder: a model for which `why_not` returns None. The number of its positions limits the
             length of a sequence.
-        precision: `fp32`; `bf16`, with operands rounded to bf16, on any CPU; or `int8`, weights
-            rounded to 8-bit integers with a scale for each output.
+        precision: `fp32`; `bf16`, with operands rounded to bf16, on any CPU; or `int8` or `int4`,
+            integer weights as in `round_linear_layers`.
     """
 
     def __init__(self, decoder: Decoder, precision: str = "fp32") -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastllm.ops import extension
 
 # In the order of `Precision` in csrc/kernels.h.
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
 
 def product_precision() -> int:

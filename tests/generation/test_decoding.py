@@ -66,7 +66,7 @@ def test_a_thousand_tokens_equal_full_recomputation() -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_rounded_weights_hardly_change_the_text(precision: str) -> None:
     torch.manual_seed(0)
     model = DecoderModel(30, 64, 2, 2, 40).eval()
@@ -231,7 +231,7 @@ def test_invalid_settings(model: DecoderModel) -> None:
             list(generate_tokens(model, [1], 5, seed=seed))
     for use_cache in (True, False):
         with pytest.raises(
-            ValueError, match="unknown precision 'fp8'; choose from fp32, bf16, int8, "
+            ValueError, match="unknown precision 'fp8'; choose from fp32, bf16, int8, int4, "
         ):
             list(generate_tokens(model, [1], 5, use_cache=use_cache, precision="fp8"))
 

@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor, nn
 
@@ -16,7 +17,14 @@ import fastllm
 from fastllm import DecoderModel, TransformerBlock
 from fastllm.generation.decoding import ModuleDecoding, start_decoding
 from fastllm.ops import decode, extension
-from fastllm.ops.decode import Decoding, PackedDecoder, round_to_int8, round_weights_to_int8
+from fastllm.ops.decode import (
+    Decoding,
+    PackedDecoder,
+    round_input,
+    round_linear_layers,
+    round_to_int4,
+    round_to_int8,
+)
 from fastllm.ops.decoder import Decoder
 from tests.conftest import (
     BAD,
@@ -38,6 +46,8 @@ MODELS = {
     "silu": {"mlp_activation": "silu"},
     "leaky_relu": {"mlp_activation": "leaky_relu"},
 }
+INTEGERS = ("int8", "int4")
+PRECISIONS = ("fp32", "bf16", *INTEGERS)
 REPLACE = {"rms": use_rms_norms, "swiglu": use_swiglu}
 # V, N, D, I, L: sizes with and without a partial last vector
 SIZES = {
@@ -109,39 +119,79 @@ def recomputed(model: DecoderModel, ids: Tensor) -> Tensor:
 def assert_parity(model: DecoderModel, precision: str = "fp32") -> None:
     ids = make_ids(model)
     actual = decoded(start(model, precision=precision), ids)
-    if precision == "int8":  # the kernel computes exactly with these weights
-        model = copy.deepcopy(model)
-        round_weights_to_int8(model)
     oracle = recomputed(copy.deepcopy(model).double(), ids)
+    if precision in INTEGERS:
+        model = copy.deepcopy(model)
+        round_linear_layers(model, precision)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         plain = recomputed(model, ids)
     assert_as_accurate(actual, plain, oracle)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("size", SIZES)
 def test_parity_of_sizes(isa: str, size: str, precision: str) -> None:
     assert_parity(make_model(size), precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", *INTEGERS])
 @pytest.mark.parametrize("kind", [*MODELS, *REPLACE])
 def test_parity_of_models(isa: str, kind: str, precision: str) -> None:
     assert_parity(make_model(kind=kind), precision)
 
 
-def test_parity_of_a_row_of_zeros_and_of_one_weight_alone(isa: str) -> None:
-    """Rows with scale 0, and with a scale much larger than the others."""
-    model = make_model()
+@pytest.mark.parametrize("inputs", [1, 7, 31, 32, 33, 64, 160])
+@pytest.mark.parametrize("outputs", [1, 16, 33, 95])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 7, 30])
+def test_products_of_integers(isa: str, inputs: int, outputs: int, tokens: int) -> None:
+    """Without layers, the head's input is known exactly, and only its sums are rounded."""
+    torch.manual_seed(0)
+    model = DecoderModel(outputs, inputs, 0, 1, 40, pos_encoding_learned=True, norm_first=False)
+    model.eval()
     with torch.no_grad():
-        model.lm_head.weight[3] = 0
-        model.lm_head.weight[4, 5] = 1000
-        model.lm_head.weight[5] = 1e-40
-    assert_parity(model, "int8")
+        model.lm_head.bias.normal_()
+        model.lm_head.weight[0] = 0  # a row with scale 0, and one with a scale larger than all
+        model.lm_head.weight[-1, -1] = 1000
+    ids = torch.randint(0, outputs, (1, tokens))
+    x = round_input(model.hidden_states(ids)[0].detach()).double()
+    weight = round_to_int8(model.lm_head.weight.detach()).double()
+    bias = model.lm_head.bias.detach().double()
+    # The sum of fp32 products, each with an error of a few units in its last place.
+    bound = 8 * 2**-24 * (x.abs() @ weight.abs().T + bias.abs())
+    for precision in INTEGERS:  # the head has 8 bits in both
+        actual = start(model, 1, precision).append({0: ids[0].tolist()}, every=True)
+        assert ((actual - (x @ weight.T + bias)).abs() <= bound).all()
 
 
 @needs_extension
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", INTEGERS)
+def test_layers_of_integers_are_those_of_the_rounded_model(precision: str) -> None:
+    """Nearly all logits: a value between two integers may be rounded to the other one."""
+    model = make_model("even")
+    ids = make_ids(model)
+    actual = decoded(start(model, precision=precision), ids)
+    round_linear_layers(model, precision)
+    expected = recomputed(model, ids)
+    scale = expected.abs().max()
+    assert ((actual - expected).abs() < 0.02 * scale).all()
+    assert ((actual - expected).abs() / scale).median() < 1e-3
+
+
+@needs_extension
+def test_a_row_of_zeros_and_one_weight_alone() -> None:
+    """Rows with scale 0, and with a scale much larger than the others."""
+    model = make_model()
+    with torch.no_grad():
+        for weight in (model.lm_head.weight, model.transformer_blocks[0].mlp.fc1.weight):
+            weight[3] = 0
+            weight[4, 5] = 1000
+            weight[5] = 1e-40
+    for precision in INTEGERS:
+        assert_parity(model, precision)
+
+
+@needs_extension
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("bad", BAD)
 def test_not_a_number_and_infinity_come_out(precision: str, bad: float) -> None:
     model = make_model()
@@ -162,7 +212,19 @@ def test_rounding_to_8_bits_is_by_half_a_step_at_most() -> None:
     assert torch.equal(round_to_int8(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@needs_extension
+def test_rounding_to_4_bits_is_by_a_step_at_most() -> None:
+    weight = torch.randn(20, 70)
+    groups = F.pad(weight, (0, 26)).unflatten(1, (3, 32))
+    step = (groups.abs().amax(2, keepdim=True) / 8).expand(-1, -1, 32).flatten(1)[:, :70]
+    error = (round_to_int4(weight) - weight).abs() / step
+    # Half a step, or one for elements that would need 8; and 8 times the step's rounding to bf16.
+    assert (error <= 0.5 + 8 * 2**-8).float().mean() > 0.97
+    assert (error <= 1 + 8 * 2**-8).all()
+    assert torch.equal(round_to_int4(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_same_bits(isa: str, threads: None, precision: str) -> None:
     """For any number of threads, and for a short prompt at once or token by token."""
     model = make_model("even")
@@ -192,7 +254,7 @@ def test_a_sequence_does_not_depend_on_the_others() -> None:
     assert torch.equal(alone[:, 0], together[:, 0])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("size", ["odd", "even", "long"])
 def test_rows_have_the_same_bits_in_every_batch(isa: str, size: str, precision: str) -> None:
     """Tiles of every height, more rows than one unit of work, and sequences that join and leave."""
@@ -288,7 +350,7 @@ def test_threads_take_turns() -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_another_default_type_changes_nothing(precision: str) -> None:
     model = make_model()
     expected = start(model, precision=precision).extend([[1], [2], [3]])
@@ -384,7 +446,7 @@ def test_layers_may_differ(make: Callable[[], DecoderModel]) -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_packed_weights_are_not_kept(precision: str) -> None:
     """Only the token embeddings, which are read in place, outlive the model."""
     model = make_model("even")

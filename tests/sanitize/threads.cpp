@@ -461,7 +461,7 @@ void add_attention_cases(std::vector<Case>& all, Heads heads) {
     add("bf16 multi_head_attention", [=](int n) {
         return multi_head_attention(3, 33, 3, 11, Place::BEFORE, P, Precision::BF16, heads, n);
     });
-    for (const auto precision : {Precision::FP32, Precision::BF16, Precision::INT8})
+    for (const auto precision : {Precision::FP32, Precision::BF16, Precision::INT8, Precision::INT4})
         for (const bool norm_first : {false, true}) {
             add("decode", [=](int n) { return decode(3, 16, norm_first, precision, heads, n); });
             add("decode", [=](int n) { return decode(2, 7, norm_first, precision, heads, n); });

@@ -93,7 +93,7 @@ def alone(model: Model, job: Job, precision: str = "fp32") -> str:
 
 
 @needs_extension
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", ["characters", "subwords"])
 def test_each_job_gets_what_it_would_get_alone(
     kind: str, precision: str, request: pytest.FixtureRequest
