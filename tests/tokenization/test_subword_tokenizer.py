@@ -110,11 +110,23 @@ def test_words_of_usual_length_are_learnt_as_the_library_learns_them():
 
 
 def test_control_c_ends_the_wait_for_the_library():
-    done, main = threading.Event(), threading.main_thread().ident
-    threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    asked, done, returned = threading.Event(), threading.Event(), threading.Event()
+
+    def pieces():
+        asked.set()
+        done.wait(10)
+        returned.set()
+        yield TEXT
+
+    def interrupt():
+        asked.wait(10)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            module._run_interruptibly(lambda: done.wait(30))
+            SubwordTokenizer.train(pieces(), "bpe", 300)
+        assert not returned.is_set()
     finally:
         done.set()
 
