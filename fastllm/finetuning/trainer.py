@@ -373,7 +373,7 @@ class FinetuneTrainer(Trainer):
         now = self._get_learning_rate()
         if now != before:
             log(
-                f"warning: the settings of the learning rate are others than before; from step "
+                f"warning: the settings of the learning rate have changed; from step "
                 f"{self.state.global_step + 1:,} on it is {now:.3g} instead of {before:.3g}"
             )
 
