@@ -171,7 +171,7 @@ def scaled(**changes: float) -> RopeScaling:
         ("gemma2", {"attn_softcap": None}, "gemma2 always caps scores and logits"),
         ("gemma2", {"attn_scale": 0.1}, "gemma2 scales scores by 0.25, not 0.1"),
         ("gpt_neo", {}, "llama.cpp does not have the architecture gpt_neo"),
-        ("nanochat", {}, "no architecture of Hugging Face"),
+        ("nanochat", {}, "Hugging Face's format cannot express this model"),
     ],
 )
 def test_models_that_llama_cpp_does_not_compute(
