@@ -71,7 +71,7 @@ def check_expressible(model: DecoderModel, tokenizer: Tokenizer, format: Format)
         expressible(model)
     else:
         find_architecture(expressible(model).config)
-        gguf_vocabulary(tokenizer)
+        gguf_vocabulary(tokenizer, model.vocab_size)
         return
     tokenizer_json(tokenizer)
 

@@ -293,7 +293,7 @@ def add_setting(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def gguf_vocabulary(tokenizer: Tokenizer, size: int | None = None) -> Vocabulary:
+def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     """The tokenizer in llama.cpp, which encodes every text to the same ids.
 
     Each character of a character tokenizer becomes a token of all its bytes, whose merges join them
@@ -310,13 +310,15 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int | None = None) -> Vocabulary
     """
     from gguf import TokenType
 
+    if tokenizer.vocab_size > size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, and the model only {size}")
     if isinstance(tokenizer, SimpleCharacterTokenizer):
         check_utf8(tokenizer)
         vocabulary = _character_vocabulary(tokenizer)
     else:
         data = tokenizer_json(tokenizer)
         vocabulary = _subword_vocabulary(data, tokenizer.vocab_size, tokenizer.pad_token_id)
-    unused = range(len(vocabulary.tokens), size or 0)
+    unused = range(len(vocabulary.tokens), size)
     return vocabulary._replace(
         tokens=[*vocabulary.tokens, *(f"[unused{id}]" for id in unused)],
         types=[*vocabulary.types, *[TokenType.UNUSED] * len(unused)],

@@ -2,12 +2,14 @@
 
 import itertools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastllm import SimpleCharacterTokenizer
+from fastllm import DecoderModel, SimpleCharacterTokenizer
+from fastllm.integrations.gguf import save_gguf
 from fastllm.integrations.gguf_file import GgufFile
 from fastllm.integrations.gguf_tokenizer import (
     WORDS,
@@ -16,11 +18,16 @@ from fastllm.integrations.gguf_tokenizer import (
     gguf_vocabulary,
     read_tokenizer,
 )
-from fastllm.tokenization import SubwordTokenizer
+from fastllm.models.architectures import llama
+from fastllm.tokenization import SubwordTokenizer, Tokenizer
 from tests.integrations.samples import CHARACTERS, TEXT
 
 for module in ("gguf", "tokenizers"):
     pytest.importorskip(module, reason=f"{module} is not installed: pip install '.[test]'")
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    return gguf_vocabulary(tokenizer, tokenizer.vocab_size)
 
 
 def bpe(vocabulary: Vocabulary, word: str) -> list[int]:
@@ -40,13 +47,13 @@ def test_characters_in_gguf_are_joined_bytes() -> None:
     from tokenizers.pre_tokenizers import ByteLevel
 
     ours = SimpleCharacterTokenizer([CHARACTERS])
-    vocabulary = gguf_vocabulary(ours)
+    vocabulary = vocabulary_of(ours)
     assert len(vocabulary.tokens) == len(set(vocabulary.tokens)) == ours.vocab_size
     as_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
     ((spelt, _),) = as_bytes.pre_tokenize_str(CHARACTERS)
     assert bpe(vocabulary, spelt) == ours.encode(CHARACTERS)
     # llama.cpp reads no file without a merge; that of plain ASCII never applies.
-    assert gguf_vocabulary(SimpleCharacterTokenizer(["abc"])).merges == ["<PAD> <PAD>"]
+    assert vocabulary_of(SimpleCharacterTokenizer(["abc"])).merges == ["<PAD> <PAD>"]
 
 
 def edited(tokenizer: SubwordTokenizer, folder: Path, **changes: Any) -> SubwordTokenizer:
@@ -81,7 +88,7 @@ def test_tokenizers_that_llama_cpp_cannot_reproduce(
 ) -> None:
     tokenizer = edited(SubwordTokenizer.train([TEXT], "bpe", 300), tmp_path, **changes)
     with pytest.raises(ValueError, match=f"llama.cpp cannot reproduce this tokenizer: .*{message}"):
-        gguf_vocabulary(tokenizer)
+        vocabulary_of(tokenizer)
 
 
 def test_ids_without_a_token_are_unused_in_gguf(tmp_path: Path) -> None:
@@ -102,7 +109,7 @@ def test_ids_without_a_token_are_unused_in_gguf(tmp_path: Path) -> None:
 
 def test_a_lone_surrogate_is_refused() -> None:
     with pytest.raises(ValueError, match="lone surrogate"):
-        gguf_vocabulary(SimpleCharacterTokenizer(["a\ud83d"]))
+        vocabulary_of(SimpleCharacterTokenizer(["a\ud83d"]))
 
 
 def written(folder: Path, **settings: Any) -> Path:
@@ -155,7 +162,7 @@ def test_a_written_tokenizer_is_read_back(tmp_path: Path, kind: str) -> None:
         text = CHARACTERS.replace("<PAD>", "")  # which the library takes for the token
     else:
         ours, text = SubwordTokenizer.train([TEXT], "bpe", 400), TEXT + ODD
-    settings = settings_of(gguf_vocabulary(ours))
+    settings = settings_of(vocabulary_of(ours))
     pad = ours.pad_token_id
     saved = read(tmp_path, **settings, eos_token_id=pad, padding_token_id=pad, bos_token_id=pad)
     assert encoded(saved.library, text) == ours.encode(text)
@@ -184,9 +191,9 @@ def test_words_are_cut_as_in_the_original_tokenizer(tmp_path: Path, name: str) -
     (tmp_path / "tokenizer.json").write_text(json.dumps(trained))
     original = SubwordTokenizer.from_file(tmp_path / "tokenizer.json")
     plain = SubwordTokenizer.train([TEXT], "bpe", 300)
-    settings = {**settings_of(gguf_vocabulary(plain)), "pre": name, "bos_token_id": 7}
+    settings = {**settings_of(vocabulary_of(plain)), "pre": name, "bos_token_id": 7}
     whole = edited(original, tmp_path, ignore_merges=name == "llama-bpe")
-    assert gguf_vocabulary(whole).pre == name
+    assert vocabulary_of(whole).pre == name
     saved = read(tmp_path, **settings)
     assert encoded(saved.library, ODD + TEXT) == original.encode(ODD + TEXT)
     words = [word for word, _ in saved.library.pre_tokenizer.pre_tokenize_str(ODD)]
@@ -216,7 +223,7 @@ def test_sentencepiece(tmp_path: Path, prefix: bool) -> None:
     )
     original.normalizer = spaces
     original.add_special_tokens(special[:3])
-    vocabulary = gguf_vocabulary(SubwordTokenizer(original))
+    vocabulary = vocabulary_of(SubwordTokenizer(original))
     types = vocabulary.types
     assert [types[id] for id in (0, 2, 3, 258, 259)] == [3, 3, 6, 6, 1]
     assert vocabulary.space_first == prefix and not vocabulary.merges
@@ -268,3 +275,28 @@ def test_every_way_of_finding_words_is_usable() -> None:
     for words in set(WORDS.values()):
         pieces = words.pre_tokenizer().pre_tokenize_str(ODD)
         assert len(pieces) > 10 and pieces[-1][1][1] == len(ODD)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe", "gpt-4o", "tekken"])
+def test_llama_cpp_finds_the_same_tokens(tmp_path: Path, name: str) -> None:
+    if find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed: pip install llama-cpp-python")
+    from llama_cpp import Llama
+
+    words = WORDS[name]
+    cut = json.loads(words.pre_tokenizer().__getstate__())
+    plain = SubwordTokenizer.train([TEXT], "bpe", 400)
+    tokenizer = edited(plain, tmp_path, pre_tokenizer=cut, ignore_merges=words.whole)
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2}
+    model = DecoderModel.from_config(llama(vocab_size=tokenizer.vocab_size + 3, **sizes))
+    save_gguf(model, tokenizer, tmp_path / "model.gguf", "a model")
+    theirs = Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    text = ODD + TEXT
+    assert theirs.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode(text)
+    theirs.close()
+
+
+def test_a_vocabulary_that_the_model_does_not_have() -> None:
+    tokenizer = SimpleCharacterTokenizer(["abc"])
+    with pytest.raises(ValueError, match="the tokenizer has 4 ids, and the model only 3"):
+        gguf_vocabulary(tokenizer, 3)
