@@ -21,7 +21,7 @@ from fastllm.integrations.gguf_file import GgufFile
 from fastllm.integrations.gguf_tokenizer import add_setting, gguf_vocabulary, write_tokenizer
 from fastllm.models.config import DecoderConfig, RopeScaling, rotation
 from fastllm.models.decoder import DecoderModel
-from fastllm.models.huggingface import ARCHITECTURES, Architecture, write_settings
+from fastllm.models.huggingface import ARCHITECTURES, Architecture, check_size, write_settings
 from fastllm.models.pretrained import load_model, names_in
 from fastllm.tokenization import Tokenizer
 
@@ -163,7 +163,10 @@ def load_gguf(
 
 def _read_fields(file: GgufFile, theirs: GgufArchitecture) -> dict[str, Any]:
     """The fields that the file determines."""
-    fields: dict[str, Any] = {field: file.model(key, int) for key, field in SIZES.items()}
+    fields: dict[str, Any] = {}
+    for key, field in SIZES.items():
+        fields[field] = file.model(key, int)
+        check_size(f"{file.architecture}.{key}", fields[field])
     # A number of layers takes time before any tensor is compared.
     layers = {name.split(".")[1] for name in file.shapes if name.startswith("blk.")}
     if len(layers) != fields["num_layers"]:
@@ -176,7 +179,7 @@ def _read_fields(file: GgufFile, theirs: GgufArchitecture) -> dict[str, Any]:
     fields["tie_word_embeddings"] = "output.weight" not in file.shapes
     for field, parts in BIASES.items():
         fields[field] = any(f"blk.0.{part}.bias" in file.shapes for part in parts)
-    width = fields["hidden_size"] // max(fields["num_heads"], 1)
+    width = fields["hidden_size"] // fields["num_heads"]
     if rotated := file.model("rope.dimension_count", int, 0):
         head_dim = fields.get("head_dim") or max(width, 1)
         fraction = rotated / head_dim
@@ -189,7 +192,10 @@ def _read_fields(file: GgufFile, theirs: GgufArchitecture) -> dict[str, Any]:
             fields["window_pattern"] = tuple(file.model(key, list))
         else:
             period = file.model(key, int, theirs.window_period)
-            fields["window_pattern"] = tuple(i < period - 1 for i in range(period))
+            check_size(f"{file.architecture}.{key}", period)
+            fields["window_pattern"] = tuple(
+                i % period < period - 1 for i in range(fields["num_layers"])
+            )
         if fields.setdefault("window", None) is None:
             fields["local_rope_base"] = None
     if fields["num_layers"] == theirs.scaled_by_width:

@@ -231,6 +231,8 @@ NORM = "blk.0.attn_norm.weight"
         ({"general__architecture": "mamba"}, "general.architecture must be one of .*, not mamba"),
         ({"llama__block_count": 3}, "llama.block_count is 3, expected 2"),
         ({"llama__block_count": "two"}, "llama.block_count must be of type int, not 'two'"),
+        ({"llama__attention__head_count": 0}, "llama.attention.head_count: must be from 1 to"),
+        ({"llama__context_length": 2**31}, "llama.context_length: must be from 1 to 16777216"),
         ({"llama__attention__head_count": 6}, "num_kv_heads .4. must divide num_heads .6."),
         ({"llama__embedding_length": 128}, "'token_embd.weight' is .270, 64., expected .270, 128."),
         (
