@@ -57,7 +57,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> Prompt:
 def generate_text(
     model: DecoderModel,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | list[int],
     max_new_tokens: int,
     stop: str | None = None,
     echo: bool = False,
@@ -70,6 +70,7 @@ def generate_text(
     `start_tokens` are not part of the text, and it ends before any of its `end_tokens`.
 
     Args:
+        prompt: a text, or token ids that are taken as they are.
         stop: end before this text, which is not yielded.
         echo: yield the text of the prompt's tokens first.
         sampling: see `generate_tokens`.
