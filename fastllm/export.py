@@ -78,16 +78,14 @@ def export(
     from fastllm.integrations.formats import check_expressible, write_model
     from fastllm.integrations.model_card import model_card
 
-    model, tokenizer, run_dir = trained.model.eval(), trained.tokenizer, trained.run_dir
+    model, tokenizer = trained.model.eval(), trained.tokenizer
     check_expressible(model, tokenizer, config.format)
     with writing_aside(folder) as aside:
-        name = run_dir.name
-        difference = write_model(model, tokenizer, config.format, aside, name, config.quantize)
-        model_file = files.get(f"model.{config.format}", run_dir).name
-        text = model_card(
-            config.format, config.license, model_file, model, trained.settings, trained.folder,
-            run_dir, difference,
-        )  # fmt: skip
+        difference = write_model(
+            model, tokenizer, config.format, aside, trained.name, config.quantize
+        )
+        model_file = files.get(f"model.{config.format}", trained.run_dir).name
+        text = model_card(config.format, config.license, model_file, trained, difference)
         (aside / CARD).write_text(text, encoding="utf-8")
         for written, file in files.items():
             (aside / written).rename(aside / file.name)

@@ -272,7 +272,10 @@ def test_a_model_in_transformers_format_is_exported_too(
     hf = run_export(plain_run, "hf")
     message = fails(capsys, "--checkpoint", str(hf), "--format", "hf", "--out", str(tmp_path))
     assert f"{hf} is already in the format of Hugging Face's transformers" in message
-    file = run_export(hf, "onnx") / "model.onnx"
+    folder = run_export(hf, "onnx")
+    file = folder / "model.onnx"
+    card = (folder / "README.md").read_text()
+    assert "\n# hf\n" in card and "A language model, written in this format by" in card
     ours, _ = loaded(plain_run)
     ids = random_ids(ours, 3, ours.max_seq_len)
     assert_close(onnx.onnx_logits(file, ids), logits(ours, ids), 1e-5)

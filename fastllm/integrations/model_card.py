@@ -11,6 +11,7 @@ from fastllm.models.decoder import DecoderModel
 from fastllm.training.checkpoint import read_progress
 from fastllm.training.config import TrainConfig
 from fastllm.training.metrics import read_metrics
+from fastllm.training.trained_model import TrainedModel
 from fastllm.version import __version__
 
 LOADING = {
@@ -54,10 +55,7 @@ def model_card(
     format: Format,
     license: str,
     file_name: str,
-    model: DecoderModel,
-    settings: TrainConfig | None,
-    checkpoint: Path,
-    run_dir: Path,
+    trained: TrainedModel,
     difference: float,
 ) -> str:
     """The content of README.md for an exported model.
@@ -66,7 +64,8 @@ def model_card(
         file_name: the model's file, for the lines that load it.
         difference: the largest difference of a logit.
     """
-    rows = model_rows(model, settings, difference) | run_rows(checkpoint, run_dir)
+    model, settings = trained.model, trained.settings
+    rows = model_rows(model, settings, difference) | run_rows(trained.folder, trained.run_dir)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     wider = format != "onnx" and model.lm_head.bias is not None
     loading = Template(LOADING[format] + (WIDER if wider else "")).substitute(
@@ -79,6 +78,12 @@ def model_card(
     )
     kept = model.settings if settings is None else public_settings(settings)
     library = "library_name: transformers\n" if format == "hf" else ""
+    origin = f"A language model, written in this format by fastllm {__version__}."
+    if settings is not None:
+        origin = (
+            f"A small language model, trained by fastllm {__version__} on one text. It continues "
+            "text and does not\nfollow instructions; what it writes is made up."
+        )
     return f"""---
 license: {license}
 {library}pipeline_tag: text-generation
@@ -87,10 +92,9 @@ tags:
 - {format}
 ---
 
-# {run_dir.resolve().name}
+# {trained.name}
 
-A small language model, trained by fastllm {__version__} on one text. It continues text and does not
-follow instructions; what it writes is made up.
+{origin}
 
 | | |
 | --- | --- |
