@@ -2,11 +2,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastllm
+from fastllm import DecoderModel
 from fastllm.bench import main
 from fastllm.benchmarking import report, steps
 from fastllm.benchmarking.config import BenchConfig
@@ -15,6 +17,7 @@ from fastllm.ops import dispatch, extension
 from fastllm.ops.precision import why_not_autocast
 from tests.commands import run_command
 from tests.conftest import REPOSITORY, needs_extension
+from tests.hf_models import MODELS, save_hf_model
 
 
 @pytest.mark.subprocess
@@ -188,3 +191,36 @@ def test_benchmarks_run() -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     assert "16 passed" in result.stdout
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_of_transformers(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="pip install '.[finetune]' brings transformers")
+    folder = str(tmp_path / "small")
+    save_hf_model(Path(folder), kind)
+    flags = ("--model", folder, "--seconds", "0.1", "--threads", "1")
+    result = run_command("bench", *flags, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["model"], found["precision"]) == (folder, "fp32")
+    assert found["tokens_per_second"] == pytest.approx(4 * 64 / (found["step_ms"] / 1000))
+    assert found["ratio"]["transformers"] > 0 and found["machine"]["threads"] == 1
+    assert "transformers" in run_command("bench", *flags).stdout.splitlines()[-2]
+    for more, message in (
+        (("--model", str(tmp_path)), "config.json does not exist"),
+        (("--model", folder, "--shape", "A"), "--model is measured without --shape"),
+        (("--model", folder, "--memory"), "--model is measured without --shape"),
+    ):
+        result = run_command("bench", *more)
+        assert result.returncode == 1 and message in result.stderr
+
+
+def test_nothing_is_timed_if_the_losses_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="pip install '.[finetune]' brings transformers")
+    save_hf_model(tmp_path / "small", "llama")
+    loss = DecoderModel.loss
+    monkeypatch.setattr(DecoderModel, "loss", lambda *args: loss(*args) + 0.01)
+    result = run_command("bench", "--model", str(tmp_path / "small"))
+    assert result.returncode == 1 and "error: fastllm's loss is " in result.stderr

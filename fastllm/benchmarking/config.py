@@ -21,10 +21,15 @@ class BenchConfig(CommandSettings):
     examples: ClassVar = """
 fastllm bench
 fastllm bench --shape A,C --compare tuned
+fastllm bench --model HuggingFaceTB/SmolLM2-135M
 """
 
     shape: Annotated[list[Letter], BeforeValidator(_letters)] = Field(list(CONFIGS), min_length=1)
     """Which of the shapes A to E to measure: A,B or AB."""
+    model: str | None = None
+    """Instead of the shapes, a model in Hugging Face's format, a folder or a name on its hub:
+    its steps on 4 sequences of 256 tokens, or as many as it takes, against transformers at the
+    same precision."""
     precision: MeasuredPrecision = "fp32"
     """Precision of fastllm's matrix products. The rivals use fp32, except autocast."""
     compare: list[Rival] = Field(list(COMPARE))
@@ -49,6 +54,8 @@ fastllm bench --shape A,C --compare tuned
     def _check_together(self) -> "BenchConfig":
         if self.device == "cuda" and self.memory:
             raise ValueError("memory is measured on a CPU; leave --device out")
+        if self.model is not None and (self.memory or {"shape", "compare"} & self.model_fields_set):
+            raise ValueError("--model is measured without --shape, --compare and --memory")
         return self
 
     def show(self, line: str) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fastllm.benchmarking.config import COMPARE, BenchConfig
 from fastllm.benchmarking.machine import describe_gpu, describe_machine
 from fastllm.benchmarking.operations import measure_operations
+from fastllm.benchmarking.pretrained import time_model_steps
 from fastllm.benchmarking.shapes import CONFIGS, Letter, MeasuredPrecision, Rival
 from fastllm.benchmarking.steps import (
     ParityError,
@@ -38,7 +39,9 @@ def bench(settings: BenchConfig) -> None:
     with dispatch.use_implementation(settings.impl):
         with errors_in_one_line(dispatch.ImplementationError, ValueError):
             log(f"operations  {implementation_line(settings.device)}")
-        if settings.memory:
+        if settings.model is not None:
+            found = show_model(settings, settings.model, threads)
+        elif settings.memory:
             found = show_memory(settings, rivals)
         else:
             found = show_times(settings, rivals, threads)
@@ -75,6 +78,26 @@ def show_memory(settings: BenchConfig, rivals: list[Rival]) -> dict[str, Any]:
         peaks[letter] = measure_memory(letter, rivals, settings.precision, settings.impl)
         settings.show(table_line(letter, *peaks[letter].values()))
     return {"memory_mb": peaks}
+
+
+def show_model(settings: BenchConfig, source: str, threads: int) -> dict[str, Any]:
+    precision, device = settings.precision, settings.device
+    machine = describe_gpu(precision) if device == "cuda" else describe_machine(threads, precision)
+    settings.show("\n".join(f"{name:15}{cell_text(value)}" for name, value in machine.items()))
+    with errors_in_one_line(ParityError, OSError, ValueError, ImportError):
+        times = time_model_steps(source, settings.seconds, precision, device)
+    speed, ratio = 1000 * times.tokens / times.fastllm, times.transformers / times.fastllm
+    settings.show("\nA step by fastllm, and how many times as long transformers takes:")
+    settings.show(table_line("ms", "tokens/s", "transformers"))
+    settings.show(table_line(times.fastllm, speed, ratio))
+    return {
+        "model": source,
+        "precision": precision,
+        "step_ms": times.fastllm,
+        "tokens_per_second": speed,
+        "ratio": {"transformers": ratio},
+        "machine": machine,
+    }
 
 
 def show_times(settings: BenchConfig, rivals: list[Rival], threads: int) -> dict[str, Any]:
