@@ -6,6 +6,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, ClassVar, NoReturn
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations
@@ -177,7 +178,8 @@ def linear_parameters(module: Any) -> Linear:
             raise CannotFuse("LoRA has dropout or a bias")
         assert_plain(down, up)
         # Instead of two thin products with a batch: the sum is as small as the weight.
-        weight = weight + module.scaling[name] * (up.weight @ down.weight)
+        with torch.autocast("cpu", enabled=False):
+            weight = torch.addmm(weight, up.weight, down.weight, alpha=module.scaling[name])
     return Linear(weight, bias)
 
 

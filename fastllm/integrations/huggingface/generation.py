@@ -220,7 +220,8 @@ class DecodingCache(DynamicCache):
     def _unpadded(
         self, ids: Tensor, mask: Tensor | None, positions: Tensor
     ) -> list[list[int]] | None:
-        """The next tokens of each sequence; None unless their positions count up from 0."""
+        """The next tokens of each sequence; None unless their positions count up from 0, as far as
+        there is memory."""
         B, S = ids.shape
         positions = positions.expand(B, S)
         if mask is None or (mask.ndim == 2 and bool(mask[:, -S:].all())):
@@ -233,12 +234,13 @@ class DecodingCache(DynamicCache):
             return None
         lengths = self._decoding.lengths if self._decoding else [0] * B
         for length, row, place in zip(lengths, rows, places, strict=True):
-            if place != list(range(length, length + len(row))):
+            end = length + len(row)
+            if end > self._capacity or place != list(range(length, end)):
                 return None
         return rows
 
     def _start(self, tokens: list[list[int]]) -> Decoding | None:
-        """No tokens yet; None if the kernel does not take the model, or gains nothing."""
+        """An empty `Decoding`; None if the kernel cannot take the model, or gains nothing."""
         longest = max(map(len, tokens))
         if not longest + FEWEST_NEW_TOKENS <= self._capacity <= LONGEST_SEQUENCE:
             return None
