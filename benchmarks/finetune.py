@@ -4,9 +4,10 @@
     python benchmarks/finetune.py --file_path wiki.txt --gpt2 gpt2 --bert minilm
 
 `--gpt2` and `--bert` are folders with the tokenizers of such models. Random models with the
-configurations of DistilGPT-2 (512 tokens, batches of 2, 8 batches a step) and TinyBERT (masked, 128
-tokens, batches of 32) train on the same text. Dropout is on, gradients are clipped to 1. Each
-contestant has a process of its own; the first step is a warm-up and not counted.
+configurations of DistilGPT-2 (512 tokens, batches of 2, 8 batches a step), SmolLM2-135M (256
+tokens, batches of 2, GPT-2's vocabulary) and TinyBERT (masked, 128 tokens, batches of 32) train on
+the same text. Dropout is on where a model has it, gradients are clipped to 1. Each contestant has a
+process of its own; the first step is a warm-up and not counted.
 """
 
 import gc
@@ -33,6 +34,15 @@ from fastllm.tokenization import load_tokenizer
 
 LR = 5e-5
 DISTILGPT2 = {"n_layer": 6, "n_positions": 1024}  # otherwise as GPT-2
+SMOLLM2 = {
+    "vocab_size": 50257,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
 TINYBERT = {
     "num_hidden_layers": 4,
     "hidden_size": 312,
@@ -40,7 +50,11 @@ TINYBERT = {
     "num_attention_heads": 12,
 }
 # Sequence length, batch size, batches a step, steps after the first.
-SHAPES = {"DistilGPT-2": (512, 2, 8, 2), "TinyBERT": (128, 32, 1, 10)}
+SHAPES = {
+    "DistilGPT-2": (512, 2, 8, 2),
+    "SmolLM2-135M": (256, 2, 1, 5),
+    "TinyBERT": (128, 32, 1, 10),
+}
 Contestant = Literal["transformers", "accelerated", "DecoderModel"]
 Mode = Literal["full", "LoRA"]
 
@@ -54,14 +68,14 @@ class BenchmarkSettings(CommandSettings):
     """Folder with GPT-2's vocab.json and merges.txt."""
     bert: Path
     """Folder with the tokenizer.json of a BERT."""
-    model: Literal["DistilGPT-2", "TinyBERT"] | None = None
+    model: Literal["DistilGPT-2", "SmolLM2-135M", "TinyBERT"] | None = None
     """Measure only this model."""
 
 
 def sequences(config: BenchmarkSettings, which: str) -> list[torch.Tensor]:
     """Enough whole sequences for all steps and the warm-up."""
     S, batch, accumulation, steps = SHAPES[which]
-    tokenizer = load_tokenizer(config.gpt2 if which == "DistilGPT-2" else config.bert)
+    tokenizer = load_tokenizer(config.bert if which == "TinyBERT" else config.gpt2)
     dataset = TextDataset(config.file_path, tokenizer, S)
     wanted = (steps + 1) * batch * accumulation
     return [dataset[i % (len(dataset) - 1)]["input_ids"] for i in range(wanted)]
@@ -95,6 +109,8 @@ def train_transformers(
         DataCollatorForLanguageModeling,
         GPT2Config,
         GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
         PreTrainedTokenizerFast,
         PrinterCallback,
         Trainer,
@@ -108,6 +124,8 @@ def train_transformers(
     collator = None
     if which == "DistilGPT-2":
         model = GPT2LMHeadModel(GPT2Config(**DISTILGPT2))
+    elif which == "SmolLM2-135M":
+        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
     else:
         model = BertForMaskedLM(BertConfig(**TINYBERT))
         tokenizer = PreTrainedTokenizerFast(
