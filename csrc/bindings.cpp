@@ -406,6 +406,7 @@ void define_decoding(py::module_& m) {
             },
             arg("tokens"), arg("logits"), arg("in_place"), arg("every"), arg("threads"), no_gil)
         .def("clear", &DecodingState::clear, arg("sequence"), no_gil)
+        .def_property_readonly("cache_bytes", &DecodingState::cache_bytes)
         .def_property_readonly("lengths", py::cpp_function(&DecodingState::lengths, no_gil));
 }
 

@@ -1,6 +1,7 @@
 // A decoder that owns its records, its packed weights, and sequences that continue with them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -175,7 +176,8 @@ private:
 class DecodingState {
 public:
     DecodingState(std::shared_ptr<const PackedDecoder> packed, int64_t B, int64_t capacity)
-        : packed_(std::move(packed)), caches_(B), cache_addresses_(B), lengths_(B, 0) {
+        : packed_(std::move(packed)), caches_(B), cache_addresses_(B), lengths_(B, 0),
+          previously_(B, 0) {
         const int64_t positions = packed_->model().embedding.S;
         if (capacity > positions)
             throw std::invalid_argument("the capacity of " + std::to_string(capacity) +
@@ -183,6 +185,7 @@ public:
                                         std::to_string(positions) + " positions");
         decoding_ = {&packed_->model(), packed_->weights(), packed_->precision,
                      B,                 capacity,           cache_addresses_.data()};
+        drops_keys_ = decoding_.drops_keys();
     }
     DecodingState(const DecodingState&) = delete;
 
@@ -196,32 +199,27 @@ public:
             throw std::invalid_argument("there are " + std::to_string(lengths_.size()) +
                                         " sequences, got tokens for " +
                                         std::to_string(tokens.size()));
-        std::vector<int64_t> ids, counts;
-        std::vector<Scored> scored;
+        int64_t longest = 0, rows = 0;
+        std::vector<int64_t> places;  // of each sequence's first row of logits
         for (size_t b = 0; b < tokens.size(); ++b) {
             const auto count = static_cast<int64_t>(tokens[b].size());
             if (lengths_[b] + count > decoding_.capacity)
                 throw std::invalid_argument(
                     "Sequence length " + std::to_string(lengths_[b] + count) +
                     " exceeds maximum sequence length " + std::to_string(decoding_.capacity));
-            ids.insert(ids.end(), tokens[b].begin(), tokens[b].end());
-            counts.push_back(count);
-            const auto end = static_cast<int64_t>(ids.size());
-            for (int64_t row = every ? end - count : end - (count > 0); row < end; ++row) {
-                const auto place = static_cast<int64_t>(in_place ? b : scored.size());
-                scored.push_back({row, place});
-            }
+            check_ids(tokens[b].data(), count, packed_->model().embedding.V);
+            places.push_back(in_place ? static_cast<int64_t>(b) : rows);
+            rows += every ? count : count > 0;
+            longest = std::max(longest, count);
         }
-        check_ids(ids.data(), ids.size(), packed_->model().embedding.V);
-        if (ids.empty()) return;
-        for (size_t b = 0; b < counts.size(); ++b) {
-            if (counts[b] == 0 || caches_[b]) continue;
+        for (size_t b = 0; b < tokens.size(); ++b) {
+            if (tokens[b].empty() || caches_[b]) continue;
             caches_[b].emplace(float_bytes(packed_->kernels.decode_cache_size(decoding_)));
             cache_addresses_[b] = caches_[b]->floats();
         }
-        packed_->kernels.decode(logits, decoding_, ids.data(), counts.data(), lengths_.data(),
-                                scored.data(), scored.size(), threads);
-        for (size_t b = 0; b < counts.size(); ++b) lengths_[b] += counts[b];
+        const int64_t step = drops_keys_ ? Decoding::STEP : longest;
+        for (int64_t first = 0; first < longest; first += step)
+            extend_by(tokens, first, step, places, logits, every, threads);
     }
 
     // Restarts the sequence.
@@ -231,7 +229,12 @@ public:
         if (sequence < 0 || sequence >= B)
             throw std::out_of_range("there is no sequence " + std::to_string(sequence) +
                                     " among " + std::to_string(B));
-        lengths_[sequence] = 0;
+        lengths_[sequence] = previously_[sequence] = 0;
+    }
+
+    // Memory for the keys and values of each sequence.
+    int64_t cache_bytes() const {
+        return packed_->kernels.decode_cache_size(decoding_) * static_cast<int64_t>(sizeof(float));
     }
 
     std::vector<int64_t> lengths() {
@@ -240,12 +243,43 @@ public:
     }
 
 private:
+    // Appends tokens [first, first + step) of each sequence that has as many.
+    void extend_by(const std::vector<std::vector<int64_t>>& tokens, int64_t first, int64_t step,
+                   const std::vector<int64_t>& places, float* logits, bool every, int threads) {
+        std::vector<int64_t> ids, counts;
+        std::vector<Scored> scored;
+        for (size_t b = 0; b < tokens.size(); ++b) {
+            const auto size = static_cast<int64_t>(tokens[b].size());
+            const int64_t begin = std::min(first, size), end = std::min(first + step, size);
+            counts.push_back(end - begin);
+            for (int64_t i = begin; i < end; ++i) {
+                if (every || i == size - 1)
+                    scored.push_back({static_cast<int64_t>(ids.size()), places[b] + (every ? i : 0)});
+                ids.push_back(tokens[b][i]);
+            }
+        }
+        try {
+            packed_->kernels.decode(logits, decoding_, ids.data(), counts.data(), lengths_.data(),
+                                    previously_.data(), scored.data(), scored.size(), threads);
+        } catch (...) {  // some layers may have dropped keys
+            for (size_t b = 0; b < counts.size(); ++b)
+                if (drops_keys_ && counts[b]) lengths_[b] = previously_[b] = 0;
+            throw;
+        }
+        for (size_t b = 0; b < counts.size(); ++b) {
+            if (counts[b] == 0) continue;
+            previously_[b] = lengths_[b];
+            lengths_[b] += counts[b];
+        }
+    }
+
     std::mutex mutex_;
     std::shared_ptr<const PackedDecoder> packed_;
     Decoding decoding_;
     std::vector<std::optional<Memory>> caches_;  // of the sequences that had tokens
     std::vector<float*> cache_addresses_;
-    std::vector<int64_t> lengths_;
+    std::vector<int64_t> lengths_, previously_;  // previously_: before the last tokens came
+    bool drops_keys_;
 };
 
 }  // namespace fastllm

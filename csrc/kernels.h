@@ -246,6 +246,26 @@ struct Decoding {
     Precision precision;   // of the weights
     int64_t B, capacity;   // number of sequences, and maximum length of each
     float* const* caches;  // [B], each of decode_cache_size floats, or null for an empty sequence
+
+    // The oldest keys of a layer with a window are dropped, so many at a time.
+    static constexpr int64_t STEP = 256;
+
+    // Positions that the cache of a layer has room for.
+    int64_t room(const MultiHeadAttention& a) const {
+        const int64_t needed = a.scores.window + 2 * STEP;
+        return a.scores.window && needed < capacity ? needed : capacity;
+    }
+    // The first position in the cache of a layer while up to STEP tokens follow `length` ones.
+    int64_t origin(const MultiHeadAttention& a, int64_t length) const {
+        const int64_t hidden = length - a.scores.window + 1;
+        return room(a) < capacity && hidden > 0 ? hidden / STEP * STEP : 0;
+    }
+    // Whether a call must append at most STEP tokens to a sequence.
+    bool drops_keys() const {
+        for (int64_t l = 0; l < model->layer_count; ++l)
+            if (room(model->layers[l].attention) < capacity) return true;
+        return false;
+    }
 };
 
 // A requested row of logits: row `place` of the output is for the token after row `row` of the ids.
@@ -278,15 +298,16 @@ struct Kernels {
                           const Attention& a, int threads);
 
     // decode.inc: the sizes in floats of a Decoding's weights and of one sequence's cache; packing
-    // of the weights; and decoding. decode() appends counts[b] tokens to each sequence b, whose
-    // cache holds lengths[b], and writes the requested rows of logits [., V]; other rows keep their
-    // values. `ids` holds the new tokens of all sequences, one sequence after the other.
+    // of the weights; and decoding. decode() appends counts[b] tokens to each sequence b, of
+    // lengths[b] tokens and previously[b] before the last call, and writes the requested rows of
+    // logits [., V]; other rows keep their values. `ids` holds the new tokens of all sequences, one
+    // sequence after the other.
     int64_t (*decode_weights_size)(const Decoder& d, Precision precision);
     int64_t (*decode_cache_size)(const Decoding& g);
     void (*decode_pack)(float* weights, const Decoder& d, Precision precision, int threads);
     void (*decode)(float* logits, const Decoding& g, const int64_t* ids, const int64_t* counts,
-                   const int64_t* lengths, const Scored* scored, int64_t scored_count,
-                   int threads);
+                   const int64_t* lengths, const int64_t* previously, const Scored* scored,
+                   int64_t scored_count, int threads);
 
     // decoder_loss.inc: the mean cross-entropy of the next token, and its gradients unless `grad`
     // is null.

@@ -155,7 +155,8 @@ class Decoding:
     """Sequences that a decoder model continues, without dropout.
 
     A sequence's logits are bit-identical for any number of threads and whatever else is in the
-    batch. Memory for a sequence's keys and values is allocated at its first token.
+    batch. Memory for a sequence's keys and values is allocated at its first token; a layer with a
+    window keeps little more than the window.
 
     Args:
         packed: the model.
@@ -221,6 +222,11 @@ class Decoding:
             IndexError: there is no such sequence.
         """
         self._kernel.clear(sequence)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory for the keys and values of one sequence."""
+        return self._kernel.cache_bytes
 
     @property
     def lengths(self) -> list[int]:

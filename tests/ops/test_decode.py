@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastllm
 from fastllm import DecoderModel, TransformerBlock
 from fastllm.generation.decoding import ModuleDecoding, start_decoding
+from fastllm.models.config import DecoderConfig
 from fastllm.ops import decode, extension
 from fastllm.ops.decode import (
     Decoding,
@@ -599,3 +600,65 @@ def test_a_capacity_beyond_the_positions_is_refused() -> None:
     packed = PackedDecoder(record(make_model()))
     with pytest.raises(ValueError, match="capacity of 41 tokens exceeds the model's 40 positions"):
         Decoding(packed, 1, 41)
+
+
+def windowed_model(window: int = 20, pattern: tuple[bool, ...] = (True, False)) -> DecoderModel:
+    """The layers of the pattern have a window, so small that most keys are dropped."""
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        vocab_size=67, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, max_seq_len=1200,
+        norm="rms", pos_encoding="rope", mlp="swiglu", window=window, window_pattern=pattern,
+    )  # fmt: skip
+    return DecoderModel.from_config(config).eval()
+
+
+@pytest.mark.parametrize("window", [1, 20, 300])
+@pytest.mark.parametrize("pattern", [(True,), (True, False)], ids=["all", "some"])
+def test_keys_outside_of_a_window_are_dropped(
+    isa: str, window: int, pattern: tuple[bool, ...]
+) -> None:
+    """With the results of the model that keeps them, however a sequence is cut into calls."""
+    model = windowed_model(window, pattern)
+    ids = torch.randint(0, 67, (2, 1200), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad(), fastllm.use("ref"):
+        plain = model(ids)
+        oracle = copy.deepcopy(model).double()(ids)
+    packed = PackedDecoder(record(model))
+    expected = None
+    for cuts in ([1200], [700, 1, 255, 1, 1, 242], [256, 256, 257, 431], [300, *[1] * 900]):
+        decoding, end = Decoding(packed, 2), 0
+        rows = []
+        for count in cuts:
+            new = {b: ids[b, end : end + count].tolist() for b in range(2)}
+            rows.append(decoding.append(new, every=True).clone().view(2, count, -1))
+            end += count
+        actual = torch.cat(rows, 1)
+        assert_as_accurate(actual, plain, oracle)
+        expected = actual if expected is None else expected
+        # More than 512 keys are summed in parts, whose size depends on the prompt.
+        assert torch.equal(actual, expected) or pattern != (True,)
+
+
+@needs_extension
+def test_sequences_that_are_cleared_or_wait_drop_their_own_keys() -> None:
+    model = windowed_model()
+    ids = torch.randint(0, 67, (2, 1200)).tolist()
+    packed = PackedDecoder(record(model))
+    alone = Decoding(packed, 1).append({0: ids[1][:900]})
+    decoding = Decoding(packed, 2)
+    decoding.append({0: ids[0], 1: ids[0][:700]})
+    decoding.clear(1)
+    decoding.append({1: ids[1][:600]})
+    decoding.clear(0)
+    decoding.append({0: ids[0][:800]})
+    assert torch.equal(decoding.append({1: ids[1][600:900]}), alone)
+
+
+@needs_extension
+def test_the_cache_of_a_window_does_not_grow_with_the_capacity() -> None:
+    model = windowed_model()
+    model.transformer_blocks = model.transformer_blocks[:1]
+    packed = PackedDecoder(record(model))
+    position = 2 * 2 * 6 * 4  # keys and values of two heads of 6 elements, in fp32
+    assert Decoding(packed, 1, 1200).cache_bytes == Decoding(packed, 1, 900).cache_bytes
+    assert Decoding(packed, 1, 1200).cache_bytes < 1200 * position * 1.5

@@ -399,15 +399,18 @@ Outputs decode(int64_t N, int64_t D, bool norm_first, Precision precision, Heads
     for (int64_t b = 0; b < B; ++b) caches[b] = all_caches.data() + b * k.decode_cache_size(g);
     Outputs outputs;
     Floats logits = source.floats(B * V);
-    int64_t lengths[B] = {};
+    int64_t lengths[B] = {}, previously[B] = {};
     for (const auto& counts : COUNTS) {
         const Ids ids = source.ids(counts[0] + counts[1] + counts[2], V);
         std::vector<Scored> scored;  // the last token of each
         for (int64_t b = 0, row = 0; b < B; row += counts[b++])
             if (counts[b] > 0) scored.push_back({row + counts[b] - 1, b});
-        k.decode(logits.data(), g, ids.data(), counts, lengths, scored.data(), scored.size(),
-                 threads);
-        for (int64_t b = 0; b < B; ++b) lengths[b] += counts[b];
+        k.decode(logits.data(), g, ids.data(), counts, lengths, previously, scored.data(),
+                 scored.size(), threads);
+        for (int64_t b = 0; b < B; ++b) {
+            if (counts[b] > 0) previously[b] = lengths[b];
+            lengths[b] += counts[b];
+        }
         outputs.push_back(logits);
     }
     return outputs;
