@@ -32,6 +32,8 @@ FLAGS = {
     "learned-tied": "--pos_encoding learned --tie_word_embeddings --num_heads 4"
     " --activation gelu_tanh",
     "bpe": "--tokenizer bpe --vocab_size 300 --tie_word_embeddings --num_layers 2",
+    "rope": "--pos_encoding rope",
+    "rms": "--pos_encoding rope --norm rms --mlp swiglu --num_kv_heads 1 --tie_word_embeddings",
     "llama": "--arch llama --num_kv_heads 1 --tokenizer bpe --vocab_size 300 --num_layers 2",
 }
 
@@ -133,7 +135,8 @@ def test_gguf_read_back(run: Path) -> None:
     file = run_export(run, "gguf") / "model.gguf"
     settings = {name: field.contents() for name, field in GGUFReader(file).fields.items()}
     ours, tokenizer = loaded(run)
-    arch = "gpt2" if ours.config.pos_encoding != "rope" else "llama"
+    rotary = "llama" if ours.config.norm == "rms" else "gptneox"
+    arch = rotary if ours.config.pos_encoding == "rope" else "gpt2"
     assert settings["general.architecture"] == arch
     assert settings["general.name"] == "run"
     theirs = DecoderModel.from_pretrained(file).eval()

@@ -17,6 +17,7 @@ from fastllm.integrations.hf_tokenizer import (
     tokenizer_json,
 )
 from fastllm.integrations.onnx import check_onnx, onnx_logits, save_onnx
+from fastllm.models.config import DecoderConfig
 from fastllm.models.decoder import DecoderModel, check_as_built
 from fastllm.models.gpt2 import convert_to_gpt2
 from fastllm.models.huggingface import write_settings
@@ -48,19 +49,57 @@ def check_packages(format: Format) -> None:
 
 
 def expressible(model: DecoderModel) -> DecoderModel:
-    """The model itself if Hugging Face has its architecture, otherwise the same as a GPT-2.
+    """The model itself if Hugging Face has its architecture, otherwise an equal one that it has.
 
     Raises:
-        ValueError: it is neither; the message gives the reason.
+        ValueError: there is none; the message gives the reason.
     """
     try:
         write_settings(model.config)
     except ValueError:
-        if model.config.pos_encoding not in ("learned", "sinusoidal"):
-            raise
-        return convert_to_gpt2(model)
+        if model.config.pos_encoding in ("learned", "sinusoidal"):
+            return convert_to_gpt2(model)
+        return _with_plain_embeddings(model)
     check_as_built(model)
     return model
+
+
+@torch.no_grad()
+def _with_plain_embeddings(model: DecoderModel) -> DecoderModel:
+    """An equal model whose embeddings are not scaled, with one projection for queries, keys and
+    values, or with three.
+
+    Raises:
+        ValueError: Hugging Face does not have that one either.
+    """
+    check_as_built(model)
+    config, scale = model.config, model.config.embedding_scale
+    for separate in (config.separate_qkv, True):
+        plain = DecoderConfig(
+            **{**config.model_dump(), "embedding_scale": 1.0, "separate_qkv": separate}
+        )
+        try:
+            write_settings(plain)
+            break
+        except ValueError as error:
+            reason = error
+    else:
+        raise reason
+    rows = [config.head_dim * n for n in (config.num_heads, *[config.num_kv_heads] * 2)]
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("embedding_layer."):
+            tensor = tensor * scale
+        elif name.startswith("final_norm.") and config.tie_word_embeddings:
+            tensor = tensor / scale
+        if "qkv_proj" in name and separate:
+            for part, each in zip("qkv", tensor.split(rows), strict=True):
+                state[name.replace("qkv_proj", f"{part}_proj")] = each
+        elif not (name == "lm_head.weight" and config.tie_word_embeddings):
+            state[name] = tensor
+    result = DecoderModel.from_config(plain, dtype=model.lm_head.weight.dtype)
+    result.load_state_dict(state)
+    return result.train(model.training)
 
 
 def check_expressible(model: DecoderModel, tokenizer: Tokenizer, format: Format) -> None:
