@@ -7,6 +7,7 @@ table of fp16 numbers, and by default keeps keys and values in fp16.
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -341,7 +342,8 @@ def save_gguf(
     vocabulary = gguf_vocabulary(tokenizer, model.vocab_size)
     kind = f"MOSTLY_{quantization.upper()}" if quantization else "ALL_F32"
     writer = GGUFWriter(path, arch)
-    writer.add_name(name)
+    # By this name llama.cpp takes the tokens for Phi-3's, and fails if it misses one.
+    writer.add_name(re.sub("(?i)phi-?3", "phi", name))
     writer.add_file_type(LlamaFileType[kind])
     for key, value in _settings(arch, model.config).items():
         add_setting(writer, f"{arch}.{key}", value)

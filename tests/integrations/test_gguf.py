@@ -136,7 +136,7 @@ def test_llama_cpp_computes_the_same(
     make(model_type, settings).save_pretrained(tmp_path)
     ours = DecoderModel.from_pretrained(tmp_path).eval()
     file = tmp_path / "model.gguf"
-    save_gguf(ours, tokenizer, file, "a model")
+    save_gguf(ours, tokenizer, file, "my Phi-3")  # a name that llama.cpp knows
     fp32 = {"type_k": 0, "type_v": 0, "flash_attn": False}
     theirs = Llama(str(file), n_ctx=64, logits_all=True, verbose=False, **fp32)
     ids = random_ids(ours, 1, 40)
@@ -318,6 +318,13 @@ def test_written_number_types(
             span = 2 * rows.abs().amax(-1, keepdim=True)
             error = (again[name].unflatten(1, (-1, 32)) - rows).abs() / span
             assert 0 < error.max() <= 1.1 / steps, name
+
+
+def test_a_name_does_not_make_a_model_phi3(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
+    """llama.cpp refuses a file of such a name without Phi-3's tokens."""
+    for name, written in (("my-Phi3", "my-phi"), ("phi-3-mini", "phi-mini"), ("book", "book")):
+        save_gguf(tiny(), tokenizer, tmp_path / "model.gguf", name)
+        assert GgufFile(tmp_path / "model.gguf").get("general.name", str) == written
 
 
 @pytest.mark.slow
