@@ -1,5 +1,7 @@
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastllm
+from fastllm.ops import decode
 from fastllm.ops.decode import Decoding
 from fastllm.ops.precision import why_not_autocast
 from tests.conftest import assert_as_accurate, needs_extension
@@ -218,6 +221,52 @@ def test_kernels_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert model(**inputs).logits is not None
     # Gemma 2 has no other attention than the operation's reference or its own "eager".
     assert called == (["attention"] * 2 if name == "gemma2" else [])
+
+
+@pytest.mark.parametrize("make", [bert, llama, mobilebert])
+def test_few_rows_go_through_the_modules(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a backward, for which the kernels gain nothing then."""
+    model, rows = accelerate(made(make)), []
+    original = huggingface.layers.mlp
+    monkeypatch.setattr(
+        huggingface.layers,
+        "mlp",
+        lambda x, network: rows.append(x.shape[:-1].numel()) or original(x, network),
+    )
+    ids = batch(make)["input_ids"]
+    with torch.no_grad():
+        model(ids[:1, :8]), model(ids[:2, :7]), model(ids[:2, :8])
+    assert set(rows) == {16}
+    rows.clear()
+    model(ids[:1, :8], labels=ids[:1, :8], **({"use_cache": False} if make is llama else {}))
+    assert set(rows) == {8}
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """References to the copies of weights that `generate` made."""
+    made_here, original = [], decode.PackedDecoder
+
+    def spy(*arguments: Any) -> Any:
+        made_here.append(weakref.ref(copy := original(*arguments)))
+        return copy
+
+    monkeypatch.setattr(decode, "PackedDecoder", spy)
+    return made_here
+
+
+def test_packed_weights_are_freed(packed: list[weakref.ref[Any]]) -> None:
+    model, inputs = accelerate(made(llama)), batch(llama)
+    for _ in range(2):
+        model.generate(inputs["input_ids"], **SETTINGS)
+    assert [copy() is not None for copy in packed] == [True]
+    model.train()(**inputs).loss.backward()
+    gc.collect()
+    assert [copy() is not None for copy in packed] == [False]
+    model.eval().generate(inputs["input_ids"], **SETTINGS)
+    accelerate(model, enable=False)
+    gc.collect()
+    assert [copy() is not None for copy in packed] == [False, False]
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])

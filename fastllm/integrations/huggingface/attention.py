@@ -10,7 +10,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from fastllm.core.dropout import Dropout
-from fastllm.integrations.huggingface.fusible import are_ignorable, forwards_of, why_not_kernels
+from fastllm.integrations.huggingface.fusible import (
+    FEWEST_ROWS,
+    are_ignorable,
+    forwards_of,
+    why_not_kernels,
+)
 from fastllm.integrations.huggingface.padding import attention_mask
 from fastllm.ops.attention import attention
 from fastllm.ops.dropout import draw_seed
@@ -51,9 +56,10 @@ def attention_forward(
     those with a softcap, which "sdpa" lacks, to the operation's reference.
     """
     S = query.size(2)
-    if S == 1 and softcap is None:
-        # A token of generation, for which PyTorch's kernel takes the least time.
-        if attention_mask is None and "position_bias" not in kwargs:
+    few = query.size(0) * S < FEWEST_ROWS and not torch.is_grad_enabled()
+    if softcap is None and (S == 1 or few):
+        # PyTorch's kernel takes less time, for a token of generation without transformers' checks.
+        if S == 1 and attention_mask is None and "position_bias" not in kwargs:
             shared = query.size(1) != key.size(1)
             out = F.scaled_dot_product_attention(
                 query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=shared

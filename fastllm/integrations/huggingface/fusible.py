@@ -104,6 +104,15 @@ def why_not_kernels(*tensors: Tensor | None) -> str | None:
     )
 
 
+FEWEST_ROWS = 16
+"""With fewer, and no backward, packing the weights takes longer than the kernels save."""
+
+
+def are_too_few_rows(x: Tensor) -> bool:
+    """Whether the modules take less time for x [..., H]."""
+    return not torch.is_grad_enabled() and x.numel() < FEWEST_ROWS * x.size(-1)
+
+
 # Arguments that transformers hands down to every layer, and that change nothing there: a cache was
 # extended before, and a sliding window is part of the mask.
 IGNORABLE_KWARGS = {

@@ -16,6 +16,7 @@ from fastllm.integrations.huggingface.fusible import (
     FusedModule,
     activation_name,
     are_ignorable,
+    are_too_few_rows,
     assert_plain,
     linear_parameters,
     norm_parameters,
@@ -162,8 +163,9 @@ class TransformerLayer(FusedModule):
         super().__init_subclass__(**kwargs)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if hidden_states.size(1) == 1 and kwargs.get("cache") is not None:
-            return super().forward(hidden_states, *args, **kwargs)  # a token of generation
+        is_token = hidden_states.size(1) == 1 and kwargs.get("cache") is not None
+        if is_token or are_too_few_rows(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
         named = dict(zip(self.argument_names, args, strict=False)) | kwargs
         output = self.fused_forward(hidden_states, **named)
         if output is not None:
@@ -300,6 +302,8 @@ class FeedForward(FusedModule):
     paths: ClassVar[FeedForwardPaths]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if are_too_few_rows(hidden_states):
+            return super().forward(hidden_states)
         try:
             network = self.record()
         except CannotFuse:
