@@ -28,7 +28,7 @@ def accelerate(model: Model, enable: bool = True, skip_logits: bool | None = Non
     kernels compute attention and dropout.
 
     If only a loss is computed and no padding is scored, fused layers skip the padding. Greedy
-    `generate` and sampling with at least 16 new tokens run by one operation a token; their copy of
+    `generate` and sampling with at least 4 new tokens run by one operation a token; their copy of
     the weights stays in memory until the next training step or `enable=False`.
 
     Args:

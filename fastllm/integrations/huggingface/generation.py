@@ -21,7 +21,7 @@ from fastllm.ops.memory import contiguous
 from fastllm.ops.precision import PRECISIONS, product_precision
 
 # Packing the weights takes as long as a few tokens.
-FEWEST_NEW_TOKENS = 16
+FEWEST_NEW_TOKENS = 4
 # The kernel allocates memory for all tokens of a sequence at its first.
 LONGEST_SEQUENCE = 8192
 # Of the tables of angles, so that calls of different lengths share one.
