@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from fastllm.ops import adam_triton, attention_triton, dropout_triton
 from fastllm.ops.adam import AdamGroup
 from fastllm.ops.attention import AttentionOptions, widest_triton_head
-from fastllm.ops.decoder import Dropout, Embedding, Linear, Mlp, Norm
+from fastllm.ops.decoder import NO_DROPOUT, Dropout, Embedding, Linear, Mlp, Norm
 from fastllm.ops.embedding_triton import embedding_triton
 from fastllm.ops.linear_cross_entropy_triton import linear_cross_entropy_triton
 from fastllm.ops.mlp_triton import mlp_triton
@@ -102,24 +102,32 @@ def cases() -> Iterator[Case]:
     def random(dtype: str, *shape: int) -> Tensor:
         return torch.randn(shape).to(TYPES[dtype]).requires_grad_()
 
-    def attention(dtype: str, D: int, dropout_p: float, masked: bool) -> None:
+    def attention(dtype: str, D: int, kv_heads: int, *settings: Any) -> None:
         attention_triton.dot_precision = lambda x: "tf32" if dtype == "tf32" else "ieee"
         # Strided like the output of one qkv projection.
-        qkv = random(dtype, 1, 128, 3, 2, D).permute(2, 0, 3, 1, 4)
-        mask = torch.zeros(128, 128, dtype=torch.bool) if masked else None
-        options = AttentionOptions(mask, True, Dropout(dropout_p, 5))
-        attention_triton.attention_triton(*qkv, options).sum().backward()
+        heads = random(dtype, 1, 128, 2 + 2 * kv_heads, D).transpose(1, 2)
+        qkv = heads.split((2, kv_heads, kv_heads), 1)
+        attention_triton.attention_triton(*qkv, AttentionOptions(*settings)).sum().backward()
 
+    dropped = torch.zeros(128, 128, dtype=torch.bool), True, Dropout(0.1, 5)
+    everything = *dropped, 50, 0.3, 50.0
     for dtype in TYPES:
-        for name, D, dropout_p, masked in (
-            ("D=64", 64, 0.0, False),
-            ("D=64, dropout, mask", 64, 0.1, True),
-            ("D=32, dropout, mask", 32, 0.1, True),
-            ("D=128, dropout, mask", 128, 0.1, True),
+        for name, D, kv_heads, *settings in (
+            ("D=64", 64, 2, None, True),
+            ("D=64, dropout", 64, 2, None, *dropped[1:]),
+            ("D=64, dropout, mask", 64, 2, *dropped),
+            ("D=32, dropout, mask", 32, 2, *dropped),
+            ("D=128, dropout, mask", 128, 2, *dropped),
+            ("D=64, shared heads", 64, 1, None, True),
+            ("D=32, everything", 32, 1, *everything),
+            ("D=64, everything", 64, 1, *everything),
+            ("D=128, everything", 128, 1, *everything),
+            ("D=256, shared heads, window", 256, 1, None, True, NO_DROPOUT, 50),
+            ("D=256, everything", 256, 1, *everything),
         ):
             if widest_triton_head(TYPES[dtype]) < D or (dtype == "fp16" and D != 64):
                 continue
-            yield Case(name, dtype, partial(attention, dtype, D, dropout_p, masked))
+            yield Case(name, dtype, partial(attention, dtype, D, kv_heads, *settings))
 
     def mlp(dtype: str, dropout_p: float, H: int = 384) -> None:
         I = 4 * H

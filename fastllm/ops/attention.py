@@ -138,12 +138,10 @@ def why_not_cpu(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> s
 def why_not_triton(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> str | None:
     if (reason := why_not(q, k, v, options)) is not None:
         return reason
-    if not q.dtype == k.dtype == v.dtype:
-        return "q, k and v differ in type"
-    if q.size(1) != k.size(1) or options.window or options.scale or options.softcap:
-        return "heads are shared, or the scores scaled, capped or in a window"
-    if q.size(-1) > (widest := widest_triton_head(q.dtype)):
-        return f"the heads are wider than {widest}, which does not fit into registers in {q.dtype}"
+    autocast = torch.is_autocast_enabled(q.device.type)
+    dtype = torch.get_autocast_dtype(q.device.type) if autocast else q.dtype
+    if q.size(-1) > (widest := widest_triton_head(dtype)):
+        return f"the heads are wider than {widest}, which does not fit into registers in {dtype}"
     if q.size(0) * q.size(1) > 65535:  # CUDA's limit on the second dimension of a grid
         return "there are more than 65,535 heads in the batch"
     return dispatch.why_not_triton(q, k, v)
@@ -151,7 +149,7 @@ def why_not_triton(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -
 
 def widest_triton_head(dtype: torch.dtype) -> int:
     """The largest D whose tiles fit into registers."""
-    return 64 if dtype is torch.float32 else 128
+    return 64 if dtype is torch.float32 else 256
 
 
 IMPLEMENTATIONS = [

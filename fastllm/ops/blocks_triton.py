@@ -48,6 +48,12 @@ def in_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
+def heads_beside_each_other(x: Tensor) -> Tensor:
+    """An empty [B, N, S, D] in which a position's heads are contiguous, as the projection reads."""
+    B, N, S, D = x.shape
+    return x.new_empty(B, S, N, D).transpose(1, 2)
+
+
 def power_of_2(size: int) -> int:
     """The size of a block that holds `size` elements; products need at least 16."""
     return max(16, triton.next_power_of_2(size))

@@ -9,7 +9,7 @@ import fastllm
 from fastllm import DecoderModel, bench
 from fastllm.generation.decoding import generate_tokens
 from fastllm.ops import OPERATIONS, dispatch
-from fastllm.ops.attention import attention
+from fastllm.ops.attention import AttentionOptions, attention
 from fastllm.optim import AdamW
 from tests import TRITON_DEVICE
 from tests.conftest import MakeTrainer
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_triton_is_chosen_on_a_gpu() -> None:
     x = torch.ones(2, 2, 64, 32, device="cuda", dtype=torch.bfloat16)
-    chosen = dispatch.choose("attention", OPERATIONS["attention"], x, x, x, None, True, 0.0, 0)
+    chosen = dispatch.choose("attention", OPERATIONS["attention"], x, x, x, AttentionOptions())
     assert chosen.name == "triton"
 
 

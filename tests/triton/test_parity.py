@@ -99,6 +99,75 @@ def test_attention(
     )
 
 
+# B, N, K, S, T, D
+SHARED = [(2, 6, 2, 7, 7, 20), (1, 4, 1, 5, 70, 16), (1, 4, 2, 70, 50, 3)]
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(None, 1.5), (1, None), (20, 1.5)], ids=["capped", "one", "both"]
+)
+@pytest.mark.parametrize("shape", SHARED, ids=shape_name("BNKSTD"))
+def test_attention_of_shared_heads(
+    dtype: torch.dtype, shape: tuple[int, ...], window: int | None, softcap: float | None
+) -> None:
+    """With dropout, and a scale of its own; to one key, gradients of queries are rounding alone."""
+    B, N, K, S, T, D = shape
+    q, k, v = randn(B, N, S, D), randn(B, K, T, D, seed=1), randn(B, K, T, D, seed=2)
+    settings = None, True, 0.2, 5, window, 0.3, softcap
+    if window == 1:
+        assert_parity(lambda v: attention(q.to(v), k.to(v), v, *settings), dtype, v)
+    else:
+        assert_parity(lambda *qkv: attention(*qkv, *settings), dtype, q, k, v)
+
+
+@pytest.mark.parametrize("window", [5, 32, 33, 64, 150])
+@pytest.mark.parametrize(("S", "T"), [(150, 150), (40, 150), (150, 110)])
+def test_attention_in_a_window_of_many_blocks(window: int, S: int, T: int) -> None:
+    tensors = randn(1, 2, S, 8), randn(1, 1, T, 8, seed=3), randn(1, 1, T, 8, seed=4)
+    mask = randn(S, T) < -1
+    assert_parity(lambda *qkv: attention(*qkv, mask, True, window=window), torch.float32, *tensors)
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_attention_skips_blocks_outside_the_window(operation: str) -> None:
+    """Hidden keys would be read as NaN, and 0 times NaN is not 0."""
+    S, window = 256, 8
+    q, k, v = (randn(1, 1, S, 8, seed=i).requires_grad_() for i in range(3))
+    with torch.no_grad():
+        k[:, :, :64], v[:, :, :64] = math.nan, math.nan
+    with fastllm.use("triton"):
+        out = attention(q, k, v, None, True, window=window)
+        result = out if operation == "forward" else torch.autograd.grad(out.sum(), q)[0]
+    assert result[:, :, 192:].isfinite().all()
+
+
+def test_gradients_of_keys_skip_queries_outside_the_window() -> None:
+    q, k, v = (randn(1, 1, 256, 8, seed=i).requires_grad_() for i in range(3))
+    with torch.no_grad():
+        q[:, :, 192:] = math.nan
+    with fastllm.use("triton"):
+        out = attention(q, k, v, None, True, window=8)
+        grads = torch.autograd.grad(out.sum(), (k, v))
+    for grad in grads:
+        assert grad[:, :, :128].isfinite().all() and grad[:, :, 200:].isnan().all()
+
+
+@pytest.mark.parametrize("softcap", [1e-3, 1.0, 50.0, 1e4])
+def test_soft_caps_far_above_and_below_the_scores(softcap: float) -> None:
+    tensors = [randn(1, 1, 40, 8, seed=i) for i in range(3)]
+    assert_parity(lambda *qkv: attention(*qkv, softcap=softcap), torch.float32, *tensors)
+
+
+def test_attention_of_heads_in_fp32_under_autocast() -> None:
+    """As norms of queries and keys give them; the values come from a product."""
+    q, k = randn(1, 2, 3, 128), randn(1, 1, 3, 128, seed=1)
+    v = randn(1, 1, 3, 128, seed=2).bfloat16()
+    with torch.autocast(TRITON_DEVICE, torch.bfloat16), fastllm.use("triton"):
+        out = attention(q, k, v)
+    with fastllm.use("triton"):
+        assert torch.equal(out, attention(q.bfloat16(), k.bfloat16(), v))
+
+
 def test_attention_to_one_key(dtype: torch.dtype) -> None:
     """Gradients of queries and keys are 0 up to the rounding of their terms."""
     q, k, v = (randn(1, 2, 1, 8, seed=i).to(dtype).requires_grad_() for i in range(3))
@@ -117,9 +186,13 @@ def test_attention_masks(mask: str) -> None:
     assert_parity(lambda *qkv: attention(*qkv, attn_mask, True, 0.2, 7), torch.float32, *tensors)
 
 
-def test_attention_of_wide_heads() -> None:
-    tensors = [randn(1, 1, 33, 100, seed=i) for i in range(3)]
-    assert_parity(lambda *qkv: attention(*qkv, None, True, 0.1, 3), torch.bfloat16, *tensors)
+@pytest.mark.parametrize(
+    ("D", "dtype"),
+    [(100, torch.bfloat16), (200, torch.bfloat16), (256, torch.float16)],
+)
+def test_attention_of_wide_heads(dtype: torch.dtype, D: int) -> None:
+    tensors = randn(1, 2, 33, D), randn(1, 1, 33, D, seed=3), randn(1, 1, 33, D, seed=4)
+    assert_parity(lambda *qkv: attention(*qkv, None, True, 0.1, 3), dtype, *tensors)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
