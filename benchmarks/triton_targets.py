@@ -29,11 +29,12 @@ from triton.runtime.jit import JITFunction
 from fastllm.ops import adam_triton, attention_triton, dropout_triton
 from fastllm.ops.adam import AdamGroup
 from fastllm.ops.attention import AttentionOptions, widest_triton_head
-from fastllm.ops.decoder import NO_DROPOUT, Dropout, Embedding, Linear, Mlp, Norm
+from fastllm.ops.decoder import NO_DROPOUT, Dropout, Embedding, Linear, Mlp, Norm, Rope
 from fastllm.ops.embedding_triton import embedding_triton
 from fastllm.ops.linear_cross_entropy_triton import linear_cross_entropy_triton
 from fastllm.ops.mlp_triton import mlp_triton
 from fastllm.ops.norm_triton import norm_triton
+from fastllm.ops.rope_triton import rope_triton
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
@@ -129,16 +130,22 @@ def cases() -> Iterator[Case]:
                 continue
             yield Case(name, dtype, partial(attention, dtype, D, kv_heads, *settings))
 
-    def mlp(dtype: str, dropout_p: float, H: int = 384) -> None:
+    def mlp(dtype: str, dropout_p: float, H: int = 384, gated: bool = False) -> None:
         I = 4 * H
         fc1 = Linear(random(dtype, I, H), random(dtype, I))
         fc2 = Linear(random(dtype, H, I), random(dtype, H))
-        x = random(dtype, 64, H)
-        mlp_triton(x, Mlp(fc1, fc2, hidden_dropout=Dropout(dropout_p, 5)), None).sum().backward()
+        record = Mlp(fc1, fc2, hidden_dropout=Dropout(dropout_p, 5))
+        if gated:
+            record = record._replace(activation="silu", up=Linear(random(dtype, I, H), None))
+        mlp_triton(random(dtype, 64, H), record, None).sum().backward()
 
     def norm(dtype: str, H: int) -> None:
         record = Norm(random(dtype, H), random(dtype, H), 1e-5)
         norm_triton(random(dtype, 8, H), record, random(dtype, 8, H)).sum().backward()
+
+    def rope(dtype: str, D: int, R: int, interleaved: bool) -> None:
+        record = Rope(torch.zeros(8, R), interleaved)
+        rope_triton(random(dtype, 1, 2, 8, D), record).sum().backward()
 
     def embedding(dtype: str) -> None:
         ids = torch.zeros(2, 8, dtype=torch.long)
@@ -154,10 +161,13 @@ def cases() -> Iterator[Case]:
 
     for dtype in ("fp32", "bf16", "fp16"):
         yield Case("H=384, dropout", dtype, partial(mlp, dtype, 0.1))
+        yield Case("H=384, gated, dropout", dtype, partial(mlp, dtype, 0.1, gated=True))
         yield Case("H=384", dtype, partial(norm, dtype, 384))
         if dtype != "fp16":
             yield Case("H=384", dtype, partial(mlp, dtype, 0.0))
             yield Case("H=8192", dtype, partial(norm, dtype, 8192))
+        yield Case("D=64", dtype, partial(rope, dtype, 64, 64, False))
+        yield Case("D=80, partial, interleaved", dtype, partial(rope, dtype, 80, 32, True))
         yield Case("dropout", dtype, partial(embedding, dtype))
         yield Case("V=50257", dtype, partial(cross_entropy, dtype, None))
         yield Case("V=50257, capped", dtype, partial(cross_entropy, dtype, 30.0))
@@ -257,6 +267,7 @@ def floors(kernel: str, dtype: str) -> tuple[float, float]:
         "mlp_elements": (0, 3 * hidden),
         "norm_fwd": (0, 4 * row),
         "norm_bwd": (0, 3 * row),
+        "rope_kernel": (0, 2 * row),
         "embedding_fwd": (0, 2 * row),
         "dropout_kernel": (0, 2 * row),
         "cross_entropy": (0, 3 * 512 * V * size),

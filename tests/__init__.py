@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # On a CPU that is Triton's interpreter, which must be asked for while they are imported; programs
 # that tests start are not to inherit it.
 TRITON_DEVICE = os.environ.get("FASTLLM_TEST_TRITON", "cpu")
-TRITON_OPERATIONS = "adam attention dropout embedding linear_cross_entropy mlp norm".split()
+TRITON_OPERATIONS = "adam attention dropout embedding linear_cross_entropy mlp norm rope".split()
 if TRITON_DEVICE == "cpu" and find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"
     import_module("triton.experimental.gluon")  # which the first launch would import

@@ -14,6 +14,7 @@ from fastllm.ops import (
     mlp,
     multi_head_attention,
     norm,
+    rope,
     sampling,
 )
 from fastllm.ops.dispatch import Implementation
@@ -28,6 +29,7 @@ WHOLE_MODEL: dict[str, list[Implementation]] = {
 OPERATIONS: dict[str, list[Implementation]] = WHOLE_MODEL | {
     "embedding": embedding.IMPLEMENTATIONS,
     "multi_head_attention": multi_head_attention.IMPLEMENTATIONS,
+    "rope": rope.IMPLEMENTATIONS,
     "attention": attention.IMPLEMENTATIONS,
     "mlp": mlp.IMPLEMENTATIONS,
     "norm": norm.IMPLEMENTATIONS,
@@ -76,7 +78,7 @@ def _why_not_on(device: str, implementation: Implementation) -> str | None:
 
 def _chosen(operation: str, table: Sequence[Implementation], device: str) -> str:
     fitting = [each for each in table if _why_not_on(device, each) is None]
-    if dispatch.requested() not in ("auto", *(each.name for each in fitting)):
+    if dispatch.requested() in {each.name for each in table} - {each.name for each in fitting}:
         fitting = list(table)  # so that the error says why the requested one cannot run
     return dispatch.choose_here(operation, fitting).name
 
@@ -84,12 +86,15 @@ def _chosen(operation: str, table: Sequence[Implementation], device: str) -> str
 def implementation_line(device: str = "cpu", declined: Mapping[str, str] | None = None) -> str:
     """The implementation of every operation for tensors on the device, on one line.
 
+    On a CPU, an operation without a kernel is left out: it is part of another one's kernel.
+
     Args:
         declined: reasons why operations of `WHOLE_MODEL` do not run for this model.
     """
     chosen = {
         operation: next(name for name, reason in table.items() if reason == "chosen")
         for operation, table in implementations(device).items()
+        if device != "cpu" or "cpu" in table
     }
     for operation, reason in (declined or {}).items():
         if chosen[operation] != LAYER_BY_LAYER:

@@ -19,7 +19,7 @@ pytestmark = [
 KERNELS = {
     *("attention_fwd", "attention_bwd_q", "attention_bwd_kv", "mlp_product", "mlp_elements"),
     *("norm_fwd", "norm_bwd", "embedding_fwd", "cross_entropy", "dropout_kernel"),
-    *("adam_norms", "adam_update"),
+    *("rope_kernel", "adam_norms", "adam_update"),
 }
 # Maximum bytes of shared memory per block, by compute capability (CUDA programming guide).
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}

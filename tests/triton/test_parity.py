@@ -12,14 +12,26 @@ from torch import Tensor
 
 import fastllm
 from fastllm import DecoderModel
-from fastllm.ops import dispatch
+from fastllm.models.config import DecoderConfig
+from fastllm.ops import dispatch, implementations
 from fastllm.ops.attention import attention
-from fastllm.ops.decoder import ACTIVATIONS, Dropout, Embedding, Linear, Mlp, Norm
+from fastllm.ops.decoder import (
+    ACTIVATIONS,
+    Dropout,
+    Embedding,
+    Linear,
+    Mlp,
+    MultiHeadAttention,
+    Norm,
+    Rope,
+)
 from fastllm.ops.dropout import dropout, keep_mask
 from fastllm.ops.embedding import embedding
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.mlp import mlp
+from fastllm.ops.multi_head_attention import multi_head_attention
 from fastllm.ops.norm import norm
+from fastllm.ops.rope import rotate
 from fastllm.optim import Adam, AdamW
 from tests import TRITON_DEVICE, TRITON_OPERATIONS
 from tests.conftest import (
@@ -216,6 +228,62 @@ def test_attention_tiles(block_t: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_parity(lambda *qkv: attention(*qkv, None, True, 0.3, 7), torch.float32, *tensors)
 
 
+def rotary(S: int, R: int, interleaved: bool = False) -> Rope:
+    angles = torch.arange(S)[:, None] / 7 ** (torch.arange(R // 2) / R)
+    return Rope(1.2 * torch.cat((angles.cos(), angles.sin()), -1), interleaved)
+
+
+# B, N, S, D, R
+ROPE = [(2, 3, 7, 20, 20), (1, 1, 1, 2, 2), (2, 5, 33, 64, 16), (1, 2, 9, 12, 6)]
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("shape", ROPE, ids=shape_name("BNSDR"))
+def test_rope(dtype: torch.dtype, shape: tuple[int, ...], interleaved: bool) -> None:
+    """Of heads strided like a projection's."""
+    B, N, S, D, R = shape
+    rope = rotary(S, R, interleaved)
+    assert_parity(lambda x: rotate(x.transpose(1, 2), rope), dtype, randn(B, S, N, D))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rope_layouts(layout: str) -> None:
+    rope = rotary(12, 8)
+    later = rope._replace(table=rope.table[4:])
+    assert_parity(lambda x: rotate(LAYOUTS[layout](x), later), torch.float32, randn(2, 2, 8, 8))
+
+
+def test_a_rotary_table_of_another_length_is_not_the_kernels() -> None:
+    with (
+        fastllm.use("triton"),
+        pytest.raises(dispatch.ImplementationError, match="the table is .9, 8."),
+    ):
+        rotate(randn(1, 1, 8, 8), rotary(9, 8))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "neox"])
+def test_multi_head_attention(dtype: torch.dtype, name: str) -> None:
+    N, K, S, D, H = 4, 2, 9, 16, 24
+
+    def run(x: Tensor, qkv: Tensor, out: Tensor, *weights: Tensor) -> Tensor:
+        layer, q, k = (Norm(w, None, 1e-6, "rms", 1.0) for w in weights)
+        heads = MultiHeadAttention(Linear(qkv, None), Linear(out, None), N, layer, causal=True)
+        settings = {
+            "llama": {"kv_heads": K, "rope": rotary(S, D)},
+            "gemma": {
+                "kv_heads": K, "rope": rotary(S, D), "q_norm": q, "k_norm": k, "window": 4,
+                "scale": 0.3, "softcap": 2.0,
+            },
+            "neox": {"rope": rotary(S, 4)},
+        }[name]  # fmt: skip
+        unused = 0 * sum(w.sum() for w in weights)
+        return multi_head_attention(x, heads._replace(**settings)) + unused
+
+    rows = (N + 2 * (N if name == "neox" else K)) * D
+    tensors = randn(2, S, H), randn(rows, H) / 4, randn(H, N * D) / 8
+    assert_parity(run, dtype, *tensors, randn(H) / 4, randn(D) / 4, randn(D, seed=1) / 4)
+
+
 @pytest.mark.parametrize("norm", ["none", "pre", "post"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mlp(dtype: torch.dtype, activation: str, norm: str) -> None:
@@ -245,6 +313,25 @@ def test_gated_mlp(dtype: torch.dtype, activation: str, biases: bool) -> None:
         layers = Linear(w1, b1), Linear(w2, b2)
         dropout = Dropout(0.3, 11)
         return mlp(x, Mlp(*layers, activation, hidden_dropout=dropout, up=Linear(w3, b3)))
+
+    assert_parity(run, dtype, *tensors)
+
+
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
+def test_mlp_between_norms_of_another_base(dtype: torch.dtype, norm_first: bool) -> None:
+    """As in Gemma, scaled as in Granite, and beside the attention as in GPT-NeoX."""
+    H, I = 20, 64
+    tensors = [randn(3, 3, H), randn(I, H) / 4, randn(H, I) / 8, randn(I, H, seed=2) / 4]
+    tensors += [randn(H) / 4, randn(H, seed=3) / 4, randn(3, 3, H, seed=4)]
+
+    def run(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *rest: Tensor) -> Tensor:
+        before, after = (Norm(w, None, 1e-6, "rms", 1.0) for w in rest[:2])
+        gate, up, out = (Linear(w, None) for w in (w1, w3, w2))
+        record = Mlp(gate, out, "gelu_tanh", before, norm_first, out_dropout=Dropout(0.2, 3))
+        record = record._replace(up=up, out_norm=after, residual_scale=0.3)
+        if norm_first:
+            return mlp(x, record, rest[2])
+        return mlp(x, record) + 0 * rest[2]
 
     assert_parity(run, dtype, *tensors)
 
@@ -522,17 +609,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True, "lm_head_bias": False, "scale_embeddings": False},
 }
 
+GEMMA: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
+    "head_dim": 16, "max_seq_len": 20, "norm": "rms", "norm_offset": 1.0, "norm_order": "sandwich",
+    "mlp": "geglu_tanh", "pos_encoding": "rope", "qk_norm": "weight", "window": 5,
+    "window_pattern": (True, False), "attn_softcap": 20.0, "head_softcap": 30.0,
+    "attn_dropout_p": 0.1, "embedding_dropout_p": 0.1, "mlp_dropout_p": 0.1,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [("pre", "fp32"), ("post", "bf16"), ("learned", "bf16"), ("tied", "fp32")],
+    [("pre", "fp32"), ("post", "bf16"), ("learned", "bf16"), ("tied", "fp32"), ("gemma", "bf16")],
 )
 def test_training_steps(kind: str, precision: str, calls: list[str]) -> None:
     """A whole model has the reference's losses, dropout included, and every part runs a kernel."""
 
     def losses(implementation: str) -> list[float]:
         torch.manual_seed(0)
-        model = DecoderModel(40, 32, 1, 2, 20, 64, **SETTINGS[kind]).to(TRITON_DEVICE)
+        if kind == "gemma":
+            model = DecoderModel.from_config(DecoderConfig(**GEMMA))
+        else:
+            model = DecoderModel(40, 32, 1, 2, 20, 64, **SETTINGS[kind])
+        model = model.to(TRITON_DEVICE)
         optimizer = AdamW(model.parameters(), 1e-2, max_grad_norm=1.0)
         ids = torch.randint(0, 40, (2, 12), device="cpu").to(TRITON_DEVICE)
         result = []
@@ -549,9 +648,17 @@ def test_training_steps(kind: str, precision: str, calls: list[str]) -> None:
     expected = losses("ref")
     calls.clear()
     actual = losses("triton")
-    assert set(calls) == set(TRITON_OPERATIONS)
+    assert set(calls) == set(TRITON_OPERATIONS) - ({"rope"} if kind != "gemma" else set())
     assert actual[-1] < actual[0]
     assert actual == pytest.approx(expected, rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+def test_implementations_on_a_gpu_are_triton_or_the_reference() -> None:
+    with fastllm.use("triton"):
+        answer = implementations("cuda")
+    for operation in (*TRITON_OPERATIONS, "multi_head_attention"):
+        assert answer[operation]["triton"] == "chosen"
+    assert answer["sampling"] == {"cpu": "not for cuda", "ref": "chosen"}
 
 
 @pytest.fixture
