@@ -108,7 +108,9 @@ def why_not_triton(x: Tensor, norm: Norm, residual: Tensor | None) -> str | None
     H = x.size(-1)
     if H > LONGEST_TRITON:
         return f"a row of {H} elements does not fit into registers"
-    if H <= NARROWEST_TRITON and dispatch.requested() != "triton":
+    # PyTorch's RMS norm is one kernel only if all types are equal, which autocast prevents.
+    one_kernel = norm.kind == "layer" or norm.weight is None or norm.weight.dtype is x.dtype
+    if H <= NARROWEST_TRITON and one_kernel and dispatch.requested() != "triton":
         return f"PyTorch's own kernel is faster up to a width of {NARROWEST_TRITON}"
     return dispatch.why_not_triton(x, norm.weight, norm.bias, residual)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 import fastllm
 from fastllm.ops.decoder import Norm
 from fastllm.ops.norm import norm as norm_of
+from fastllm.ops.norm import why_not_triton
 from tests.conftest import (
     BAD,
     LAYOUTS,
@@ -139,3 +140,21 @@ def test_a_broadcast_residual_is_left_to_the_reference() -> None:
     assert torch.allclose(norm(x, weight, bias, residual[:1]), expected)
     with fastllm.use("cpu"), pytest.raises(RuntimeError, match=r"broadcast|extension"):
         norm(x, weight, bias, residual[:1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "one_kernel"),
+    [
+        ("layer", torch.bfloat16, True),
+        ("rms", torch.float32, True),
+        ("rms", torch.bfloat16, False),
+    ],
+)
+def test_narrow_norms_are_pytorchs_on_a_gpu_where_it_has_one_kernel(
+    kind: str, dtype: torch.dtype, one_kernel: bool
+) -> None:
+    """An RMS norm of bf16 with a weight in fp32, as under autocast, would be several."""
+    record = Norm(torch.ones(8), None, 1e-5, kind)
+    with fastllm.use("auto"):
+        reason = why_not_triton(torch.ones(2, 8, dtype=dtype), record, None)
+    assert str(reason).startswith("PyTorch's own kernel is faster") == one_kernel
