@@ -136,7 +136,8 @@ def cases() -> Iterator[Case]:
         fc2 = Linear(random(dtype, H, I), random(dtype, H))
         record = Mlp(fc1, fc2, hidden_dropout=Dropout(dropout_p, 5))
         if gated:
-            record = record._replace(activation="silu", up=Linear(random(dtype, I, H), None))
+            # Of the activations, the exact gelu needs the most registers.
+            record = record._replace(up=Linear(random(dtype, I, H), None))
         mlp_triton(random(dtype, 64, H), record, None).sum().backward()
 
     def norm(dtype: str, H: int) -> None:

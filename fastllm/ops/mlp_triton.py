@@ -46,6 +46,14 @@ TILES = (
     config(128, 64, 8, 3),  # reads the weight less often
     config(64, 128, 8, 3),  # reads the rows less often
 )
+# The backward with `up` holds three results at once: fewer elements per thread fit into registers.
+GATED_BACKWARD = (config(64, 64, 8, 3), config(64, 32, 4, 4))
+
+
+def fitting(configs: Any, arguments: Any, **constants: Any) -> tuple[triton.Config, ...]:
+    """The tiles whose results fit into registers on every GPU from sm_80 to sm_100."""
+    gated_backward = constants["BACKWARD"] and arguments["up"] is not None
+    return GATED_BACKWARD if gated_backward else TILES
 
 
 @triton.jit
@@ -91,7 +99,7 @@ def _finish(product, before, up, kept, factor, ACTIVATION: tl.constexpr, BACKWAR
         return x, hidden, hidden
 
 
-@tuned(TILES, ("rows", "H", "I", "ACTIVATION", "BACKWARD", "DROPOUT"))
+@tuned(TILES + GATED_BACKWARD, ("rows", "H", "I", "ACTIVATION", "BACKWARD", "DROPOUT"), fitting)
 @triton.jit(do_not_specialize=["rows", "seed", "dropped"])
 def mlp_product(
     out, hidden, grad_up, x, weight, before, up, rows, R, H, I, weight_strides, seed, dropped,
