@@ -65,7 +65,7 @@ class Tiles(NamedTuple):
 # warps to hide latency, or reads less per query.
 FORWARD = Tiles(
     narrow=(config(64, 64, 4), config(128, 64, 8)),
-    narrow_crowded=(config(64, 32, 4), config(128, 64, 8)),
+    narrow_crowded=(config(64, 64, 4, registers=255), config(128, 64, 8)),
     wide=(config(32, 64, 4), config(64, 64, 8)),
     widest=(config(32, 32, 8, registers=255), config(64, 32, 8, registers=255)),
     fp32=(config(16, 32, 4, 1),),
