@@ -205,7 +205,7 @@ def test_a_model_of_transformers(kind: str, tmp_path: Path) -> None:
     assert (found["model"], found["precision"]) == (folder, "fp32")
     assert found["tokens_per_second"] == pytest.approx(4 * 64 / (found["step_ms"] / 1000))
     assert found["ratio"]["transformers"] > 0 and found["machine"]["threads"] == 1
-    assert "transformers" in run_command("bench", *flags).stdout.splitlines()[-2]
+    assert "; transformers takes " in run_command("bench", *flags).stdout.splitlines()[-1]
     for more, message in (
         (("--model", str(tmp_path)), "config.json does not exist"),
         (("--model", folder, "--shape", "A"), "--model is measured without --shape"),

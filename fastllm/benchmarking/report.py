@@ -87,9 +87,10 @@ def show_model(settings: BenchConfig, source: str, threads: int) -> dict[str, An
     with errors_in_one_line(ParityError, OSError, ValueError, ImportError):
         times = time_model_steps(source, settings.seconds, precision, device)
     speed, ratio = 1000 * times.tokens / times.fastllm, times.transformers / times.fastllm
-    settings.show("\nA step by fastllm, and how many times as long transformers takes:")
-    settings.show(table_line("ms", "tokens/s", "transformers"))
-    settings.show(table_line(times.fastllm, speed, ratio))
+    settings.show(
+        f"\nA step by fastllm takes {times.fastllm:,.2f} ms, {speed:,.0f} tokens/s; transformers "
+        f"takes {ratio:.2f} times as long"
+    )
     return {
         "model": source,
         "precision": precision,
