@@ -22,9 +22,12 @@ def read_sampling(folder: Path) -> dict[str, float]:
     settings = read_settings(file)
     names = Sampling._fields if settings.get("do_sample") else ("repetition_penalty",)
     found = {name: settings[name] for name in names if settings.get(name) is not None}
+    for name, value in found.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"{file}: {name} must be a number, not {value!r}")
     try:
         Sampling(**found).check()
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return found
 

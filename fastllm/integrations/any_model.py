@@ -63,13 +63,13 @@ def load_trained_model(source: str | os.PathLike[str]) -> TrainedModel:
             raise CheckpointError(f"{path} does not exist; give {KINDS}")
         return _load_pretrained(download(str(path)), str(path))
     folder = _finetuned(path)
-    config = folder / "config.json"
-    if (folder / "adapter_config.json").exists() and not config.exists():
+    has_adapter = (folder / "adapter_config.json").exists()
+    if has_adapter and not any(folder.glob("model*.safetensors")):
         raise CheckpointError(
             f"{folder} is a LoRA adapter without its model; give the `model` folder that finetune "
             "writes at the end of a run, or merge the adapter by peft's merge_and_unload"
         )
-    if "model_type" in read_settings(config):
+    if "model_type" in read_settings(folder / "config.json"):
         return _load_pretrained(folder)
     checkpoint = find_checkpoint(folder)
     model, tokenizer, settings = load_checkpoint(checkpoint)

@@ -210,10 +210,10 @@ def load_model(checkpoint: Path) -> tuple[DecoderModel, Tokenizer, TrainConfig |
         CheckpointError: a file is missing, truncated, changed or foreign.
     """
     _verify(checkpoint)
-    if _read_settings(checkpoint / "config.json").get("model_type") == "gpt2":
+    if "model_type" in _read_settings(checkpoint / "config.json"):
         raise CheckpointError(
-            f"{checkpoint} holds a GPT-2 in Hugging Face's format, not a run of train; load it "
-            "in Python with DecoderModel.from_gpt2"
+            f"{checkpoint} holds a model in Hugging Face's format, not a run of train; finetune "
+            "trains it further"
         )
     saved, config = read_saved_settings(checkpoint), None
     try:

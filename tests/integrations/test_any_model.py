@@ -165,7 +165,7 @@ def with_content(name: str, content: str) -> Any:
         ),
         (
             with_content("generation_config.json", '{"repetition_penalty": "much"}'),
-            "generation_config.json: ",
+            "generation_config.json: repetition_penalty must be a number, not 'much'",
         ),
     ],
 )
@@ -179,8 +179,11 @@ def test_a_damaged_folder(folder: Path, change: Any, message: str) -> None:
 def test_a_lora_adapter_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"is a LoRA adapter .* merge_and_unload"):
-        load_trained_model(tmp_path)
+    for config in (None, '{"model_type": "llama"}'):  # some come with that of their model
+        if config is not None:
+            (tmp_path / "config.json").write_text(config)
+        with pytest.raises(CheckpointError, match=r"is a LoRA adapter .* merge_and_unload"):
+            load_trained_model(tmp_path)
 
 
 def test_paths_without_a_model(

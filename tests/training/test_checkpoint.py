@@ -282,13 +282,13 @@ def test_foreign_files(trained: Trainer, tmp_path: Path) -> None:
         load_model(folder)
 
 
-def test_a_gpt2_folder_is_recognized(tmp_path: Path) -> None:
+def test_a_folder_in_hugging_faces_format_is_no_run(tmp_path: Path) -> None:
     DecoderModel(
         11, 16, 1, 2, 12,
         pos_encoding_learned=True, lm_head_bias=False, scale_embeddings=False,
         tie_word_embeddings=True, mlp_activation="gelu_tanh",
     ).save_gpt2(tmp_path / "gpt2")  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"holds a GPT-2 .*; load it in Python with Decoder"):
+    with pytest.raises(CheckpointError, match=r"holds a model in .*; finetune trains it"):
         load_model(find_checkpoint(str(tmp_path / "gpt2")))
 
 
