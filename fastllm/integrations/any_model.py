@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastllm.generation.defaults import read_sampling
-from fastllm.integrations.gguf_file import GgufFile
 from fastllm.integrations.gguf_tokenizer import read_tokenizer
 from fastllm.integrations.trainer_checkpoints import whole_checkpoints
 from fastllm.models.decoder import DecoderModel
+from fastllm.models.gguf_file import GgufFile
 from fastllm.models.hub import HUB_NAME, download
 from fastllm.models.pretrained import tensor_files
 from fastllm.tokenization import (

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastllm.command import first_line
-from fastllm.integrations.gguf_file import GgufFile
 from fastllm.integrations.hf_tokenizer import (
     begin_and_end,
     character_tokenizer_json,
     check_utf8,
     tokenizer_json,
 )
+from fastllm.models.gguf_file import GgufFile
 from fastllm.tokenization import SimpleCharacterTokenizer, Tokenizer
 from fastllm.tokenization.base import PAD
 from fastllm.tokenization.subword_tokenizer import BYTE_TOKEN

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -211,8 +212,11 @@ class DecoderModel(nn.Module):
             ValueError: this class does not have the architecture or one of its settings, or weights
                 and configuration do not match; the message names the key or the tensor.
         """
+        from fastllm.models.gguf import load_gguf
         from fastllm.models.pretrained import load_pretrained
 
+        if Path(source).suffix == ".gguf":
+            return load_gguf(cls, Path(source), padding_idx, device, dtype)
         return load_pretrained(cls, source, padding_idx, device, dtype)
 
     def save_pretrained(

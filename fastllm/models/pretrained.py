@@ -37,10 +37,6 @@ def load_pretrained(
     dtype: Any = None,
 ) -> "DecoderModel":
     """See `DecoderModel.from_pretrained`."""
-    if Path(source).suffix == ".gguf":
-        from fastllm.integrations.gguf import load_gguf
-
-        return load_gguf(model_class, Path(source), padding_idx, device, dtype)
     folder = find_folder(source)
     architecture, config = read_config(folder / "config.json", padding_idx)
     with SafeTensors(folder, architecture) as tensors:

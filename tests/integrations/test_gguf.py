@@ -12,10 +12,10 @@ from torch import Tensor
 from fastllm import DecoderModel
 from fastllm.generation.decoding import generate_tokens
 from fastllm.integrations.gguf import find_architecture, save_gguf
-from fastllm.integrations.gguf_file import GgufFile
 from fastllm.integrations.gguf_tokenizer import add_setting, read_tokenizer
 from fastllm.models import architectures
 from fastllm.models.config import RopeScaling
+from fastllm.models.gguf_file import GgufFile
 from fastllm.tokenization import SubwordTokenizer
 from tests.integrations.samples import TEXT, assert_close, logits, random_ids
 

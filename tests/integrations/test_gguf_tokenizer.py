@@ -10,7 +10,6 @@ import pytest
 
 from fastllm import DecoderModel, SimpleCharacterTokenizer
 from fastllm.integrations.gguf import save_gguf
-from fastllm.integrations.gguf_file import GgufFile
 from fastllm.integrations.gguf_tokenizer import (
     WORDS,
     SavedTokenizer,
@@ -19,6 +18,7 @@ from fastllm.integrations.gguf_tokenizer import (
     read_tokenizer,
 )
 from fastllm.models.architectures import llama
+from fastllm.models.gguf_file import GgufFile
 from fastllm.tokenization import SubwordTokenizer, Tokenizer
 from tests.integrations.samples import CHARACTERS, TEXT
 
