@@ -143,9 +143,9 @@ class TrainConfig(OptimizationSettings):
     fixed: ClassVar = (
         "max_seq_len", "overlap", "tokenizer", "vocab_size", "min_line_length", "dedup_lines",
         "val_fraction", "arch", "hidden_size", "num_layers", "num_heads", "num_kv_heads",
-        "head_dim", "dropout", "norm", "norm_first", "pos_encoding", "rope_base", "activation",
-        "mlp", "qk_norm", "window", "tie_word_embeddings", "lm_head_bias", "batch_size",
-        "grad_accum", "optimizer", "seed",
+        "head_dim", "mlp_intermediate_size", "dropout", "norm", "norm_first", "pos_encoding",
+        "rope_base", "activation", "mlp", "qk_norm", "window", "tie_word_embeddings",
+        "lm_head_bias", "batch_size", "grad_accum", "optimizer", "seed",
     )  # fmt: skip
     positional: ClassVar = "file_path"
     aliases: ClassVar = {"dataset": "file_path"}
@@ -161,9 +161,9 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
         "Size": "preset",
         "Data": "file_path text_column tokenizer vocab_size max_seq_len overlap min_line_length "
         "dedup_lines val_fraction",
-        "Model": "arch hidden_size num_layers num_heads num_kv_heads head_dim dropout norm "
-        "norm_first pos_encoding rope_base activation mlp qk_norm window tie_word_embeddings "
-        "lm_head_bias",
+        "Model": "arch hidden_size num_layers num_heads num_kv_heads head_dim "
+        "mlp_intermediate_size dropout norm norm_first pos_encoding rope_base activation mlp "
+        "qk_norm window tie_word_embeddings lm_head_bias",
         "Length of the run": "epochs max_steps max_minutes patience dry_run",
         "Optimization": "batch_size grad_accum lr lr_schedule warmup_steps min_lr optimizer "
         "muon_lr weight_decay beta1 beta2 max_grad_norm seed",
@@ -220,6 +220,8 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
     many."""
     head_dim: Annotated[int, Field(ge=0, le=2**12)] = 0
     """Width of an attention head; 0 for an equal part of the model's."""
+    mlp_intermediate_size: Annotated[int, Field(ge=0, le=2**20)] = 0
+    """Width of the MLPs; 0 for 4 times that of the model, or 8/3 if they are gated."""
     dropout: Probability = 0.1
     """Dropout probability throughout the model."""
     norm: NormName = "layer"
@@ -382,6 +384,7 @@ torchrun --nproc_per_node 2 -m fastllm.train --file_path book.txt
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
+            "mlp_intermediate_size": self.mlp_intermediate_size,
             "max_seq_len": self.max_seq_len,
             "norm": self.norm,
             "pos_encoding": self.pos_encoding,

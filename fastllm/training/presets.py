@@ -60,8 +60,8 @@ DEFAULT_PRESET: PresetName = "small"
 BY_HAND = frozenset(
     """
     tokenizer vocab_size max_seq_len overlap epochs max_steps log_interval device
-    hidden_size num_layers num_heads num_kv_heads head_dim dropout norm norm_first pos_encoding
-    rope_base activation mlp qk_norm window tie_word_embeddings
+    hidden_size num_layers num_heads num_kv_heads head_dim mlp_intermediate_size dropout norm
+    norm_first pos_encoding rope_base activation mlp qk_norm window tie_word_embeddings lm_head_bias
     batch_size grad_accum lr lr_schedule warmup_steps min_lr optimizer muon_lr weight_decay beta1
     beta2 max_grad_norm launcher parallel
     """.split()

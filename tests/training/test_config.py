@@ -263,9 +263,15 @@ def test_arch_makes_a_model_of_that_architecture(arch: str, tmp_path: Path) -> N
 
 
 def test_flags_override_the_architecture() -> None:
-    flags = "--arch gemma3 --mlp swiglu --num_kv_heads 2 --head_dim 16 --window 0 --no-qk_norm"
+    flags = (
+        "--arch gemma3 --mlp swiglu --num_kv_heads 2 --head_dim 16 --window 0 --no-qk_norm "
+        "--mlp_intermediate_size 48"
+    )
     config = parse_train_config([*FLAGS, *flags.split(), "--rope_base", "500"])
-    own = {"mlp": "swiglu", "num_kv_heads": 2, "head_dim": 16, "window": None, "qk_norm": None}
+    own = {
+        "mlp": "swiglu", "num_kv_heads": 2, "head_dim": 16, "window": None, "qk_norm": None,
+        "mlp_intermediate_size": 48,
+    }  # fmt: skip
     own |= {"rope_base": 500, "local_rope_base": None}
     assert config.decoder_config(7, None) == ARCHITECTURES["gemma3"](**SMALL, **own)
     plain = parse_train_config([*FLAGS, "--arch", "llama", "--activation", "relu"])
