@@ -118,7 +118,8 @@ def _end_tokens(folder: Path, model_vocab_size: int) -> frozenset[int] | None:
 
 
 def _start_ids(library: LibraryTokenizer) -> list[int]:
-    """What the library puts before a text."""
+    """What the library puts before a text, padding left out."""
+    library.no_padding()  # its tokens are marked as well
     encoding = library.encode("a")
     marked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
     return [id for id, _ in itertools.takewhile(lambda pair: pair[1], marked)]

@@ -114,6 +114,14 @@ def test_ids_without_a_token_decode_to_nothing(tmp_path: Path) -> None:
         assert load_pretrained_tokenizer(folder, len(theirs) - 3).decode(ids) == ours.decode(ids)
 
 
+def test_padding_on_the_left_is_not_expected_before_prompts(tmp_path: Path) -> None:
+    library = LIBRARIES["like Llama"]()
+    starts = load_pretrained_tokenizer(write(tmp_path / "plain", library), 300).start_tokens
+    library.enable_padding(direction="left", pad_token="<PAD>", length=16)
+    folder = write(tmp_path / "padded", library)
+    assert load_pretrained_tokenizer(folder, 300).start_tokens == starts
+
+
 def test_no_padding_is_added_to_a_vocabulary_without(tmp_path: Path) -> None:
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, "a"))
     tokenizer = load_pretrained_tokenizer(write(tmp_path / "model", library), 2)
