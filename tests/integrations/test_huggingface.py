@@ -131,8 +131,10 @@ def batch(make: Make, padding: str = "none", seed: int = 0) -> dict[str, Tensor]
         mask[0, 5:] = mask[2, 9:] = 0
     if padding == "left":
         mask[0, :7] = mask[1, :1] = 0
+    if padding == "within":
+        mask[0, 4:7] = 0
     labels = ids.masked_fill(mask == 0, -100)
-    if padding == "left":
+    if padding in ("left", "within"):
         labels[0, 7] = labels[1, 1] = -100  # else the padding before would have to predict it
     if make not in CAUSAL:
         labels[torch.rand(B, S, generator=generator) < 0.6] = -100
@@ -317,12 +319,10 @@ def restarted(mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("positions", [spread, shifted, from_mask, restarted])
 @pytest.mark.parametrize("padding", ["none", "right", "left", "within"])
-def test_positions(positions: Callable[[Tensor], Tensor], padding: str) -> None:
-    stock, inputs = made(llama), batch(llama, padding)
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_positions(make: Make, positions: Callable[[Tensor], Tensor], padding: str) -> None:
+    stock, inputs = made(make), batch(make, padding)
     fast = accelerate(copy.deepcopy(stock), skip_logits=True)
-    if padding == "within":
-        inputs["attention_mask"][0, 4:7] = 0
-        inputs["labels"][0, 4:8] = -100
     ids = positions(inputs["attention_mask"])
     if padding == "none":
         del inputs["attention_mask"]
@@ -564,6 +564,16 @@ def test_generation(make: Make, padding: str) -> None:
         assert torch.equal(*outputs), settings
 
 
+@pytest.mark.parametrize("make", CAUSAL)
+def test_generation_with_padding_within_a_prompt(make: Make) -> None:
+    stock, inputs = made(make), batch(make, "within")
+    del inputs["labels"]
+    settings = {"return_dict_in_generate": True, "output_logits": True, **SETTINGS}
+    fast = accelerate(copy.deepcopy(stock))
+    ours, theirs = (model.generate(**inputs, **settings).logits for model in (fast, stock))
+    assert torch.allclose(torch.stack(ours), torch.stack(theirs), atol=1e-4)
+
+
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of tokens that the kernel appended, call by call."""
@@ -626,7 +636,8 @@ def test_the_modules_generate(change: Callable[[Any], None], decoded: list[int])
 
 
 def test_changed_weights_generate(decoded: list[int]) -> None:
-    model, ids = accelerate(made(qwen3)), batch(qwen3)["input_ids"]
+    model = accelerate(made(qwen3))
+    ids = batch(qwen3)["input_ids"].clamp(min=1)  # 0 is padding
     before = model.generate(ids, **SETTINGS)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.neg_()

@@ -14,6 +14,7 @@ from fastllm.integrations.huggingface.fusible import (
     norm_parameters,
 )
 from fastllm.integrations.huggingface.layers import rope_table
+from fastllm.integrations.huggingface.padding import has_gaps
 from fastllm.ops import decode
 from fastllm.ops.decode import Decoding, packed_once
 from fastllm.ops.decoder import Decoder, Embedding, Layer, Linear, Rope
@@ -221,12 +222,12 @@ class DecodingCache(DynamicCache):
         self, ids: Tensor, mask: Tensor | None, positions: Tensor
     ) -> list[list[int]] | None:
         """The next tokens of each sequence; None unless their positions count up from 0, as far as
-        there is memory."""
+        there is memory, and padding is on the left."""
         B, S = ids.shape
         positions = positions.expand(B, S)
         if mask is None or (mask.ndim == 2 and bool(mask[:, -S:].all())):
             rows, places = ids.tolist(), positions.tolist()
-        elif mask.ndim == 2 and bool(mask[:, -1].all()):
+        elif mask.ndim == 2 and bool(mask[:, -1].all()) and not has_gaps(mask == 1):
             real = mask[:, -S:] == 1
             rows = [row[seen].tolist() for row, seen in zip(ids, real, strict=True)]
             places = [row[seen].tolist() for row, seen in zip(positions, real, strict=True)]

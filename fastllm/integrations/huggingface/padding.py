@@ -33,10 +33,12 @@ def unpad(mask: Tensor, window: int | None) -> Unpadded | None:
     """The unpadded positions of a mask [B, 1, S, T], True where a query sees a key.
 
     None if the mask hides more than padding and, perhaps, later positions and those before a
-    window.
+    window, or if there is padding within a sequence, which counts in a window.
     """
     B, _, S, T = mask.shape
     seen = mask[:, 0].any(1)
+    if window is not None and has_gaps(seen):
+        return None
     for is_causal in (False, True):
         padding_only = seen[:, None].expand(B, S, T)
         if is_causal:
@@ -49,6 +51,12 @@ def unpad(mask: Tensor, window: int | None) -> Unpadded | None:
                 seen.flatten().nonzero().flatten(), starts, is_causal, window if is_causal else None
             )
     return None
+
+
+def has_gaps(seen: Tensor) -> bool:
+    """Whether positions that are False in [B, S] stand between others of their sequence."""
+    begins = seen[:, 1:] & ~seen[:, :-1]
+    return bool((seen[:, 0].long() + begins.sum(1) > 1).any())
 
 
 _padding_is_skipped: ContextVar[bool] = ContextVar("padding_is_skipped", default=False)
