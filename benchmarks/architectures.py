@@ -63,7 +63,7 @@ def weights_read(c: DecoderConfig) -> int:
 def bytes_read(c: DecoderConfig, precision: str) -> float:
     """Of the weights, for a token."""
     count, head = weights_read(c), c.vocab_size * c.hidden_size
-    size = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 4.5 / 8}[precision]
+    size = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 5 / 8}[precision]
     return size * (count - head) + (1.0 if precision == "int4" else size) * head
 
 

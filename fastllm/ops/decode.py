@@ -9,7 +9,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm.ops import dispatch, extension
@@ -44,14 +43,15 @@ def round_to_int8(weight: Tensor) -> Tensor:
 def round_to_int4(weight: Tensor) -> Tensor:
     """The weight [outputs, inputs] as the kernel uses it under `int4`, in fp32.
 
-    In each row, every 32 elements are rounded to multiples, from -8 to 7, of a step rounded to bf16
-    for which their element of largest size is -8.
+    In each row, every 32 elements become one of 16 multiples of a step from the smallest of them
+    on. Step and smallest element are rounded to bf16.
     """
     groups = _groups(weight)
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    step = (extreme / -8).bfloat16().to(weight.dtype)
-    inverse = torch.where(extreme.abs() < SMALLEST_ROW, 0, 1 / step)
-    rounded = (groups * inverse).round().clamp(-8, 7) * step
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = ((high - low) / 15).bfloat16().to(weight.dtype)
+    low = low.bfloat16().to(weight.dtype)
+    inverse = torch.where(step < SMALLEST_ROW, 0, 1 / step)
+    rounded = ((groups - low) * inverse).round().clamp(0, 15) * step + low
     return rounded.flatten(-2)[..., : weight.size(-1)]
 
 
@@ -64,7 +64,10 @@ def round_input(x: Tensor) -> Tensor:
 
 
 def _groups(x: Tensor) -> Tensor:
-    return F.pad(x, (0, -x.size(-1) % GROUP_SIZE)).unflatten(-1, (-1, GROUP_SIZE))
+    """[..., inputs] in groups; a last short one is filled with its last element."""
+    size = x.size(-1)
+    filled = torch.arange(size + -size % GROUP_SIZE, device=x.device).clamp(max=size - 1)
+    return x[..., filled].unflatten(-1, (-1, GROUP_SIZE))
 
 
 @torch.no_grad()
