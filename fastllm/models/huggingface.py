@@ -246,7 +246,7 @@ def rope(
 
     def read(settings: Settings) -> dict[str, Any]:
         old = settings.get("rope_scaling")
-        parameters = dict(old or settings.get("rope_parameters") or {})
+        parameters = {**(old or settings.get("rope_parameters") or {})}
         base = parameters.pop("rope_theta", None) or settings.get(theta_key) or 1e4
         part = parameters.pop("partial_rotary_factor", None)
         part = part or settings.get(fraction_key) or fraction or 1.0
@@ -738,7 +738,7 @@ def read_settings(
     model_type = settings.get("model_type")
     if model_type == "gemma3" and isinstance(settings.get("text_config"), Mapping):
         model_type, settings = "gemma3_text", settings["text_config"]
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         if model_type is None:
             refuse("model_type", f"is required; it is one of {known}")

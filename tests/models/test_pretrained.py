@@ -325,6 +325,7 @@ def test_the_text_model_in_a_gemma3_that_sees(prefix: str, ids: Tensor, tmp_path
     ("name", "changes", "message"),
     [
         ("llama", {"model_type": "mamba"}, "model_type: fastllm supports gpt2, llama, .*'mamba'"),
+        ("llama", {"model_type": ["llama"]}, r"model_type: fastllm supports .*\['llama'\]"),
         ("llama", {"model_type": ...}, "model_type: is required; it is one of gpt2, llama"),
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act: fastllm supports .*quick_gelu"),
         ("llama", {"num_hidden_layers": "3"}, "num_hidden_layers: must be a whole number"),
@@ -341,6 +342,7 @@ def test_the_text_model_in_a_gemma3_that_sees(prefix: str, ids: Tensor, tmp_path
         ("qwen2", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: factor: is requ"),
         ("llama", {"hidden_size": None}, "hidden_size: must not be null"),
         ("qwen2", {"rope_parameters": 3}, "a value is of the wrong kind"),
+        ("qwen2", {"rope_scaling": "yarn"}, "a value is of the wrong kind"),
         (
             "phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
             "rope_scaling.rope_type: longrope is not supported, only default",
