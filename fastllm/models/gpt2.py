@@ -22,8 +22,9 @@ from fastllm.models.huggingface import (
     refuse,
     tensor_names,
 )
-from fastllm.models.pretrained import SafeTensors, load_model, missing, read_json, write_model
+from fastllm.models.pretrained import SafeTensors, load_model, missing, write_model
 from fastllm.ops.decoder import Layer, Norm
+from fastllm.tokenization.base import read_json
 
 if TYPE_CHECKING:
     from fastllm.models.decoder import DecoderModel  # which imports this module

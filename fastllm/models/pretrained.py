@@ -17,6 +17,7 @@ from fastllm.files import replace_file
 from fastllm.models.config import DecoderConfig
 from fastllm.models.hub import HUB_NAME, download
 from fastllm.models.huggingface import Architecture, read_settings, write_settings
+from fastllm.tokenization.base import read_json
 
 if TYPE_CHECKING:
     from fastllm.models.decoder import DecoderModel  # which imports this module
@@ -83,14 +84,6 @@ def read_config(path: Path, padding_idx: int | None) -> tuple[Architecture, Deco
         return read_settings(read_json(path), padding_idx)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; raises a `ValueError` that names the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 class Tensors(Protocol):

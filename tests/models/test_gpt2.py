@@ -289,7 +289,7 @@ def test_a_file_must_have_gpt2s_model_type(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"config.json: .*dictionary"):
         DecoderModel.from_gpt2(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         DecoderModel.from_gpt2(folder)
 
 
