@@ -86,10 +86,10 @@ def main(arguments: list[str]) -> None:
         model.to(device)
         precision = choose_precision(config.precision, model.hidden_size, device)
         dataset = TextDataset(texts, tokenizer, window, overlap=window - stride)
-        start = list(tokenizer.start_tokens)
+        start, tokens = list(tokenizer.start_tokens), dataset.tokens
         if start:
             log(f"the text begins with {tokenizer.decode(start)}, which the model expects there")
-        tokens = np.concatenate([start, dataset.tokens]) if start else dataset.tokens
+            tokens = np.concatenate([np.array(start, tokens.dtype), tokens])
         windows = TextDataset.from_tokens(tokens, tokenizer, window, window - stride)
         with autocast(device, precision):
             result = evaluate_windows(model, windows, config.batch_size)
