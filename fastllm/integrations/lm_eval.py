@@ -21,6 +21,7 @@ from tqdm import tqdm
 from fastllm.device import choose_device
 from fastllm.generation import generate_text
 from fastllm.integrations.any_model import load_trained_model
+from fastllm.integrations.hf_tokenizer import begin_and_end
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -67,13 +68,13 @@ class FastllmLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return min(self.tokenizer.end_tokens, default=self.tokenizer.pad_token_id)
+        return begin_and_end(self.tokenizer)[1][0]
 
     @property
     def prefix_token_id(self) -> int:
         if self._prefix_token_id is not None:
             return self._prefix_token_id
-        return next(iter(self.tokenizer.start_tokens), self.eot_token_id)
+        return begin_and_end(self.tokenizer)[0]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
