@@ -6,7 +6,6 @@ or a converter to llama.cpp's.
 
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 from fastllm.generation.defaults import read_sampling
@@ -14,7 +13,7 @@ from fastllm.integrations.gguf_tokenizer import read_tokenizer
 from fastllm.integrations.trainer_checkpoints import whole_checkpoints
 from fastllm.models.decoder import DecoderModel
 from fastllm.models.gguf_file import GgufFile
-from fastllm.models.hub import HUB_NAME, download
+from fastllm.models.hub import download, may_be_on_hub
 from fastllm.models.pretrained import tensor_files
 from fastllm.tokenization import (
     SimpleCharacterTokenizer,
@@ -59,7 +58,7 @@ def load_trained_model(source: str | os.PathLike[str]) -> TrainedModel:
             raise CheckpointError(f"{path} is a file; give {KINDS}")
         return _load_gguf(path)
     if not path.exists():
-        if not _may_be_on_hub(path):
+        if not may_be_on_hub(path):
             raise CheckpointError(f"{path} does not exist; give {KINDS}")
         return _load_pretrained(download(str(path)), str(path))
     folder = _finetuned(path)
@@ -93,13 +92,6 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[DecoderModel, Tokenizer]
     """
     trained = load_trained_model(folder)
     return trained.model.eval(), trained.tokenizer
-
-
-def _may_be_on_hub(path: Path) -> bool:
-    """Whether a path that does not exist is a name on the hub, rather than misspelt."""
-    is_name = HUB_NAME.fullmatch(str(path)) is not None and path.suffix != ".gguf"
-    is_in_a_folder = len(path.parts) == 2 and path.parent.exists()
-    return is_name and not is_in_a_folder and find_spec("huggingface_hub") is not None
 
 
 def _finetuned(folder: Path) -> Path:

@@ -4,6 +4,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastllm.command import first_line, log
@@ -28,6 +29,14 @@ def go_offline_if_unreachable() -> None:
     except OSError as error:
         log(f"warning: {hub} cannot be reached ({error}); using earlier downloads")
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def may_be_on_hub(source: str | os.PathLike[str]) -> bool:
+    """Whether a path that does not exist is a name on the hub, rather than misspelt."""
+    path = Path(source)
+    is_name = HUB_NAME.fullmatch(str(source)) is not None and path.suffix != ".gguf"
+    is_in_a_folder = len(path.parts) == 2 and path.parent.exists()
+    return is_name and not is_in_a_folder and find_spec("huggingface_hub") is not None
 
 
 def download(name: str) -> Path:

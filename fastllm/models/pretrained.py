@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastllm.files import replace_file
 from fastllm.models.config import DecoderConfig
-from fastllm.models.hub import HUB_NAME, download
+from fastllm.models.hub import download, may_be_on_hub
 from fastllm.models.huggingface import Architecture, read_settings, write_settings
 from fastllm.tokenization.base import read_json
 
@@ -53,7 +53,7 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
         ValueError: the hub does not provide it, or it is a run of `train`.
     """
     folder = Path(source)
-    if not folder.exists() and HUB_NAME.fullmatch(str(source)):
+    if not folder.exists() and may_be_on_hub(source):
         return download(str(source))
     if not (folder / "config.json").is_file():
         raise missing(folder / "config.json" if folder.is_dir() else folder)
@@ -70,7 +70,8 @@ def missing(path: Path) -> FileNotFoundError:
     problem = "is not a folder" if path.exists() else "does not exist"
     return FileNotFoundError(
         f"{path} {problem}; give a folder with config.json and model.safetensors, "
-        "such as `hf download distilbert/distilgpt2 --local-dir distilgpt2` creates"
+        "such as `hf download distilbert/distilgpt2 --local-dir distilgpt2` creates, or with the "
+        "package huggingface_hub a name on the hub"
     )
 
 

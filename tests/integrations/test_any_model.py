@@ -12,6 +12,7 @@ import fastllm
 from fastllm import DecoderModel, SimpleCharacterTokenizer
 from fastllm.integrations import any_model
 from fastllm.integrations.any_model import load_trained_model
+from fastllm.models import hub
 from fastllm.training.checkpoint import CheckpointError
 from tests.commands import run_command
 from tests.conftest import MakeTrainer
@@ -198,7 +199,7 @@ def test_paths_without_a_model(
             load_trained_model(missing)
     with pytest.raises(CheckpointError, match="config.json is a file; give a run"):
         load_trained_model(folder / "config.json")
-    monkeypatch.setattr(any_model, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match="^gpt3 does not exist; .* needs the package hugg"):
         load_trained_model("gpt3")
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF")

@@ -223,7 +223,10 @@ def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert DecoderModel.from_pretrained("someone/Llama-3.2_tiny").vocab_size == V
     with pytest.raises(ValueError, match="distilgpt2 is not a folder .* there is no network On a"):
         DecoderModel.from_pretrained("distilgpt2")
-    for local in ("./distilgpt2", "/distilgpt2", "a/b/c", "~/distilgpt2", tmp_path / "none"):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    misspelt = "runs/bokk", tmp_path / "none"
+    for local in ("./distilgpt2", "/distilgpt2", "a/b/c", "~/distilgpt2", *misspelt):
         with pytest.raises(FileNotFoundError, match="does not exist; give a folder with config"):
             DecoderModel.from_pretrained(local)
     assert names == ["someone/Llama-3.2_tiny", "distilgpt2"]
