@@ -131,6 +131,11 @@ def serve(config: ServeConfig, listener: socket.socket, api_key: str | None) -> 
     served, model = load(config.checkpoint)
     if decided := describe_defaults(served.tokenizer, served.sampling):
         log(decided)
+    if served.max_seq_len < model.max_seq_len:
+        log(
+            f"a sequence has {served.max_seq_len:,} of the model's {model.max_seq_len:,} tokens, "
+            "to save memory; --max_seq_len gives it more"
+        )
     parameters = served.parameters
     if parameters < FEW_PARAMETERS and not (config.threads or os.environ.get("OMP_NUM_THREADS")):
         set_threads(1)

@@ -70,6 +70,8 @@ def load_trained_model(source: str | os.PathLike[str]) -> TrainedModel:
         )
     if "model_type" in read_settings(folder / "config.json"):
         return _load_pretrained(folder)
+    if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
+        raise CheckpointError(f"{folder} is a folder with {files[0].name}; give that file")
     checkpoint = find_checkpoint(folder)
     model, tokenizer, settings = load_checkpoint(checkpoint)
     run_dir = run_of(checkpoint)
@@ -97,6 +99,8 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[DecoderModel, Tokenizer]
 def _finetuned(folder: Path) -> Path:
     """The model that a run of `finetune` has written, else its newest checkpoint; any other folder
     itself."""
+    if "model_type" in read_settings(folder / "config.json"):
+        return folder
     whole = whole_checkpoints(folder / "checkpoints")
     if (folder / "model" / "config.json").exists():
         return folder / "model"

@@ -67,7 +67,8 @@ def model_card(
     model, settings = trained.model, trained.settings
     rows = model_rows(model, settings, difference) | run_rows(trained.folder, trained.run_dir)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    wider = format != "onnx" and model.lm_head.bias is not None
+    bias = model.lm_head.bias
+    wider = format != "onnx" and bias is not None and bool(bias.any())
     loading = Template(LOADING[format] + (WIDER if wider else "")).substitute(
         file=file_name, length=model.max_seq_len, half=model.max_seq_len // 2
     )

@@ -205,6 +205,15 @@ def test_paths_without_a_model(
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="damaged.gguf is not a GGUF file, or is damaged"):
         load_trained_model("damaged.gguf")
+    with pytest.raises(CheckpointError, match="is a folder with damaged.gguf; give that file"):
+        load_trained_model(tmp_path)
+    # Something else may be called model.
+    (tmp_path / "copy").mkdir()
+    shutil.copytree(folder, tmp_path / "copy/model")
+    for file in folder.iterdir():
+        if file.is_file():
+            shutil.copy(file, tmp_path / "copy")
+    assert load_trained_model(tmp_path / "copy").folder == tmp_path / "copy"
 
 
 def test_what_the_library_saves_can_be_loaded_again(folder: Path, tmp_path: Path) -> None:
