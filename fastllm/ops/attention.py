@@ -136,7 +136,7 @@ def why_not_cpu(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> s
 
 
 def why_not_triton(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> str | None:
-    if (reason := why_not(q, k, v, options)) is not None:
+    if (reason := why_not(q, k, v, options) or dispatch.why_not_triton(q, k, v)) is not None:
         return reason
     autocast = torch.is_autocast_enabled(q.device.type)
     dtype = torch.get_autocast_dtype(q.device.type) if autocast else q.dtype
@@ -144,7 +144,7 @@ def why_not_triton(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -
         return f"the heads are wider than {widest}, which does not fit into registers in {dtype}"
     if q.size(0) * q.size(1) > 65535:  # CUDA's limit on the second dimension of a grid
         return "there are more than 65,535 heads in the batch"
-    return dispatch.why_not_triton(q, k, v)
+    return None
 
 
 def widest_triton_head(dtype: torch.dtype) -> int:
