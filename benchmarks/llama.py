@@ -27,6 +27,7 @@ from fastllm.benchmarking.shapes import CONFIGS
 from fastllm.generation.decoding import generate_tokens
 from fastllm.integrations.gguf import save_gguf
 from fastllm.models.decoder import DecoderModel
+from fastllm.models.gpt2 import convert_to_gpt2
 from fastllm.threads import set_threads
 from fastllm.tokenization import SimpleCharacterTokenizer
 
@@ -78,7 +79,8 @@ def make_model(letter: str) -> tuple[DecoderModel, int]:
         return DecoderModel.from_config(config).eval(), 128
     c = CONFIGS[letter]  # type: ignore[index]
     # GPT-2's format would express a bias of the head by a greater width.
-    return DecoderModel(c.V, c.H, c.L, c.N, c.S, lm_head_bias=False).eval(), c.S // 4
+    model = DecoderModel(c.V, c.H, c.L, c.N, c.S, lm_head_bias=False)
+    return convert_to_gpt2(model).eval(), c.S // 4
 
 
 @contextmanager
