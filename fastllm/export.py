@@ -94,11 +94,11 @@ def export(
 
 def check_not_exported(config: ExportConfig, trained: "TrainedModel") -> None:
     """Raises a `ValueError` if the model has the wanted format already."""
-    from fastllm.tokenization.pretrained import read_settings
+    from fastllm.tokenization.pretrained import read_json_object
 
     if config.format != "hf" or trained.weights.suffix != ".safetensors":
         return
-    if "model_type" in read_settings(trained.folder / "config.json"):
+    if "model_type" in read_json_object(trained.folder / "config.json"):
         raise ValueError(
             f"{trained.folder} is already in the format of Hugging Face's transformers; copy it as "
             "it is"

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from fastllm.ops.sampling import Sampling
 from fastllm.tokenization import Tokenizer
-from fastllm.tokenization.pretrained import read_settings
+from fastllm.tokenization.pretrained import read_json_object
 
 
 def read_sampling(folder: Path) -> dict[str, float]:
@@ -19,7 +19,7 @@ def read_sampling(folder: Path) -> dict[str, float]:
         ValueError: the file is damaged, or a value is out of range.
     """
     file = folder / "generation_config.json"
-    settings = read_settings(file)
+    settings = read_json_object(file)
     names = Sampling._fields if settings.get("do_sample") else ("repetition_penalty",)
     found = {name: settings[name] for name in names if settings.get(name) is not None}
     for name, value in found.items():

@@ -22,7 +22,7 @@ from fastllm.tokenization import (
     exported_characters,
 )
 from fastllm.tokenization.base import SpecialTokens
-from fastllm.tokenization.pretrained import load_pretrained_tokenizer, read_settings
+from fastllm.tokenization.pretrained import load_pretrained_tokenizer, read_json_object
 from fastllm.training.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -68,7 +68,7 @@ def load_trained_model(source: str | os.PathLike[str]) -> TrainedModel:
             f"{folder} is a LoRA adapter without its model; give the `model` folder that finetune "
             "writes at the end of a run, or merge the adapter by peft's merge_and_unload"
         )
-    if "model_type" in read_settings(folder / "config.json"):
+    if "model_type" in read_json_object(folder / "config.json"):
         return _load_pretrained(folder)
     if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
         raise CheckpointError(f"{folder} is a folder with {files[0].name}; give that file")
@@ -99,7 +99,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[DecoderModel, Tokenizer]
 def _finetuned(folder: Path) -> Path:
     """The model that a run of `finetune` has written, else its newest checkpoint; any other folder
     itself."""
-    if "model_type" in read_settings(folder / "config.json"):
+    if "model_type" in read_json_object(folder / "config.json"):
         return folder
     whole = whole_checkpoints(folder / "checkpoints")
     if (folder / "model" / "config.json").exists():
@@ -113,7 +113,7 @@ def _load_pretrained(folder: Path, name: str = "") -> TrainedModel:
     tokenizer = load_pretrained_tokenizer(folder, model.vocab_size)
     run_dir = run_of(folder)
     around = run_dir.parent
-    if run_dir.name == "model" and "fastllm_version" in read_settings(around / "config.json"):
+    if run_dir.name == "model" and "fastllm_version" in read_json_object(around / "config.json"):
         run_dir = around
     return TrainedModel(
         name or run_dir.name,

@@ -46,8 +46,8 @@ def load_pretrained_tokenizer(folder: Path, model_vocab_size: int) -> Tokenizer:
         ValueError: a file is damaged.
         ImportError: the tokenizers library is not installed.
     """
-    settings = read_settings(folder / "special_tokens_map.json")
-    settings |= read_settings(folder / "tokenizer_config.json")
+    settings = read_json_object(folder / "special_tokens_map.json")
+    settings |= read_json_object(folder / "tokenizer_config.json")
     end = _end_tokens(folder, model_vocab_size)
     file = folder / "tokenizer.json"
     if file.exists():
@@ -82,7 +82,7 @@ def load_pretrained_tokenizer(folder: Path, model_vocab_size: int) -> Tokenizer:
     return SubwordTokenizer.checked(library, file, special_tokens, model_vocab_size)
 
 
-def read_settings(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
     """The content of a JSON file, empty if there is no such file.
 
     Raises:
@@ -107,7 +107,7 @@ def _end_tokens(folder: Path, model_vocab_size: int) -> frozenset[int] | None:
     those of the architecture's own.
     """
     for file in (folder / "generation_config.json", folder / "config.json"):
-        given = read_settings(file).get("eos_token_id")
+        given = read_json_object(file).get("eos_token_id")
         ids = given if isinstance(given, list) else [given]
         if given is None:
             continue
@@ -136,7 +136,7 @@ def _check_gpt2(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder} has no tokenizer.json; copy it from where the model comes from"
         )
     kind = str(settings.get("tokenizer_class") or "GPT2Tokenizer")
-    model_type = read_settings(folder / "config.json").get("model_type")
+    model_type = read_json_object(folder / "config.json").get("model_type")
     if not kind.startswith("GPT2Tokenizer") or model_type not in LIKE_GPT2:
         raise FileNotFoundError(
             f"{folder} has no tokenizer.json, and its vocab.json is not of GPT-2's kind; "
